@@ -151,3 +151,15 @@ def where_mask(
             f"shape, {shape}, got {_describe(mask)}"
         ) from None
     return None, classes_last(full, class_axes)
+
+
+def where_entries(
+    function: str, where: ArrayLike | None, shape: tuple[int, ...], class_axes: tuple[int, ...]
+) -> Array:
+    """``where`` as a mask of every entry, in place."""
+    rows, entries = where_mask(function, where, shape, class_axes)
+    if where is None:
+        return jnp.ones(shape, bool)
+    if rows is not None:
+        return jnp.broadcast_to(jnp.expand_dims(rows, class_axes), shape)
+    return jnp.broadcast_to(where, shape)

@@ -1,0 +1,457 @@
+r"""Losses on probabilities and on log-probabilities: for models whose last layer already is a softmax or a sigmoid.
+
+Whoever has logits is better served by the losses on logits: a probability of 1 - 1e-9 is 1 in float32, and the logits knew.
+Nothing is clamped here: what has probability 0 and happens nevertheless costs +inf, and says so. Every sum over the classes
+is carried in pairs of numbers, so that near-equal distributions, whose divergence is a sum of terms that nearly cancel,
+keep their digits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxce import _checks
+from jaxce._checks import Axis, compiled
+from jaxce._numerics import (
+    Pair,
+    add,
+    bregman_pair,
+    exp_pair,
+    log1p,
+    log_pair,
+    multiply,
+    neg_x_log_y,
+    negate,
+    scale,
+    select,
+    single,
+    sum_pairs,
+    two_sum,
+)
+
+# --- terms: what one class adds -----------------------------------------------------------------------------------------
+
+
+def _log_of_ratio(t: Array, log_q: Array) -> Pair:
+    # log(t / q) for finite arguments
+    return add(log_pair(t), single(-log_q))
+
+
+def _slope_in_target(t: Array, log_q: Array, more: float) -> Array:
+    # log(t / q) + more: -inf at t = 0 < q; 0 at t = q = 0, a class that isn't there
+    absent = (t == 0) & (log_q == -jnp.inf)
+    log_t = log_pair(jnp.where(absent, 1, t))
+    slope = log_t[0] - jnp.where(absent, 0, log_q) + log_t[1] + more
+    return jnp.where(absent, 0, slope)
+
+
+@jax.custom_jvp
+def _kl_term(log_q: Array, t: Array) -> Pair:
+    """T log(t / q), 0 at t = 0."""
+    inside = (t > 0) & jnp.isfinite(log_q)
+    a, b = jnp.where(inside, t, 1), jnp.where(inside, log_q, 0)
+    outside = jnp.where((t == 0) & (log_q < jnp.inf), 0, t * (jnp.log(t) - log_q))
+    return select(inside, multiply(single(a), _log_of_ratio(a, b)), single(outside))
+
+
+@_kl_term.defjvp
+def _kl_term_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
+    log_q, t = primals
+    tangent = -t * tangents[0] + scale(_slope_in_target(t, log_q, 1.0), tangents[1])
+    return _kl_term(log_q, t), single(tangent)
+
+
+@jax.custom_jvp
+def _log_target_term(log_q: Array, log_t: Array) -> Pair:
+    """T log(t / q), 0 at t = 0."""
+    inside = jnp.isfinite(log_t) & jnp.isfinite(log_q)
+    a, b = jnp.where(inside, log_t, 0), jnp.where(inside, log_q, 0)
+    outside = jnp.where((log_t == -jnp.inf) & (log_q < jnp.inf), 0, jnp.exp(log_t) * (log_t - log_q))
+    outside = jnp.where((log_q == -jnp.inf) & (log_t > -jnp.inf), jnp.inf, outside)  # also where t underflows
+    return select(inside, multiply(exp_pair(single(a)), two_sum(a, -b)), single(outside))
+
+
+@_log_target_term.defjvp
+def _log_target_term_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
+    out = _log_target_term(*primals)
+    t = jnp.exp(primals[1])
+    tangent = -t * tangents[0] + scale(out[0] + out[1] + t, tangents[1])
+    return out, single(tangent)
+
+
+@jax.custom_jvp
+def _generalized_kl_term(log_q: Array, t: Array) -> Pair:
+    """T log(t / q) - t + q >= 0, q at t = 0."""
+    q = jnp.exp(log_q)
+    inside = (t > 0) & (log_q > -jnp.inf) & (q < jnp.inf)
+    a, b = jnp.where(inside, t, 1), jnp.where(inside, log_q, 0)
+    p, q_pair = single(a), exp_pair(single(b))
+    term = bregman_pair(p, q_pair, add(p, negate(q_pair)), _log_of_ratio(a, b))
+    outside = jnp.where(t == 0, q, t * (jnp.log(t) - log_q) - t + q)
+    return select(inside, term, single(outside))
+
+
+@_generalized_kl_term.defjvp
+def _generalized_kl_term_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
+    log_q, t = primals
+    tangent = scale(jnp.exp(log_q) - t, tangents[0]) + scale(_slope_in_target(t, log_q, 0.0), tangents[1])
+    return _generalized_kl_term(log_q, t), single(tangent)
+
+
+@jax.custom_jvp
+def _neg_x_log_not_y(w: Array, q: Array) -> Array:
+    """-w log(1 - q), 0 at w = 0."""
+    absent = (w == 0) & (q <= 1)
+    return -w * log1p(-jnp.where(absent, 0, q))
+
+
+@_neg_x_log_not_y.defjvp
+def _neg_x_log_not_y_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    w, q = primals
+    q_safe = jnp.where((w == 0) & (q == 1), 0, q)
+    slopes = -log1p(-q_safe), w / (1 - q_safe)
+    return _neg_x_log_not_y(w, q), scale(slopes[0], tangents[0]) + scale(slopes[1], tangents[1])
+
+
+# --- arguments ----------------------------------------------------------------------------------------------------------
+
+
+def _dense(
+    function: str,
+    names: tuple[str, str],
+    prediction: ArrayLike,
+    target: ArrayLike,
+    axis: Axis,
+    where: ArrayLike | None,
+    absent: tuple[float, float],
+) -> tuple[Array, Array]:
+    """Prediction and target with the classes last; what is masked holds ``absent``, which adds nothing."""
+    x, t = (_checks.floating(function, name, a) for name, a in zip(names, (prediction, target), strict=True))
+    _checks.same_shape(function, names[1], t, x.shape, f"the shape of {names[0]}")
+    class_axes = _checks.axes(function, axis, x.ndim)
+    keep = None
+    if where is not None:
+        keep = _checks.classes_last(_checks.where_entries(function, where, x.shape, class_axes), class_axes)
+    x, t = (_checks.classes_last(a, class_axes) for a in _checks.upcast(x, t))
+    if keep is not None:
+        x, t = (jnp.where(keep, a, fill) for a, fill in zip((x, t), absent, strict=True))
+    return x, t
+
+
+def _total(terms: Pair) -> Array:
+    hi, lo = sum_pairs(*terms)
+    return hi + lo
+
+
+def _pick(
+    function: str,
+    name: str,
+    prediction: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis,
+    where: ArrayLike | None,
+    impossible: float,
+    certain: float,
+) -> Array:
+    """The entry of each row that its label names: ``impossible`` if masked, ``certain`` if nothing is left of the row."""
+    x = _checks.floating(function, name, prediction)
+    y = _checks.integer(function, "labels", labels)
+    class_axes = _checks.axes(function, axis, x.ndim)
+    batch = _checks.batch_shape(x.shape, class_axes)
+    _checks.same_shape(function, "labels", y, batch, f"the batch shape of {name}")
+    (values,) = _checks.upcast(_checks.classes_last(x, class_axes))
+    y = y.astype(
+        jnp.result_type(int)
+    )  # a class number is compared as such, also where the labels' own dtype can't hold all of them
+    classes = lax.broadcasted_iota(y.dtype, values.shape, values.ndim - 1)
+    hit = classes == y[..., None]
+    valid = (y >= 0) & (y < values.shape[-1])
+    counts = None
+    if where is not None:
+        keep = _checks.classes_last(_checks.where_entries(function, where, x.shape, class_axes), class_axes)
+        counts = keep.any(axis=-1)
+        values = jnp.where(keep, values, jnp.where(counts, impossible, certain)[..., None].astype(values.dtype))
+        valid |= ~counts
+    # Multiplied by NaN rather than replaced by it, so that a bad label has a derivative of NaN, too. A comparison rather
+    # than a gather: classes may lie on many devices.
+    chosen = jnp.where(hit | ~valid[..., None], values, 0)
+    picked = jnp.sum(chosen, axis=-1) * jnp.where(valid, 1, jnp.nan).astype(values.dtype)
+    return picked if counts is None else jnp.where(counts, picked, certain)
+
+
+# --- losses on probabilities --------------------------------------------------------------------------------------------
+
+
+@compiled("axis")
+def categorical_cross_entropy(
+    probs: ArrayLike, labels: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+) -> Array:
+    r"""Cross-entropy of predicted probabilities and label probabilities.
+
+    .. math:: -\sum_k t_k \log q_k, \qquad 0 \log 0 = 0
+
+    with derivatives -t/q by the probabilities and -log q by the labels, both 0 where t = q = 0. A class with q = 0 < t makes
+    the loss +inf: nothing is clamped. Rows need not sum to 1, and are not normalised.
+    Entries that ``where`` masks, and rows without any entry left, add 0 and have gradient 0, whatever they hold. An empty
+    batch gives an empty result.
+
+    Args:
+        probs: predicted probabilities q, floating point.
+        labels: label probabilities t, floating point, of the same shape.
+        axis: where the classes are; one axis or several.
+        where: what takes part: booleans of the batch shape (whole rows), or that broadcast to the full shape.
+
+    Returns:
+        One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape or axis.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxce
+    >>> print(jaxce.categorical_cross_entropy(jnp.array([0.7, 0.2, 0.1]), jnp.array([0.0, 1.0, 0.0])))
+    1.6094
+
+    Source: Good, "Rational Decisions", JRSS B 14 (1952).
+    """
+    q, t = _dense("categorical_cross_entropy", ("probs", "labels"), probs, labels, axis, where, (1.0, 0.0))
+    return _total(neg_x_log_y(t, q))
+
+
+@compiled("axis")
+def categorical_cross_entropy_with_integer_labels(
+    probs: ArrayLike, labels: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+) -> Array:
+    r"""Negative logarithm of the probability that was given to the label.
+
+    .. math:: -\log q_y
+
+    with derivative -1/q at the label and 0 elsewhere; +inf for q = 0. A label outside [0, K) gives NaN, in value and
+    gradient, and the label of a masked class +inf.
+    Entries that ``where`` masks, and rows without any entry left, add 0 and have gradient 0, whatever they hold. An empty
+    batch gives an empty result.
+
+    Args:
+        probs: predicted probabilities q, floating point.
+        labels: class numbers y, integer, of the batch shape.
+        axis: where the classes are; one axis or several.
+        where: what takes part: booleans of the batch shape (whole rows), or that broadcast to the full shape.
+
+    Returns:
+        One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape or axis.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxce
+    >>> probs = jnp.array([[0.7, 0.2, 0.1], [0.1, 0.4, 0.5]])
+    >>> print(jaxce.categorical_cross_entropy_with_integer_labels(probs, jnp.array([1, 2])))
+    [1.6094 0.6931]
+
+    Source: Good, "Rational Decisions", JRSS B 14 (1952).
+    """
+    function = "categorical_cross_entropy_with_integer_labels"
+    hi, lo = log_pair(_pick(function, "probs", probs, labels, axis, where, 0.0, 1.0))
+    return 0 - (hi + lo)  # 0 for what is certain, and not -0
+
+
+@compiled()
+def binary_cross_entropy(probs: ArrayLike, labels: ArrayLike) -> Array:
+    r"""Cross-entropy of independent yes-or-no questions with predicted probabilities of yes.
+
+    .. math:: -t \log q - (1 - t) \log(1 - q), \qquad 0 \log 0 = 0
+
+    with derivative (q - t) / (q (1 - q)) by the probability, which is 1 at q = t = 0 and -1 at q = t = 1. A certain prediction
+    that is wrong costs +inf: nothing is clamped. By the label the derivative is log(1 - q) - log q, of which the part whose
+    weight and probability both are 0 counts as 0. An empty array gives an empty array.
+
+    Args:
+        probs: predicted probabilities of yes, floating point, of any shape.
+        labels: probabilities of yes, floating point or integer, of the same shape.
+
+    Returns:
+        The loss of each entry in nats: float32 for half precision, else the wider of the two dtypes.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for labels of another shape.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxce
+    >>> print(jaxce.binary_cross_entropy(jnp.array([0.7, 0.2, 1.0]), jnp.array([1, 0, 1])))
+    [0.3567 0.2231 0.0000]
+
+    Source: Good, "Rational Decisions", JRSS B 14 (1952).
+    """
+    function = "binary_cross_entropy"
+    q = _checks.floating(function, "probs", probs)
+    t = jnp.asarray(labels)
+    if jnp.issubdtype(t.dtype, jnp.integer):
+        t = t.astype(_checks.compute_dtype(q))
+    t = _checks.floating(function, "labels", t)
+    _checks.same_shape(function, "labels", t, q.shape, "the shape of probs")
+    q, t = _checks.upcast(q, t)
+    hi, lo = neg_x_log_y(t, q)
+    return hi + (lo + _neg_x_log_not_y(1 - t, q))
+
+
+# --- losses on log-probabilities ----------------------------------------------------------------------------------------
+
+
+@compiled("axis")
+def kl_divergence(
+    log_predictions: ArrayLike, targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+) -> Array:
+    r"""Kullback-Leibler divergence of targets from predicted log-probabilities.
+
+    .. math:: \sum_k t_k (\log t_k - \log q_k), \qquad 0 \log 0 = 0
+
+    with derivatives -t by log q, and log(t / q) + 1 by the target: -inf at t = 0 < q, and 0 where t = q = 0. A class with
+    q = 0 < t makes it +inf. It is the exact sum for the numbers given, rounded once or twice: where these don't sum to 1 to
+    their last digit, it may be as far below 0 as they are off; `generalized_kl_divergence` may not.
+    Entries that ``where`` masks, and rows without any entry left, add 0 and have gradient 0, whatever they hold. An empty
+    batch gives an empty result.
+
+    Args:
+        log_predictions: log q, floating point.
+        targets: probabilities t, floating point, of the same shape.
+        axis: where the classes are; one axis or several.
+        where: what takes part: booleans of the batch shape (whole rows), or that broadcast to the full shape.
+
+    Returns:
+        One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape or axis.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxce
+    >>> print(jaxce.kl_divergence(jnp.log(jnp.array([0.25, 0.75, 0.0])), jnp.array([0.5, 0.5, 0.0])))
+    0.1438
+
+    Source: Kullback and Leibler, "On Information and Sufficiency", Ann. Math. Stat. 22 (1951).
+    """
+    names = ("log_predictions", "targets")
+    return _total(_kl_term(*_dense("kl_divergence", names, log_predictions, targets, axis, where, (0.0, 1.0))))
+
+
+@compiled("axis")
+def kl_divergence_with_log_targets(
+    log_predictions: ArrayLike, log_targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+) -> Array:
+    r"""Kullback-Leibler divergence of targets from predictions, both as log-probabilities.
+
+    .. math:: \sum_k e^{l_k} (l_k - \log q_k)
+
+    with derivatives -t by log q and t (l - log q + 1) by the log-target l, t being exp(l); where l is -inf everything is 0.
+    A class with log q = -inf < l makes it +inf. It is the exact sum for the numbers given, as in `kl_divergence`.
+    Entries that ``where`` masks, and rows without any entry left, add 0 and have gradient 0, whatever they hold. An empty
+    batch gives an empty result.
+
+    Args:
+        log_predictions: log q, floating point.
+        log_targets: l = log t, floating point, of the same shape.
+        axis: where the classes are; one axis or several.
+        where: what takes part: booleans of the batch shape (whole rows), or that broadcast to the full shape.
+
+    Returns:
+        One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape or axis.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxce
+    >>> q, t = jnp.array([0.25, 0.75]), jnp.array([0.5, 0.5])
+    >>> print(jaxce.kl_divergence_with_log_targets(jnp.log(q), jnp.log(t)))
+    0.1438
+
+    Source: Kullback and Leibler, "On Information and Sufficiency", Ann. Math. Stat. 22 (1951).
+    """
+    function, names = "kl_divergence_with_log_targets", ("log_predictions", "log_targets")
+    return _total(_log_target_term(*_dense(function, names, log_predictions, log_targets, axis, where, (0.0, 0.0))))
+
+
+@compiled("axis")
+def generalized_kl_divergence(
+    log_predictions: ArrayLike, targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+) -> Array:
+    r"""Kullback-Leibler divergence of targets and predictions that need not sum to 1.
+
+    .. math:: \sum_k t_k (\log t_k - \log q_k) - t_k + q_k, \qquad 0 \log 0 = 0
+
+    Never negative, and 0 exactly where the two agree: for nearly equal numbers each term is formed as (t - q)^2 / (t + q)
+    times a series, in which nothing cancels. Derivatives: q - t by log q and log(t / q) by the target, -inf at t = 0 < q and 0
+    where t = q = 0. A class with q = 0 < t makes it +inf.
+    Entries that ``where`` masks, and rows without any entry left, add 0 and have gradient 0, whatever they hold. An empty
+    batch gives an empty result.
+
+    Args:
+        log_predictions: log q, floating point.
+        targets: t >= 0, floating point, of the same shape.
+        axis: where the classes are; one axis or several.
+        where: what takes part: booleans of the batch shape (whole rows), or that broadcast to the full shape.
+
+    Returns:
+        One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape or axis.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxce
+    >>> print(jaxce.generalized_kl_divergence(jnp.log(jnp.array([0.5, 2.0])), jnp.array([1.0, 2.0])))
+    0.1931
+
+    Source: Csiszar, "Why Least Squares and Maximum Entropy?", Ann. Stat. 19 (1991).
+    """
+    function, names = "generalized_kl_divergence", ("log_predictions", "targets")
+    terms = _generalized_kl_term(*_dense(function, names, log_predictions, targets, axis, where, (0.0, 1.0)))
+    return jnp.maximum(_total(terms), 0)  # each term is >= 0 but for its last digit
+
+
+@compiled("axis")
+def nll(log_probs: ArrayLike, labels: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+    r"""Negative log-likelihood of integer labels under log-probabilities: the entry that the label names, negated.
+
+    .. math:: -\log q_y
+
+    with derivative -1 at the label and 0 elsewhere; +inf for log q = -inf. The log-probabilities are taken as they are:
+    logits want `softmax_cross_entropy_with_integer_labels`. A label outside [0, K) gives NaN, in value and gradient, and the
+    label of a masked class +inf.
+    Entries that ``where`` masks, and rows without any entry left, add 0 and have gradient 0, whatever they hold. An empty
+    batch gives an empty result.
+
+    Args:
+        log_probs: log q, floating point.
+        labels: class numbers y, integer, of the batch shape.
+        axis: where the classes are; one axis or several.
+        where: what takes part: booleans of the batch shape (whole rows), or that broadcast to the full shape.
+
+    Returns:
+        One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape or axis.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxce
+    >>> log_probs = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.4, 0.5]]))
+    >>> print(jaxce.nll(log_probs, jnp.array([1, -1]), where=jnp.array([True, False])))
+    [1.6094 0.0000]
+
+    Source: Good, "Rational Decisions", JRSS B 14 (1952).
+    """
+    return 0 - _pick("nll", "log_probs", log_probs, labels, axis, where, -jnp.inf, 0.0)

@@ -1,0 +1,184 @@
+"""From one loss per example to one number: means that stay right with weights, masks, micro-batches and many devices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxce import _checks
+from jaxce._checks import Axis, compiled
+
+
+def _weights(losses: Array, weights: ArrayLike) -> Array:
+    w = jnp.asarray(weights)
+    if jnp.issubdtype(w.dtype, jnp.bool_) or jnp.issubdtype(w.dtype, jnp.integer):
+        w = w.astype(losses.dtype)
+    w = _checks.floating("weighted_mean", "weights", w)
+    try:
+        return jnp.broadcast_to(w, losses.shape)
+    except ValueError:
+        raise ValueError(
+            f"weighted_mean: weights must have the shape of losses, {losses.shape}, or broadcast to it, "
+            f"got {w.dtype}[{','.join(map(str, w.shape))}]"
+        ) from None
+
+
+def _ratio(numerator: Array, denominator: Array) -> Array:
+    """numerator / denominator, and 0 with derivative 0 where the denominator is 0."""
+    empty = denominator == 0
+    return jnp.where(empty, 0, numerator / jnp.where(empty, 1, denominator))
+
+
+@compiled("axis", "axis_name")
+def weighted_mean(
+    losses: ArrayLike,
+    weights: ArrayLike | None = None,
+    *,
+    axis: Axis | None = None,
+    normalizer: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> Array:
+    r"""Mean of losses, each counting as much as its weight says.
+
+    .. math:: \frac{\sum_i w_i l_i}{\sum_i w_i}, \qquad 0 \text{ where the denominator is } 0
+
+    with derivatives w_i / sum(w) by a loss and (l_i - mean) / sum(w) by a weight, all 0 where the denominator is 0. What has
+    weight 0 is selected away before anything is multiplied: it may be NaN or infinite, in value and derivative, and reaches
+    neither the mean nor a gradient (the weight of a loss that isn't finite then has derivative 0, too). Weights may be
+    negative. No losses at all have the mean 0.
+
+    On many devices (inside ``shard_map``, ``pmap`` or a ``vmap`` with that ``axis_name``) both sums are taken over all of
+    them, so that the mean is that of all losses, however unevenly the weights lie. Inside ``shard_map`` with its default
+    ``check_vma=True`` the gradient by local losses is w_i / sum(w), as it is on one device. With ``check_vma=False``, and in
+    ``pmap`` and ``vmap``, JAX's transpose of a psum is a psum: each device differentiates the sum of all devices' (equal)
+    means, and a gradient taken inside is larger by the number of devices. Differentiate outside, or divide by it.
+
+    Args:
+        losses: floating point, of any shape.
+        weights: booleans, integers or floating point, in the shape of losses or one that broadcasts to it.
+        axis: over what to take the mean: one axis or several, or None for all.
+        normalizer: a total to divide by in place of sum(w), say that of all micro-batches: a number, or one for each
+            result. It is not summed over ``axis_name``.
+        axis_name: names of mapped axes over which to sum as well.
+
+    Returns:
+        The mean, of the shape that is left; half precision is computed and returned in float32.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for weights or a normalizer that don't fit, or a wrong axis.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxce
+    >>> print(jaxce.weighted_mean(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([3.0, 1.0, 0.0])))
+    1.5
+    >>> print(jaxce.weighted_mean(jnp.array([[1.0, 3.0], [5.0, 7.0]]), jnp.array([[True], [False]])))
+    2.0
+
+    Source: Cauchy's weighted mean; Hardy, Littlewood and Polya, "Inequalities" (1934), chapter 2.
+    """
+    function = "weighted_mean"
+    x = _checks.floating(function, "losses", losses)
+    axes = tuple(range(x.ndim)) if axis is None else _checks.axes(function, axis, x.ndim)
+    total: Any
+    if weights is None:
+        (x,) = _checks.upcast(x)
+        total = float(math.prod(x.shape[a] for a in axes))
+    else:
+        x, w = _checks.upcast(x, _weights(*_checks.upcast(x), weights))
+        # What has no weight is left out before anything is multiplied. A finite loss still tells its weight's gradient
+        # what it would cost to let it in; one that isn't finite tells it nothing.
+        out = w == 0
+        lost = out & ~jnp.isfinite(x)
+        w = jnp.where(lost, lax.stop_gradient(w), w)
+        x = w * jnp.where(out, lax.stop_gradient(jnp.where(lost, 0, x)), x)
+        total = jnp.sum(w, axis=axes)
+    numerator = jnp.sum(x, axis=axes)
+    if axis_name is not None:
+        numerator = lax.psum(numerator, axis_name)
+    if normalizer is not None:
+        total = jnp.asarray(normalizer)
+        if jnp.issubdtype(total.dtype, jnp.integer):
+            total = total.astype(numerator.dtype)
+        total = _checks.floating(function, "normalizer", total)
+        if total.shape not in ((), numerator.shape):
+            _checks.same_shape(function, "normalizer", total, numerator.shape, "no axes, or the shape of the result")
+        numerator, total = _checks.upcast(numerator, total)
+    elif axis_name is not None:
+        total = lax.psum(total, axis_name)
+    return _ratio(numerator, jnp.broadcast_to(jnp.asarray(total, numerator.dtype), numerator.shape))
+
+
+@compiled("base")
+def perplexity(nll: ArrayLike, *, base: float | None = None) -> Array:
+    r"""Among how many equally likely classes a choice would be as hard: the exponential of the mean loss.
+
+    .. math:: e^{\mathrm{nll}} \quad\text{or}\quad b^{\mathrm{nll}}
+
+    1 for a loss of 0, +inf for +inf and for what is too large. Take the mean first, then this: the mean of perplexities is
+    another number.
+
+    Args:
+        nll: mean negative log-likelihood, floating point, of any shape.
+        base: the base of the logarithm in which nll was measured (2 for bits); None for nats.
+
+    Returns:
+        The perplexity, of the same shape; half precision is computed and returned in float32.
+
+    Raises:
+        TypeError: for nll that isn't floating point.
+        ValueError: for a base that is not positive, or 1.
+
+    >>> import jaxce
+    >>> print(jaxce.perplexity(2.302585), jaxce.perplexity(3.0, base=2))
+    10.0000 8.0
+
+    Source: Jelinek et al., "Perplexity, a measure of the difficulty of speech recognition tasks", JASA 62 (1977).
+    """
+    x = _checks.floating("perplexity", "nll", nll)
+    log_base = _checks.log_base("perplexity", base)
+    (x,) = _checks.upcast(x)
+    return jnp.exp(x) if log_base is None else jnp.power(jnp.asarray(base, x.dtype), x)
+
+
+@compiled()
+def bits_per(nll: ArrayLike, count: ArrayLike) -> Array:
+    r"""A total of nats in bits per unit: per byte, per character, per token, whatever was counted.
+
+    .. math:: \frac{\mathrm{nll}}{\mathrm{count} \cdot \log 2}
+
+    0 nats over 0 units are 0 bits, with derivative 0; any other total over 0 units is infinite.
+
+    Args:
+        nll: total (not mean) negative log-likelihood in nats, floating point, of any shape.
+        count: how many units it is for, floating point or integer: one number, or one for each nll.
+
+    Returns:
+        Bits per unit, in the shape of nll; half precision is computed and returned in float32.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for counts of another shape.
+
+    >>> import jaxce
+    >>> print(jaxce.bits_per(1000.0, 512))
+    2.8178
+
+    Source: Shannon, "A Mathematical Theory of Communication", Bell System Technical Journal 27 (1948).
+    """
+    x = _checks.floating("bits_per", "nll", nll)
+    n = jnp.asarray(count)
+    if jnp.issubdtype(n.dtype, jnp.integer):
+        n = n.astype(_checks.compute_dtype(x))
+    n = _checks.floating("bits_per", "count", n)
+    if n.shape != ():
+        _checks.same_shape("bits_per", "count", n, x.shape, "no axes, or the shape of nll")
+    x, n = _checks.upcast(x, n)
+    n = jnp.broadcast_to(n, x.shape)
+    empty = (x == 0) & (n == 0)
+    return jnp.where(empty, 0, x) / (jnp.where(empty, 1, n) * math.log(2))

@@ -1,0 +1,338 @@
+r"""One pass over the classes: what every softmax loss needs to know of a row of logits.
+
+For a row :math:`x` with maximum :math:`m` let the *gap* of class k be :math:`g_k = m - x_k \ge 0` and
+
+.. math:: L = \log \sum_k e^{-g_k} = \log(1 + s), \qquad s = \sum_{k \ne \text{top}} e^{-g_k} \ge 0,
+
+where *top* is one class that attains the maximum. Then every quantity is a sum of terms that are not negative, so that
+nothing cancels, whatever the logits are:
+
+.. math::
+    -\log p_y = g_y + L, \quad \operatorname{logsumexp}(x) = m + L, \quad
+    H(p) = \sum_k p_k g_k + L, \quad 1 - p_{\text{top}} = s / (1 + s).
+
+The functions here take the classes on the last axis; a class that is masked has the logit -inf, and is absent.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from jaxce._checks import upcast
+from jaxce._numerics import log1p
+
+
+class Row(NamedTuple):
+    """What one pass over a row of logits leaves: enough for all losses and gradients."""
+
+    maximum: Array  # m; an infinite logit counts as the largest finite number, so that it can be subtracted
+    anchor: Array  # c, the number that is subtracted before exp; see `_anchor`
+    top: Array  # the first class that attains the maximum
+    weight: Array  # exp(m - c), the weight of the top class
+    others: Array  # the sum of exp(x_k - c) over all other classes
+    present: Array  # whether any class is there, in a row that counts
+    counts: Array | None  # the mask of rows; None where all of them count
+
+    @property
+    def log_sum(self) -> Array:
+        """L, the logarithm of the sum of exp(-gap)."""
+        return log1p(self.others / self.weight)
+
+    def select(self, values: Array) -> Array:
+        """Values of the classes in the rows that count, and 0 in the others, whatever those hold."""
+        return values if self.counts is None else jnp.where(self.counts[..., None], values, 0)
+
+    @property
+    def inverse_total(self) -> Array:
+        """The factor that turns exp(x_k - c) into the probability of class k."""
+        return 1 / (self.weight + self.others)
+
+
+def _finite(x: Array) -> Array:
+    """X with +inf replaced by the largest finite number, in arithmetic that XLA:CPU can fuse into a reduction."""
+    return jnp.minimum(x, float(jnp.finfo(x.dtype).max))
+
+
+def _weights(x: Array, anchor: Array) -> Array:
+    """exp(x - c), the unnormalised probabilities, in the anchor's dtype."""
+    return jnp.exp(_finite(x.astype(anchor.dtype)) - anchor)
+
+
+def _anchor(maximum: Array, classes: int) -> Array:
+    """The integer c for which x - c is exact and exp(x - c) neither overflows nor loses what matters.
+
+    Subtracting the maximum itself rounds, by up to half an ulp of the gap: after exp that is up to 25 ulp of the term.
+    An integer between 0 and the maximum has no digits that x lacks, hence x - c is exact for negative maxima (c is the
+    maximum, rounded up) and for positive ones, as long as c <= x. So a positive maximum is brought down only as far as
+    the sum of ``classes`` terms, and its inverse, demand.
+    """
+    headroom = math.log(float(jnp.finfo(maximum.dtype).max)) - 2.7 - math.log(max(classes, 1))
+    anchor = jnp.ceil(jnp.maximum(jnp.minimum(maximum, 0), maximum - headroom))
+    return jnp.where(jnp.isfinite(anchor), anchor, 0)
+
+
+def _block_length(classes: int) -> int:
+    """The largest divisor of the number of classes up to its square root; all of them where that is hardly any."""
+    for length in range(math.isqrt(classes), 7, -1):
+        if classes % length == 0:
+            return length
+    return classes
+
+
+def _first(mask: Array) -> Array:
+    """Index of the first True on the last axis, kept. XLA:CPU has a fast minimum, of floats, and a slow argmax."""
+    last = mask.shape[-1] - 1
+    return jnp.min(jnp.where(mask, _places(mask.shape, np.float32), last), -1, keepdims=True).astype(jnp.int32)
+
+
+def _places(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """The index along the last axis. A constant rather than an iota, for XLA:CPU's fast reductions."""
+    return jnp.broadcast_to(np.arange(shape[-1], dtype=dtype), shape)
+
+
+def _take(x: Array, index: Array, axis: int = -1) -> Array:
+    """take_along_axis; 16-bit floats go by their bits, since XLA:CPU would widen the whole array to float32 first."""
+    bits = lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+    taken = jnp.take_along_axis(bits, index, axis, mode="clip")
+    return lax.bitcast_convert_type(taken, x.dtype) if x.dtype.itemsize == 2 else taken
+
+
+def _zero_at(values: Array, index: Array) -> Array:
+    return jnp.put_along_axis(values, index, 0, axis=-1, inplace=False, mode="clip")
+
+
+def row_pass(x: Array, rows: Array | None = None) -> Row:
+    """Goes over the classes once for the maxima and once for the sums.
+
+    The classes are cut into about sqrt(K) blocks and each is reduced by itself. This is where the digits come from: the
+    one block that holds the top class is summed again without it, so the top's 1 is never added to what it would drown.
+    And it keeps XLA:CPU's vectorised reductions inside the cache. The barriers make each reduction read ``x`` itself and
+    upcast inside its loop, rather than keep an array of the size of ``x`` between them.
+    """
+    x = lax.stop_gradient(x)
+    *batch, classes = x.shape
+    length = _block_length(classes)
+    blocks = x.reshape(*batch, classes // length, length) if length else x[..., None]
+
+    block_maxima = lax.optimization_barrier(jnp.max(blocks, -1, initial=-jnp.inf))
+    maximum = jnp.max(block_maxima, -1, keepdims=True, initial=-jnp.inf)
+    block = _first(block_maxima == maximum)
+    top_block = _take(blocks, block[..., None], axis=-2)[..., 0, :]
+    place = _first(top_block == maximum)
+
+    (m,) = upcast(maximum)
+    m = _finite(m)
+    anchor = _anchor(m, classes)
+    blocks, anchor, top_block = lax.optimization_barrier((blocks, anchor, top_block))
+    others = jnp.sum(_zero_at(_weights(top_block, anchor), place), -1)
+    if length < classes:
+        others += jnp.sum(_zero_at(jnp.sum(_weights(blocks, anchor[..., None]), -1), block), -1)
+
+    m, anchor = m[..., 0], anchor[..., 0]
+    present = m != -jnp.inf
+    return Row(
+        maximum=m,
+        anchor=anchor,
+        top=(block * length + place)[..., 0],
+        weight=jnp.where(present, jnp.exp(m - anchor), 1),
+        others=others,
+        present=present if rows is None else present & rows,
+        counts=rows,
+    )
+
+
+# The derivatives. Each rule gives the tangent as a sum over the classes of a coefficient times the logit's tangent, where
+# the coefficients are functions of the logits with rules of their own; so all orders and both modes work. A row is known
+# from the logits that come with it and has no derivative.
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.sum(a * b, -1)
+
+
+def _is_class(x: Array, index: Array) -> Array:
+    """Whether a class is the one with the given index; a comparison, since a gather would undo a sharded class axis."""
+    return lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) == index[..., None]
+
+
+@jax.custom_jvp
+def probabilities(x: Array, row: Row) -> Array:
+    """softmax(x), 0 where a row is masked."""
+    x, anchor, inverse = lax.optimization_barrier((x, row.anchor, row.inverse_total))
+    return row.select(_weights(x, anchor[..., None]) * inverse[..., None])
+
+
+@probabilities.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    x, row = primals
+    p = probabilities(x, row)
+    return p, _probabilities_tangent(p, tangents[0])
+
+
+def _probabilities_tangent(p: Array, dx: Array) -> Array:
+    return _less_mean(p, dx.astype(p.dtype))
+
+
+def _less_mean(p: Array, v: Array) -> Array:
+    """p (v - sum_k p_k v_k), multiplied out: XLA:CPU of jaxlib 0.10.2 compiles the factored form wrongly if p is shared
+    by a batch of v, as it is in a Hessian."""
+    terms = p * v
+    return terms - p * jnp.sum(terms, -1)[..., None]
+
+
+@jax.custom_jvp
+def log_normalizer(x: Array, row: Row) -> Array:
+    """logsumexp(x) = m + L; -inf where no class is there."""
+    return row.maximum + row.log_sum
+
+
+@log_normalizer.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    x, row = primals
+    p = probabilities(x, row)
+    return log_normalizer(x, row), _dot(p, tangents[0].astype(p.dtype))
+
+
+@jax.custom_jvp
+def log_probabilities(x: Array, row: Row) -> Array:
+    """Log softmax(x) = -(g + L), -inf where a class is not there."""
+    gaps = row.maximum[..., None] - _finite(x.astype(row.maximum.dtype))
+    return jnp.where(jnp.isneginf(x), -jnp.inf, -(gaps + row.log_sum[..., None]))
+
+
+@log_probabilities.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    x, row = primals
+    p = probabilities(x, row)
+    dx = tangents[0].astype(p.dtype)
+    return log_probabilities(x, row), row.select(dx - _dot(p, dx)[..., None])
+
+
+@jax.custom_jvp
+def label_nll(x: Array, row: Row, labels: Array) -> Array:
+    """-log softmax(x)[label] = g_label + L; NaN where the label is not a class."""
+    x_label = _label_logit(x, row, labels)
+    nll = (row.maximum - x_label) + row.log_sum
+    return jnp.where(row.present, jnp.where(_is_valid(labels, x), nll, jnp.nan), 0)
+
+
+def _is_valid(labels: Array, x: Array) -> Array:
+    return (labels >= 0) & (labels < x.shape[-1])
+
+
+def _label_logit(x: Array, row: Row, labels: Array) -> Array:
+    return _finite(_take(x, labels[..., None])[..., 0].astype(row.maximum.dtype))
+
+
+@label_nll.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    x, row, labels = primals
+    error = _label_error(x, row, labels)
+    return label_nll(x, row, labels), _dot(error, tangents[0].astype(error.dtype))
+
+
+@jax.custom_jvp
+def _label_error(x: Array, row: Row, labels: Array) -> Array:
+    """softmax(x) - onehot(label), with p - 1 at the label formed as -(the others' share): no 1 is subtracted."""
+    x_label = _label_logit(x, row, labels)
+    rest = jnp.where(x_label == row.maximum, row.others, row.weight + row.others - jnp.exp(x_label - row.anchor))
+    inverse = jnp.where(_is_valid(labels, x) | ~row.present, row.inverse_total, jnp.nan)
+    x, anchor, inverse, at_label = lax.optimization_barrier((x, row.anchor, inverse, -rest * inverse))
+    p = _weights(x, anchor[..., None]) * inverse[..., None]
+    return row.select(jnp.where(_is_class(x, labels), at_label[..., None], p))
+
+
+@_label_error.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    x, row, labels = primals
+    return _label_error(x, row, labels), _probabilities_tangent(probabilities(x, row), tangents[0])
+
+
+@jax.custom_jvp
+def dense_nll(x: Array, row: Row, targets: Array) -> Array:
+    """sum_k t_k (g_k + L), where a class with t = 0 adds nothing, even at infinite distance."""
+    gaps = row.maximum[..., None] - _finite(x.astype(row.maximum.dtype))
+    return jnp.where(row.present, _sum_of_products(targets, gaps + row.log_sum[..., None]), 0)
+
+
+def _sum_of_products(a: Array, b: Array) -> Array:
+    """Sum a * b with 0 * inf = 0. The plain sum of products is fast on XLA:CPU, one with a selection is not; and it
+    tells by a NaN where it can't be used.
+    """
+    plain = _dot(a, b)
+    return lax.cond(jnp.any(jnp.isnan(plain)), lambda: jnp.sum(jnp.where(a == 0, 0, a * b), -1), lambda: plain)
+
+
+@partial(dense_nll.defjvp, symbolic_zeros=True)
+def _(primals: Any, tangents: Any) -> Any:
+    x, row, targets = primals
+    dx, _, dt = tangents
+    tangent = jnp.zeros_like(row.maximum)
+    if not isinstance(dx, jax.custom_derivatives.SymbolicZero):
+        error = _dense_error(x, row, targets)
+        tangent += _dot(error, dx.astype(error.dtype))
+    if not isinstance(dt, jax.custom_derivatives.SymbolicZero):
+        absent = (targets == 0) & jnp.isneginf(x)
+        tangent += _dot(jnp.where(absent, 0, row.select(-log_probabilities(x, row))), dt)
+    return dense_nll(x, row, targets), tangent
+
+
+@jax.custom_jvp
+def _dense_error(x: Array, row: Row, targets: Array) -> Array:
+    """p_j T - t_j with T = sum_k t_k; at the top class p_j (T - t_j) - (1 - p_j) t_j, both of which may be tiny."""
+    top_target = _take(targets, row.top[..., None])[..., 0]
+    rest = jnp.sum(targets * _differs(row.top, targets), -1)
+    inverse = row.inverse_total
+    at_top = (row.weight * rest - row.others * top_target) * inverse
+    x, targets, anchor, scale, at_top = lax.optimization_barrier(
+        (x, targets, row.anchor, (rest + top_target) * inverse, at_top)
+    )
+    error = _weights(x, anchor[..., None]) * scale[..., None] - targets
+    return row.select(jnp.where(_is_class(x, row.top), at_top[..., None], error))
+
+
+def _differs(index: Array, values: Array) -> Array:
+    """1 where the place on the last axis differs from the index, else 0: a selection as XLA:CPU's fast sums take it."""
+    distance = jnp.abs(_places(values.shape, values.dtype) - index[..., None].astype(values.dtype))
+    return jnp.minimum(1, distance)
+
+
+@partial(_dense_error.defjvp, symbolic_zeros=True)
+def _(primals: Any, tangents: Any) -> Any:
+    x, row, targets = primals
+    dx, _, dt = tangents
+    p = probabilities(x, row)
+    tangent = jnp.zeros_like(p)
+    if not isinstance(dx, jax.custom_derivatives.SymbolicZero):
+        tangent += jnp.sum(targets, -1)[..., None] * _probabilities_tangent(p, dx)
+    if not isinstance(dt, jax.custom_derivatives.SymbolicZero):
+        tangent += p * jnp.sum(dt, -1)[..., None] - row.select(dt)
+    return _dense_error(x, row, targets), tangent
+
+
+@jax.custom_jvp
+def entropy(x: Array, row: Row) -> Array:
+    """H(softmax(x)) = sum_k p_k g_k + L."""
+    mean_gap = _dot(_weights(x, row.anchor[..., None]), _gaps(x, row)) * row.inverse_total
+    return jnp.where(row.present, mean_gap + row.log_sum, 0)
+
+
+def _gaps(x: Array, row: Row) -> Array:
+    """M - x, finite also where a class is not there, so that its product with the probability 0 is 0."""
+    return _finite(row.maximum[..., None] - _finite(x.astype(row.maximum.dtype)))
+
+
+@entropy.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    x, row = primals
+    p = probabilities(x, row)
+    gaps = row.select(_gaps(x, row))
+    return entropy(x, row), _dot(_less_mean(p, gaps), tangents[0].astype(p.dtype))

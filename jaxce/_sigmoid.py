@@ -1,0 +1,237 @@
+r"""Binary losses on logits: how surprising is a yes or a no to someone whose log-odds for yes are x?
+
+Everything is measured from |x|, with exp(-|x|) <= 1, and p = sigma(x) appears only as one of a pair (p, 1 - p) of which
+neither is formed from the other. So no tail is lost: not the loss's, not its gradient's, not its curvature's.
+
+The losses are written without a comparison, as XLA:CPU then makes a single loop of the loss and the mean over it; one
+``jnp.where`` makes that two to four loops with the whole array between them, and four times the time.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxce import _checks
+from jaxce._checks import compiled
+from jaxce._numerics import scale
+
+
+def _softplus(x: Array) -> Array:
+    """log(1 + exp(x)) for x <= 0."""
+    e = jnp.exp(x)
+    # log(1 + e) = 2 atanh(s) with s = e / (2 + e) <= 1/3, and 2 s = e - s e. In the sum e is the larger part, and exact.
+    s = e / (2 + e)
+    u = s * s
+    last, *others = reversed(range(8 if x.dtype == jnp.float32 else 16))
+    series = u / (2 * last + 3)  # u/3 + u^2/5 + u^3/7 + ..., as many terms as u <= 1/9 wants
+    for k in others:
+        series = (series + 1 / (2 * k + 3)) * u
+    return e - s * (e - 2 * series)
+
+
+def _unless_zero(weight: Array, x: Array) -> Array:
+    """X >= 0, but 0 where weight is 0, so that 0 * inf is 0."""
+    largest = float(jnp.finfo(x.dtype).max)
+    return 2 * jnp.minimum(x / 2, jnp.abs(jnp.sign(weight)) * largest)  # 2 * largest = inf
+
+
+@jax.custom_jvp
+def _sigmoids(x: Array) -> tuple[Array, Array]:
+    """sigma(x) and sigma(-x) = 1 - sigma(x)."""
+    e = jnp.exp(-jnp.abs(x))
+    large = 1 / (1 + e)
+    small = e * large
+    positive = x == jnp.abs(x)
+    return jnp.where(positive, large, small), jnp.where(positive, small, large)
+
+
+@_sigmoids.defjvp
+def _sigmoids_jvp(primals: tuple[Array], tangents: tuple[Array]) -> Any:
+    p, not_p = _sigmoids(*primals)
+    slope = p * not_p * tangents[0]
+    return (p, not_p), (slope, -slope)
+
+
+@jax.custom_jvp
+def _slope(x: Array, t: Array) -> Array:
+    """sigma(x) - t."""
+    p, not_p = _sigmoids(x)
+    return (1 - t) * p - t * not_p
+
+
+@_slope.defjvp
+def _slope_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    p, not_p = _sigmoids(primals[0])
+    return _slope(*primals), p * not_p * tangents[0] - tangents[1]
+
+
+@jax.custom_jvp
+def _binary_cross_entropy(x: Array, t: Array) -> Array:
+    """-t log sigma(x) - (1 - t) log sigma(-x)."""
+    not_t = t - 1
+    wrong = t * _unless_zero(t, jnp.maximum(-x, 0)) - not_t * _unless_zero(not_t, jnp.maximum(x, 0))
+    return wrong + _softplus(-jnp.abs(x))
+
+
+@_binary_cross_entropy.defjvp
+def _binary_cross_entropy_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    x, t = lax.optimization_barrier(primals)  # else XLA would store what loss and gradient have in common
+    return _binary_cross_entropy(*primals), _slope(x, t) * tangents[0] + scale(-x, tangents[1])
+
+
+# --- focal: the loss times (1 - p_t)^gamma, with p_t the probability of the label --------------------------------------
+
+
+@jax.custom_jvp
+def _log_slope(x: Array, t: Array) -> Array:
+    """d log(1 - p_t) / dx: between -1 and 1, where (1 - p_t)' and 1 - p_t both may underflow."""
+    (p, not_p), miss = _sigmoids(x), _miss(x, t)
+    return (1 - 2 * t) * jnp.where(miss == 0, 1, p * not_p / jnp.where(miss == 0, 1, miss))
+
+
+@_log_slope.defjvp
+def _log_slope_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (p, not_p), miss = _sigmoids(primals[0]), _miss(*primals)
+    slope = _log_slope(*primals)
+    by_x = slope * (not_p - p - slope)
+    by_t = jnp.where(miss == 0, 0, -(2 * p * not_p + slope * (not_p - p)) / jnp.where(miss == 0, 1, miss))
+    return slope, by_x * tangents[0] + scale(by_t, tangents[1])
+
+
+def _miss(x: Array, t: Array) -> Array:
+    """1 - p_t, without subtracting anything from 1 that is close to it."""
+    p, not_p = _sigmoids(x)
+    return (1 - t) * p + t * not_p
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _modulation(x: Array, t: Array, gamma: float) -> Array:
+    """(1 - p_t)^gamma."""
+    return _miss(x, t) ** (int(gamma) if gamma == int(gamma) else gamma)
+
+
+@_modulation.defjvp
+def _modulation_jvp(gamma: float, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    value = _modulation(*primals, gamma)
+    by_x = gamma * value * _log_slope(*primals)
+    return value, by_x * tangents[0] + _modulation_by_label(*primals, gamma) * tangents[1]
+
+
+def _modulation_by_label(x: Array, t: Array, gamma: float) -> Array:
+    # For gamma < 1 the power has an infinite slope at 0, but the cross-entropy that it multiplies is 0 there: 0 is right.
+    (p, not_p), miss = _sigmoids(x), _miss(x, t)
+    return gamma * (not_p - p) * jnp.where(miss == 0, 0, _modulation(x, t, gamma) / jnp.where(miss == 0, 1, miss))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _focal(x: Array, t: Array, gamma: float) -> Array:
+    return _modulation(x, t, gamma) * _binary_cross_entropy(x, t)
+
+
+@_focal.defjvp
+def _focal_jvp(gamma: float, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    x, t = primals
+    largest = float(jnp.finfo(x.dtype).max)
+    factor, loss = _modulation(x, t, gamma), _binary_cross_entropy(x, t)
+    # At infinite logits, where the factor has stopped changing, 0 times the largest number stands for 0 times infinity.
+    by_x = factor * (_slope(x, t) + gamma * _log_slope(x, t) * jnp.minimum(loss, largest))
+    by_t = _modulation_by_label(x, t, gamma) * loss - factor * jnp.clip(x, -largest, largest)
+    return _focal(x, t, gamma), by_x * tangents[0] + scale(by_t, tangents[1])
+
+
+def _arguments(function: str, logits: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
+    x = _checks.floating(function, "logits", logits)
+    t = jnp.asarray(labels)
+    if jnp.issubdtype(t.dtype, jnp.integer):
+        t = t.astype(_checks.compute_dtype(x))
+    t = _checks.floating(function, "labels", t)
+    _checks.same_shape(function, "labels", t, x.shape, "the shape of logits")
+    x, t = _checks.upcast(x, t)
+    return x, t
+
+
+@compiled()
+def sigmoid_binary_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Array:
+    r"""Cross-entropy of independent yes-or-no questions: one logit, the log-odds for yes, and one label for each.
+
+    .. math:: -t \log \sigma(x) - (1 - t) \log \sigma(-x) =
+        \begin{cases} (1 - t)\, x + \log(1 + e^{-x}) & x > 0 \ t\, |x| + \log(1 + e^x) & x \le 0 \end{cases}
+
+    with derivatives :math:`\sigma(x) - t` by the logit and :math:`-x` by the label. In nats, never negative for labels in
+    [0, 1], and right to 2 ulp (gradient: 4 ulp of the larger of sigma(x) and t) at every size of logit, except that
+    XLA:CPU takes a loss below the smallest normal number for 0. An infinite logit costs 0 if its label agrees fully, with
+    gradient 0, and +inf otherwise. An empty array gives an empty array. Optax's function has the same name and meaning.
+
+    Args:
+        logits: floating point, of any shape.
+        labels: probabilities of yes, floating point or integer, of the same shape.
+
+    Returns:
+        The loss of each entry, of the same shape: float32 for half precision, else the wider of the two dtypes.
+
+    Raises:
+        TypeError: for logits that are not floating point or labels that are not numbers.
+        ValueError: for labels of another shape.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxce
+    >>> print(jaxce.sigmoid_binary_cross_entropy(jnp.array([0.0, 40.0, -2.0, jnp.inf]), jnp.array([1, 1, 1, 1])))
+    [6.931472e-01 4.248354e-18 2.126928e+00 0.000000e+00]
+
+    Source: Cox, "The Regression Analysis of Binary Sequences", JRSS B 20 (1958).
+    """
+    x, t = _arguments("sigmoid_binary_cross_entropy", logits, labels)
+    return _binary_cross_entropy(x, t)
+
+
+@compiled("alpha", "gamma")
+def sigmoid_focal_loss(
+    logits: ArrayLike, labels: ArrayLike, *, alpha: float | None = None, gamma: float = 2.0
+) -> Array:
+    r"""Binary cross-entropy that looks away from what is already right.
+
+    .. math:: \alpha_t (1 - p_t)^\gamma \cdot \text{binary cross-entropy}, \qquad
+        p_t = t\, \sigma(x) + (1 - t)\, \sigma(-x), \quad \alpha_t = \alpha t + (1 - \alpha)(1 - t)
+
+    where 1 - p_t is formed without subtracting from 1, and without weights (:math:`\alpha_t = 1`) if alpha is None. With
+    gamma = 0 it is `sigmoid_binary_cross_entropy` exactly. No derivative by the logits is NaN, also for gamma below 1 and
+    where 1 - p_t is 0 or underflows. The values are within
+    8 ulp. Infinite logits, empty arrays and dtypes: as there. Optax's formula and arguments,
+    except that None and not a negative alpha stands for no weights.
+
+    Args:
+        logits: floating point, of any shape.
+        labels: probabilities of yes, floating point or integer, of the same shape.
+        alpha: weight of yes, in [0, 1], against 1 - alpha for no.
+        gamma: how strongly to look away, at least 0.
+
+    Returns:
+        The loss of each entry, of the same shape.
+
+    Raises:
+        TypeError: for logits that are not floating point or labels or options that are not numbers.
+        ValueError: for labels of another shape, or options out of range.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxce
+    >>> print(jaxce.sigmoid_focal_loss(jnp.array([0.0, 4.0, -4.0]), jnp.array([1, 1, 1])))
+    [1.7329e-01 5.8724e-06 3.8749e+00]
+
+    Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, https://arxiv.org/abs/1708.02002.
+    """
+    function = "sigmoid_focal_loss"
+    gamma = _checks.number(function, "gamma", gamma, "a number, at least 0", lambda g: 0 <= g < math.inf)
+    x, t = _arguments(function, logits, labels)
+    loss = _focal(x, t, gamma) if gamma else _binary_cross_entropy(x, t)
+    if alpha is None:
+        return loss
+    alpha = _checks.number(function, "alpha", alpha, "None or a number in [0, 1]", lambda a: 0 <= a <= 1)
+    weight = alpha * t + (1 - alpha) * (1 - t)
+    return weight * jnp.where((weight == 0) & (loss == jnp.inf), 0, loss)

@@ -1,0 +1,14 @@
+"""Settings of the whole suite: JAX as strict as it can be, and nothing downloaded, cached or parallel."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax
+
+sys.path.insert(0, str(Path(__file__).parent))  # so that tests can say `import helpers` however pytest was started
+
+jax.config.update("jax_enable_x64", False)  # tests that need float64 say so with `jax.enable_x64(True)`
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")

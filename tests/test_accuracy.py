@@ -1,0 +1,274 @@
+"""How exact the softmax losses are, in units in the last place, against 60 digits computed from the same binary inputs.
+
+Values: at most 2 ulp for up to 1000 classes and 4 beyond. Gradients: at most 4 ulp of the largest magnitude that the
+formula has to form for that entry. So a confident row's loss of 1e-20 has all its digits, in every dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import helpers
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+from helpers import Row, ulp_error
+
+import jaxce
+
+GRADIENT_LIMIT = 4.0
+
+
+class Measure(NamedTuple):
+    """A function of logits, integer labels and soft labels; its exact value, and exact gradient with its scale, by row."""
+
+    call: Callable[..., Any]
+    value: Callable[[Row, int, Any], Any]
+    gradient: Callable[[Row, int, Any], list[tuple[Any, Any]]] | None
+
+
+def integer_gradient(row: Row, label: int, _: Any) -> list[tuple[Any, Any]]:
+    exact = [row.p(k) for k in range(len(row.exps))]
+    exact[label] = -row.not_p(label)
+    return [(e, e) for e in exact]
+
+
+def dense_value(row: Row, _: int, target: Any) -> Any:
+    return mpmath.fsum(t * row.nll(k) for k, t in enumerate(target) if t)
+
+
+def dense_gradient(row: Row, _: int, target: Any) -> list[tuple[Any, Any]]:
+    total = mpmath.fsum(target)
+    result = []
+    for k, t in enumerate(target):
+        others, own = row.p(k) * (total - t), row.not_p(k) * t
+        result.append((others - own, max(others, own)))
+    return result
+
+
+def entropy_gradient(row: Row, _: int, __: Any) -> list[tuple[Any, Any]]:
+    """p (gap - mean gap), which is p (-log p - H) with the normalizers cancelled."""
+    mean = row.mean_gap
+    return [
+        (e / row.total * (g - mean), e / row.total * max(g, mean)) if e else (helpers.ZERO, helpers.ZERO)
+        for g, e in zip(row.gaps, row.exps, strict=True)
+    ]
+
+
+def probability_gradient(row: Row, _: int, __: Any) -> list[tuple[Any, Any]]:
+    return [(row.p(k), row.p(k)) for k in range(len(row.exps))]
+
+
+MEASURES = {
+    "integer": Measure(
+        lambda x, y, t: jaxce.softmax_cross_entropy_with_integer_labels(x, y),
+        lambda row, y, t: row.nll(y),
+        integer_gradient,
+    ),
+    "dense": Measure(lambda x, y, t: jaxce.softmax_cross_entropy(x, t), dense_value, dense_gradient),
+    "entropy": Measure(lambda x, y, t: jaxce.entropy_with_logits(x), lambda row, y, t: row.entropy, entropy_gradient),
+    "logsumexp": Measure(lambda x, y, t: jaxce.logsumexp(x), lambda row, y, t: row.logsumexp, probability_gradient),
+    "statistics.nll": Measure(
+        lambda x, y, t: jaxce.softmax_statistics(x, y).nll, lambda row, y, t: row.nll(y), integer_gradient
+    ),
+    "statistics.log_normalizer": Measure(
+        lambda x, y, t: jaxce.softmax_statistics(x, y).log_normalizer,
+        lambda row, y, t: row.logsumexp,
+        probability_gradient,
+    ),
+    "statistics.entropy": Measure(
+        lambda x, y, t: jaxce.softmax_statistics(x, y).entropy, lambda row, y, t: row.entropy, entropy_gradient
+    ),
+}
+SMALL = [("float32", k) for k in (2, 3, 10, 64, 65, 97, 1000)]
+SMALL += [(d, k) for d in ("float64", "bfloat16", "float16") for k in (2, 65)] + [("float64", 1000), ("bfloat16", 1000)]
+LARGE = [("float32", 29 * 1733), ("float32", 8191), ("bfloat16", 4096), ("float64", 4096), ("float32", 131072)]
+LARGE_FAMILIES = ("random", "right, 1e-07", "ties")
+
+
+@functools.cache
+def problem(dtype: str, classes: int) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """Names, logits, integer labels and soft labels; only three rows where there are many classes."""
+    names, logits, labels = helpers.families(dtype, classes, 4 if classes < 1000 else 2 if classes == 1000 else 1)
+    if classes > 1000:
+        chosen = [names.index(name) for name in LARGE_FAMILIES if name in names]
+        names, logits, labels = [names[i] for i in chosen], logits[chosen], labels[chosen]
+    return names, logits, labels, helpers.soft_labels(names, logits, labels, dtype)
+
+
+@functools.cache
+def exact(name: str, dtype: str, classes: int) -> tuple[list[Any], list[Any], list[Any]]:
+    """Exact values, gradients and gradient scales, flat."""
+    _, logits, labels, targets = problem(dtype, classes)
+    measure = MEASURES[name]
+    cases = [
+        (row, int(label), [mpmath.mpf(t) for t in target])
+        for row, label, target in zip(helpers.rows(logits), labels, targets.astype(np.float64).tolist(), strict=True)
+    ]
+    values = [measure.value(*case) for case in cases]
+    gradients = [pair for case in cases for pair in (measure.gradient(*case) if measure.gradient else [])]
+    return values, [g for g, _ in gradients], [abs(s) for _, s in gradients]
+
+
+def value_and_gradient(measure: Measure) -> Callable[..., Any]:
+    def total(x: jax.Array, *labels: jax.Array) -> Any:
+        values = measure.call(x, *labels)
+        return values.sum(), values
+
+    def both(x: jax.Array, *labels: jax.Array) -> Any:
+        (_, values), gradient = jax.value_and_grad(total, has_aux=True)(x, *labels)
+        return values, gradient
+
+    return both
+
+
+def check(name: str, dtype: str, classes: int, transform: Callable[..., Any]) -> tuple[np.ndarray, np.ndarray]:
+    names, logits, labels, targets = problem(dtype, classes)
+    values, gradients, scales = exact(name, dtype, classes)
+    with jax.enable_x64(dtype == "float64"):
+        got, got_gradient = transform(value_and_gradient(MEASURES[name]))(
+            jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(targets)
+        )
+        got, got_gradient = np.asarray(got), np.asarray(got_gradient)
+    assert got.dtype == ("float64" if dtype == "float64" else "float32")
+    assert got_gradient.dtype == dtype
+    failures = helpers.worst(ulp_error(got, values), names, 2 if classes <= 1000 else 4)
+    assert not failures, f"value of {name}, {dtype}, {classes} classes: {failures}"
+    if "logsumexp" not in name and "log_normalizer" not in name:
+        assert np.all(got >= 0), f"negative: {[n for n, v in zip(names, got, strict=True) if v < 0]}"
+    failures = helpers.worst(ulp_error(got_gradient, gradients, scales), names, GRADIENT_LIMIT)
+    assert not failures, f"gradient of {name}, {dtype}, {classes} classes: {failures}"
+    return got, got_gradient
+
+
+@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize(("dtype", "classes"), SMALL)
+def test_up_to_1000_classes(name: str, dtype: str, classes: int) -> None:
+    if name.startswith("statistics") and (dtype, classes) not in [("float32", 65), ("bfloat16", 65)]:
+        pytest.skip("softmax_statistics is the same computation")
+    check(name, dtype, classes, jax.jit)
+
+
+@pytest.mark.parametrize("name", ["integer", "dense", "entropy", "logsumexp"])
+@pytest.mark.parametrize(("dtype", "classes"), LARGE)
+def test_many_classes(name: str, dtype: str, classes: int) -> None:
+    check(name, dtype, classes, jax.jit)
+
+
+@pytest.mark.parametrize("name", ["integer", "dense", "entropy", "logsumexp"])
+def test_without_jit_it_is_as_exact(name: str) -> None:
+    """Compilers contract and reassociate: what is exact only when compiled, or only when not, would show here."""
+
+    def eager(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: jax.Array) -> Any:
+            with jax.disable_jit():
+                return function(*args)
+
+        return run
+
+    check(name, "float32", 65, eager)
+
+
+@pytest.mark.parametrize(("dtype", "classes"), [("float32", 10), ("float32", 1000), ("float64", 65), ("bfloat16", 65)])
+def test_log_softmax(dtype: str, classes: int) -> None:
+    names, logits, *_ = problem(dtype, classes)
+    values = [-row.nll(k) for row in helpers.rows(logits) for k in range(classes)]
+    with jax.enable_x64(dtype == "float64"):
+        got = np.asarray(jaxce.log_softmax(jnp.asarray(logits)))
+    assert np.all(got <= 0)
+    failures = helpers.worst(ulp_error(got, values), names, 2)
+    assert not failures, f"log_softmax, {dtype}, {classes} classes: {failures}"
+
+
+@pytest.mark.parametrize(("dtype", "classes"), [("float32", 10), ("float32", 1000), ("float64", 65), ("bfloat16", 65)])
+def test_cross_entropy_with_logits(dtype: str, classes: int) -> None:
+    """Every row of logits against the next one: values, and gradients by both arguments."""
+    names, logits, *_ = problem(dtype, classes)
+    count = 2 if classes < 1000 else 1
+    names, logits = names * count, np.concatenate([logits] * count)
+    other = np.roll(logits, 1, axis=0)
+    other[len(names) // 2 :] = logits[len(names) // 2 :]  # and against itself
+    values, p_exact, p_scale, q_exact, q_scale = [], [], [], [], []
+    for p, q in zip(helpers.rows(logits), helpers.rows(other), strict=True):
+        value = mpmath.fsum(p.p(k) * q.nll(k) for k in range(classes) if p.exps[k])
+        values.append(value)
+        for k in range(classes):
+            cost = q.nll(k)
+            by_p = p.p(k) * (cost - value) if p.exps[k] and value < helpers.INF else helpers.ZERO
+            p_exact.append(by_p)
+            p_scale.append(p.p(k) * max(cost, value) if p.exps[k] and value < helpers.INF else helpers.ZERO)
+            q_exact.append(q.p(k) * p.not_p(k) - q.not_p(k) * p.p(k))
+            q_scale.append(max(q.p(k) * p.not_p(k), q.not_p(k) * p.p(k)))
+
+    def total(p: jax.Array, q: jax.Array) -> Any:
+        result = jaxce.cross_entropy_with_logits(p, q)
+        return result.sum(), result
+
+    with jax.enable_x64(dtype == "float64"):
+        (_, got), gradients = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(
+            jnp.asarray(logits), jnp.asarray(other)
+        )
+        got, by_p, by_q = map(np.asarray, (got, *gradients))
+    failures = helpers.worst(ulp_error(got, values), names, 2)
+    assert not failures, f"value: {failures}"
+    assert np.all(got >= 0)
+    finite = np.isfinite(np.array([float(v) for v in values]))  # where the loss is infinite, p's gradient is undefined
+    errors = np.where(finite[:, None], ulp_error(by_p, p_exact, p_scale), 0)
+    failures = helpers.worst(errors, names, GRADIENT_LIMIT)
+    assert not failures, f"gradient by p_logits: {failures}"
+    failures = helpers.worst(ulp_error(by_q, q_exact, q_scale), names, GRADIENT_LIMIT)
+    assert not failures, f"gradient by q_logits: {failures}"
+
+
+@pytest.mark.parametrize("loss", [1e-3, 1e-7, 1e-12, 1e-20, 1e-30])
+@pytest.mark.parametrize("classes", [2, 10])
+def test_confident_rows_keep_their_digits(loss: float, classes: int) -> None:
+    """The example that started it: lse - x_y gives 0 here, and a gradient of 0."""
+    logits = np.full(classes, np.log(loss / (classes - 1)), np.float32)
+    logits[0] = 0.0
+    (row,) = helpers.rows(logits[None])
+    for offset in (0.0, 4.0):
+        shifted = jnp.asarray(np.round(logits * 2**12) / 2**12 + offset, "float32")
+        (row,) = helpers.rows(np.asarray(shifted)[None])
+        got, gradient = jax.value_and_grad(jaxce.softmax_cross_entropy_with_integer_labels)(shifted, jnp.array(0))
+        assert ulp_error(got, [row.nll(0)]) <= 2
+        assert ulp_error(gradient[:1], [-row.not_p(0)]) <= 4
+
+
+def test_terms_that_flush_to_zero_one_by_one() -> None:
+    """exp(-gap) below the smallest normal number, in a sum that is far above it: the exact loss is a normal number."""
+    logits = np.full((1, 1000), -88.0, np.float32)
+    logits[0, 7] = 0.0
+    (row,) = helpers.rows(logits)
+    got = jaxce.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), jnp.array([7]))
+    assert ulp_error(got, [row.nll(7)]).max() <= 2
+
+
+def test_gaps_beyond_the_largest_number() -> None:
+    """A gap of 6e38 isn't a float32, but half of it is: finite where the exact answer is finite."""
+    logits = jnp.array([[3e38, -3e38]], "float32")
+    targets = jnp.array([[0.5, 0.5]], "float32")
+    (row,) = helpers.rows(logits)
+    got = jaxce.softmax_cross_entropy(logits, targets)
+    assert ulp_error(got, [row.nll(1) / 2]).max() <= 2
+    assert jaxce.entropy_with_logits(logits) == jnp.zeros(1)
+
+
+@pytest.mark.parametrize("name", ["integer", "dense", "entropy"])
+def test_unchanged_when_a_constant_is_added_exactly(name: str) -> None:
+    rng = np.random.default_rng(0)
+    offset = 2.0**13
+    grid = float(np.spacing(np.float32(2 * offset)))
+    x = (np.round(rng.normal(size=(50, 20)) * 20 / grid) * grid).astype("float32")
+    shifted = x + np.float32(offset)
+    assert np.array_equal(shifted.astype(np.float64), x.astype(np.float64) + offset)
+    labels = rng.integers(20, size=50).astype("int32")
+    targets = helpers.soft_labels(["" for _ in x], x, labels, "float32")
+    both = jax.jit(value_and_gradient(MEASURES[name]))
+    for before, after in zip(both(x, labels, targets), both(shifted, labels, targets), strict=True):
+        unit = np.maximum(np.spacing(np.abs(before)), 1e-30)
+        assert np.max(np.abs(np.asarray(before) - np.asarray(after)) / unit) <= 2

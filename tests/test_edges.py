@@ -1,0 +1,335 @@
+"""The edges of the softmax losses: labels and masks that are wrong or extreme, infinities, axes, and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxce
+
+integer = jaxce.softmax_cross_entropy_with_integer_labels
+dense = jaxce.softmax_cross_entropy
+RNG = np.random.default_rng(1)
+INF, NAN = np.inf, np.nan
+
+OPTIONS: list[dict[str, Any]] = [{}, {"label_smoothing": 0.1}, {"z_loss": 1e-2}, {"class_weights": np.ones(4, np.float32)}]
+LABELLED: dict[str, Callable[..., Any]] = {
+    **{
+        f"integer, {', '.join(o) or 'plain'}": (lambda x, y, where=None, o=o: integer(x, y, where=where, **o))
+        for o in OPTIONS
+    },
+    "focal": lambda x, y, where=None: jaxce.softmax_focal_loss(x, y, where=where),
+    "poly": lambda x, y, where=None: jaxce.poly_loss_cross_entropy(x, y, where=where),
+    "statistics": lambda x, y, where=None: jaxce.softmax_statistics(x, y, where=where).nll,
+}
+LABELLED_EXACTLY = [n for n in LABELLED if n in ("integer, plain", "focal", "poly", "statistics")]
+T = np.array([[0.5, 0.25, 0.0, 0.25]] * 3, np.float32)
+UNLABELLED: dict[str, Callable[..., Any]] = {
+    **{f"dense, {', '.join(o) or 'plain'}": (lambda x, where=None, o=o: dense(x, T, where=where, **o)) for o in OPTIONS},
+    "dense focal": lambda x, where=None: jaxce.softmax_focal_loss(x, T, where=where),
+    "dense poly": lambda x, where=None: jaxce.poly_loss_cross_entropy(x, T, where=where),
+    "entropy": lambda x, where=None: jaxce.entropy_with_logits(x, where=where),
+    "cross-entropy": lambda x, where=None: jaxce.cross_entropy_with_logits(x, x[:, ::-1], where=where),
+    "relative entropy": lambda x, where=None: jaxce.relative_entropy_with_logits(x, x[:, ::-1], where=where),
+    "Jensen-Shannon": lambda x, where=None: jaxce.jensen_shannon_divergence_with_logits(x, x[:, ::-1], where=where),
+    "logsumexp": lambda x, where=None: jaxce.logsumexp(x, where=where),
+    "log_softmax": lambda x, where=None: jaxce.log_softmax(x, where=where),
+    "statistics.entropy": lambda x, where=None: jaxce.softmax_statistics(x, where=where).entropy,
+    "statistics.log_normalizer": lambda x, where=None: jaxce.softmax_statistics(x, where=where).log_normalizer,
+}
+EVERYTHING = {
+    **{n: (lambda x, where=None, f=f: f(x, np.array([0, 1, 3]), where)) for n, f in LABELLED.items()},
+    **UNLABELLED,
+}
+
+
+def value_and_grad(function: Callable[..., Any], x: Any, *args: Any) -> tuple[np.ndarray, np.ndarray]:
+    value, pullback = jax.vjp(lambda x: function(x, *args), jnp.asarray(x, "float32"))
+    (gradient,) = pullback(jnp.ones_like(value))
+    return np.asarray(value), np.asarray(gradient)
+
+
+# --- labels ---
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_a_label_that_is_no_class_gives_nan_in_its_row_only(name: str) -> None:
+    x = RNG.normal(size=(6, 4))
+    labels = np.array([0, -1, 4, 3, -100, 2**31 - 1], np.int32)
+    bad = (labels < 0) | (labels >= 4)
+    value, gradient = value_and_grad(LABELLED[name], x, labels)
+    assert np.array_equal(np.isnan(value), bad)
+    assert np.array_equal(np.isnan(gradient), np.broadcast_to(bad[:, None], gradient.shape))
+    tangent = jax.jvp(lambda x: LABELLED[name](x, labels), (jnp.asarray(x, "float32"),), (jnp.ones((6, 4)),))[1]
+    assert np.array_equal(np.isnan(tangent), bad)
+    value, gradient = value_and_grad(LABELLED[name], x, labels, ~bad)
+    assert np.all(np.isfinite(value)) and np.all(np.isfinite(gradient))
+    assert np.all(value[bad] == 0) and np.all(gradient[bad] == 0)
+
+
+@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("how", ["where", "-inf"])
+def test_a_label_on_a_class_that_is_not_there_has_infinite_loss(name: str, how: str) -> None:
+    x = RNG.normal(size=(3, 4))
+    keep = np.ones((3, 4), bool)
+    keep[1, 2] = False
+    args: tuple[Any, ...] = (np.array([0, 2, 3]),)
+    if how == "where":
+        args += (keep,)
+    else:
+        x = np.where(keep, x, -INF)
+    value, gradient = value_and_grad(LABELLED[name], x, *args)
+    if how == "-inf" and "smoothing" in name:
+        assert value[1] == INF
+    assert value[1] == INF
+    assert np.all(np.isfinite(value[[0, 2]])) and np.all(np.isfinite(gradient[[0, 2]]))
+    assert not np.any(np.isnan(value))
+
+
+def test_unsigned_and_small_labels() -> None:
+    """Comparisons and offsets must not wrap: 200 classes and int8, 300 and uint8."""
+    for classes, dtype, label in [(200, "int8", 127), (200, "int8", -1), (300, "uint8", 255), (130, "int8", 5)]:
+        x = RNG.normal(size=(1, classes)).astype("float32")
+        value, gradient = value_and_grad(integer, x, np.array([label], dtype))
+        if label < 0:
+            assert np.isnan(value).all() and np.isnan(gradient).all()
+        else:
+            np.testing.assert_allclose(value, helpers.plain_softmax_cross_entropy(x, np.array([label])), rtol=1e-6)
+            assert gradient[0, label] < 0
+
+
+# --- masks ---
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+@pytest.mark.parametrize("spoiler", [0.0, NAN, INF, -INF])
+@pytest.mark.parametrize("mask", ["rows", "entries"])
+def test_rows_with_nothing_left_are_zero_whatever_they_hold(name: str, spoiler: float, mask: str) -> None:
+    x = RNG.normal(size=(3, 4))
+    counts = np.array([True, False, True])
+    spoilt = np.where(counts[:, None], x, spoiler)
+    where = counts if mask == "rows" else np.broadcast_to(counts[:, None], x.shape)
+    value, gradient = value_and_grad(EVERYTHING[name], spoilt, where)
+    expected, expected_gradient = value_and_grad(EVERYTHING[name], x)
+    if name in ("logsumexp", "statistics.log_normalizer", "log_softmax"):
+        assert not np.any(np.isnan(value))
+    else:
+        assert np.all(value[1] == 0)
+    assert np.all(gradient[1] == 0)
+    np.testing.assert_allclose(value[[0, 2]], expected[[0, 2]], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(gradient[[0, 2]], expected_gradient[[0, 2]], rtol=1e-5, atol=1e-6)
+    _, tangent = jax.jvp(lambda x: EVERYTHING[name](x, where), (jnp.asarray(spoilt, "float32"),), (jnp.ones((3, 4)),))
+    assert np.all(np.isfinite(tangent))
+
+
+def test_a_masked_row_may_hold_soft_labels_of_any_kind() -> None:
+    x, counts = RNG.normal(size=(3, 4)), np.array([True, False, True])
+    labels = np.where(counts[:, None], T, np.float32(NAN))
+    for loss in (dense, jaxce.softmax_focal_loss):
+        value, gradient = value_and_grad(lambda x, f=loss: f(x, labels, where=counts), x)
+        assert value[1] == 0 and np.all(gradient[1] == 0) and np.all(np.isfinite(value))
+        by_labels = jax.grad(lambda t, f=loss: f(jnp.asarray(x, "float32"), t, where=counts).sum())(labels)
+        assert np.all(by_labels[1] == 0) and np.all(np.isfinite(by_labels))
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4,), (3, 1), (3, 4), ()])
+def test_masks_broadcast_to_the_logits(shape: tuple[int, ...]) -> None:
+    x, mask = RNG.normal(size=(3, 4)).astype("float32"), np.ones(shape, bool)
+    if mask.size > 1:
+        mask[..., -1, :] = False if mask.ndim == 2 and mask.shape[0] == 3 else True
+        mask[..., -1] &= mask.shape[-1] != 4
+    got = jaxce.entropy_with_logits(x, where=mask)
+    np.testing.assert_allclose(got, helpers.plain_entropy_with_logits(x, where=mask), rtol=1e-6)
+
+
+def test_square_masks_are_entries_and_not_rows() -> None:
+    """A [K] mask of [K, K] logits has the batch's shape, and masks rows: the rule that the docstring gives."""
+    x, mask = RNG.normal(size=(4, 4)).astype("float32"), np.array([True, True, False, True])
+    assert np.asarray(jaxce.entropy_with_logits(x, where=mask))[2] == 0
+    got = np.asarray(jaxce.entropy_with_logits(x, where=mask[None]))
+    np.testing.assert_allclose(got, helpers.plain_entropy_with_logits(x[:, mask]), rtol=1e-6)
+
+
+# --- infinities and NaN ---
+
+
+def test_absent_classes_have_no_gradient() -> None:
+    """A class with logit -inf is a class that isn't there: the others' values and gradients are those without it."""
+    x = np.array([[0.3, -INF, 2.0, -1.0]] * 3)
+    for name, function in EVERYTHING.items():
+        if name in ("cross-entropy", "relative entropy", "log_softmax"):  # infinite, or with an infinite entry
+            continue
+        target = np.array([0, 2, 3])
+        function = (lambda x, f=LABELLED[name]: f(x, target)) if name in LABELLED else function
+        if name.startswith("dense") or "smoothing" in name:
+            continue
+        value, gradient = value_and_grad(function, x)
+        assert np.all(np.isfinite(value)), name
+        assert np.all(np.isfinite(gradient)) and np.all(gradient[:, 1] == 0), name
+    without = np.array([[0.5, 0.0, 0.25, 0.25]] * 3, np.float32)
+    for loss in (dense, jaxce.softmax_focal_loss, jaxce.poly_loss_cross_entropy):
+        value, gradient = value_and_grad(lambda x, f=loss: f(x, without), x)
+        assert np.all(np.isfinite(value)) and np.all(np.isfinite(gradient)) and np.all(gradient[:, 1] == 0)
+        by_labels = jax.grad(lambda t, f=loss: f(jnp.asarray(x, "float32"), t).sum())(without)
+        assert not np.any(np.isnan(by_labels))
+    equal = np.zeros((3, 4))
+    equal[:, 1:3] = -INF
+    got = jaxce.cross_entropy_with_logits(equal.astype("float32"), equal.astype("float32"))
+    np.testing.assert_allclose(got, np.log(2), rtol=1e-6)
+
+
+def test_second_derivatives_beside_an_absent_class_are_those_without_it() -> None:
+    x = jnp.array([0.3, -jnp.inf, 2.0, -1.0])
+    keep = np.array([0, 2, 3])
+    t = jnp.array([0.5, 0.0, 0.25, 0.25])
+    for full, less in [
+        (lambda x: integer(x, 2), lambda x: integer(x, 1)),
+        (lambda x: dense(x, t), lambda x: dense(x, t[keep])),
+        (jaxce.entropy_with_logits, jaxce.entropy_with_logits),
+        (jaxce.logsumexp, jaxce.logsumexp),
+    ]:
+        hessian = np.asarray(jax.hessian(full)(x))
+        np.testing.assert_allclose(hessian[np.ix_(keep, keep)], jax.hessian(less)(x[keep]), rtol=1e-5, atol=1e-6)
+        assert np.all(hessian[1] == 0) and np.all(hessian[:, 1] == 0)
+
+
+def test_an_infinite_logit_is_certain() -> None:
+    x = np.array([[0.0, INF, 3.0], [0.0, INF, 3.0]])
+    value, gradient = value_and_grad(integer, x, np.array([1, 2]))
+    assert value[0] == 0 and value[1] == INF
+    np.testing.assert_array_equal(gradient, [[0, 0, 0], [0, 1, -1]])
+    value, _ = value_and_grad(dense, x, np.array([[0, 1, 0], [0, 0.5, 0.5]], np.float32))
+    assert value[0] == 0 and value[1] == INF
+    assert np.array_equal(jaxce.logsumexp(jnp.asarray(x)), [INF, INF])
+    value, gradient = value_and_grad(jaxce.entropy_with_logits, x)
+    assert np.all(value == 0) and np.all(gradient == 0)
+    np.testing.assert_array_equal(jaxce.log_softmax(jnp.asarray(x))[0], [-INF, 0, -INF])
+
+
+def test_two_infinite_logits_are_never_a_wrong_number() -> None:
+    """Their difference is undefined: NaN, or what follows from taking them for equal."""
+    value = np.asarray(integer(jnp.array([[INF, INF, 0.0]] * 2), jnp.array([0, 2])))
+    assert np.isnan(value[0]) or np.isclose(value[0], np.log(2))
+    assert np.isnan(value[1]) or value[1] == INF
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_nan_spreads_in_rows_that_count_and_no_further(name: str) -> None:
+    x = RNG.normal(size=(3, 4))
+    spoilt = x.copy()
+    spoilt[1, 2] = NAN
+    value, gradient = value_and_grad(EVERYTHING[name], spoilt)
+    expected, expected_gradient = value_and_grad(EVERYTHING[name], x)
+    assert np.all(np.isnan(value[1]))
+    np.testing.assert_allclose(value[[0, 2]], expected[[0, 2]], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(gradient[[0, 2]], expected_gradient[[0, 2]], rtol=1e-5, atol=1e-6)
+    assert np.all(np.isnan(gradient[1]))
+    keep = ~np.isnan(spoilt)
+    value, gradient = value_and_grad(EVERYTHING[name], spoilt, keep)
+    if name not in ("cross-entropy", "relative entropy", "Jensen-Shannon", "log_softmax"):
+        assert np.all(np.isfinite(value))
+        assert np.all(np.isfinite(gradient))
+    assert not np.any(np.isnan(value))
+
+
+def test_everything_absent_without_a_mask() -> None:
+    """A row of -inf has no class that could be the label: nothing is left of it, as if it were masked."""
+    x = np.full((3, 4), -INF)
+    for name in ("entropy", "statistics.entropy"):
+        value, gradient = value_and_grad(EVERYTHING[name], x)
+        assert np.all(value == 0) and np.all(gradient == 0), name
+    assert np.all(np.asarray(jaxce.logsumexp(jnp.asarray(x, "float32"))) == -INF)
+    _, gradient = value_and_grad(jaxce.logsumexp, x)
+    assert not np.any(np.isnan(gradient))
+
+
+# --- shapes ---
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -3, (0, 1), (1, 0), (2, 0), (-1, -2), (0, 1, 2), (2, 0, 1)])
+def test_classes_on_any_axes_in_any_order(axis: Any) -> None:
+    x = RNG.normal(size=(2, 3, 4)).astype("float32")
+    t = np.exp(RNG.normal(size=x.shape)).astype("float32")
+    axes = tuple(a % 3 for a in (axis if isinstance(axis, tuple) else (axis,)))
+    batch = tuple(n for a, n in enumerate(x.shape) if a not in axes)
+    classes = x.size // int(np.prod(batch, initial=1))
+    labels = RNG.integers(classes, size=batch).astype("int32")
+    keep = RNG.uniform(size=x.shape) < 0.7
+    keep.reshape(-1)[0] = True
+    weights = RNG.exponential(size=classes).astype("float32")
+    plain = helpers.plain_softmax_cross_entropy
+    for where in (None, keep, RNG.uniform(size=batch) < 0.5):
+        got = integer(x, labels, axis, where, class_weights=weights)
+        np.testing.assert_allclose(got, plain(x, labels, axis, where, class_weights=weights), rtol=2e-6)
+        got = dense(x, t, axis, where, class_weights=weights, label_smoothing=0.1)
+        expected = plain(x, t, axis, where, class_weights=weights, label_smoothing=0.1)
+        np.testing.assert_allclose(got, expected, rtol=2e-6)
+        got = jaxce.entropy_with_logits(x, axis, where)
+        np.testing.assert_allclose(got, helpers.plain_entropy_with_logits(x, axis, where), rtol=2e-6, atol=1e-7)
+    log_p = jaxce.log_softmax(x, axis)
+    assert log_p.shape == x.shape
+    np.testing.assert_allclose(jnp.exp(log_p).sum(axis), np.ones(batch), rtol=1e-5)
+    gradient = jax.grad(lambda x: integer(x, labels, axis).sum())(x)
+    one_hot = jnp.exp(log_p) - gradient  # p - (p - onehot)
+    flat = np.asarray(one_hot).transpose(*(a for a in range(3) if a not in axes), *axes).reshape(*batch, classes)
+    np.testing.assert_allclose(flat, np.eye(classes)[labels], atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0, 4), (1,), (1, 1), (2, 1)])
+def test_nothing_and_one(shape: tuple[int, ...]) -> None:
+    """An empty batch gives an empty answer; a single class is certain."""
+    x, labels = jnp.ones(shape), jnp.zeros(shape[:-1], "int32")
+    for value in (integer(x, labels), dense(x, jnp.ones(shape)), jaxce.entropy_with_logits(x)):
+        assert value.shape == shape[:-1]
+        assert shape[-1] != 1 or np.all(np.asarray(value) == 0)
+    gradient = jax.grad(lambda x: integer(x, labels).sum())(x)
+    assert gradient.shape == shape and np.all(np.asarray(gradient) == 0)
+
+
+def test_no_classes_at_all() -> None:
+    """Zero classes: nothing is left of any row, as if all were masked."""
+    x = jnp.zeros((3, 0))
+    assert np.all(np.asarray(jaxce.entropy_with_logits(x)) == 0)
+    assert np.all(np.asarray(dense(x, x)) == 0)
+    assert np.all(np.asarray(jaxce.logsumexp(x)) == -INF)
+
+
+def test_statistics() -> None:
+    x, labels = RNG.normal(size=(3, 4, 5)).astype("float32"), RNG.integers(4, size=(3, 5)).astype("int32")
+    got = jaxce.softmax_statistics(x, labels, axis=1)
+    assert isinstance(got, jaxce.SoftmaxStatistics)
+    np.testing.assert_array_equal(got.prediction, x.argmax(1))
+    assert jnp.issubdtype(got.prediction.dtype, jnp.integer)
+    np.testing.assert_allclose(got.nll, integer(x, labels, 1), rtol=1e-6)
+    np.testing.assert_allclose(got.entropy, jaxce.entropy_with_logits(x, 1), rtol=1e-6)
+    np.testing.assert_allclose(got.log_normalizer, jaxce.logsumexp(x, 1), rtol=1e-6)
+    assert jaxce.softmax_statistics(x).nll is None
+    ties = jnp.array([[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0]])
+    np.testing.assert_array_equal(jaxce.softmax_statistics(ties).prediction, [1, 0])
+    masked = jaxce.softmax_statistics(ties, where=jnp.array([[True, False, True, True], [False, False, True, True]]))
+    np.testing.assert_array_equal(masked.prediction, [2, 2])
+
+
+# --- memory ---
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", ["integer", "integer, masked", "integer, smoothed"])
+def test_value_and_gradient_need_little_beyond_the_gradient(dtype: str, form: str) -> None:
+    """No [N, K] temporary: the compiled program's own account says so, without a device to measure on."""
+    n, k = 512, 8192
+    options = {"label_smoothing": 0.1} if "smoothed" in form else {}
+
+    def mean(x: jax.Array, labels: jax.Array, where: jax.Array) -> jax.Array:
+        return integer(x, labels, where=where if "masked" in form else None, **options).mean()
+
+    x = jax.ShapeDtypeStruct((n, k), dtype)
+    labels, where = jax.ShapeDtypeStruct((n,), "int32"), jax.ShapeDtypeStruct((n,), bool)
+    memory = jax.jit(jax.value_and_grad(mean)).lower(x, labels, where).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < n * k * 4 / 4

@@ -1,0 +1,206 @@
+"""Bad input: one clear error each, which names the function and the argument, when the function is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxce
+
+X = jnp.zeros((2, 3))
+P = jnp.full((2, 3), 1 / 3)
+T = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]])
+Y = jnp.array([0, 2])
+INTS = jnp.zeros((2, 3), "int32")
+BOOLS = jnp.zeros((2, 3), bool)
+
+# function: valid positional arguments, the names of those that must be floating point, and whether labels come with the
+# classes on the same axis ("dense"), as integers ("integer"), as either ("both"), or elementwise ("same")
+VALID: dict[str, tuple[tuple[Any, ...], tuple[str, ...], str | None]] = {
+    "softmax_cross_entropy": ((X, T), ("logits", "labels"), "dense"),
+    "safe_softmax_cross_entropy": ((X, T), ("logits", "labels"), "dense"),
+    "softmax_cross_entropy_with_integer_labels": ((X, Y), ("logits",), "integer"),
+    "softmax_focal_loss": ((X, Y), ("logits",), "both"),
+    "poly_loss_cross_entropy": ((X, Y), ("logits",), "both"),
+    "smooth_labels": ((T, 0.1), ("labels",), None),
+    "sigmoid_binary_cross_entropy": ((X, T), ("logits",), "same"),
+    "sigmoid_focal_loss": ((X, T), ("logits",), "same"),
+    "categorical_cross_entropy": ((P, T), ("probs", "labels"), "dense"),
+    "categorical_cross_entropy_with_integer_labels": ((P, Y), ("probs",), "integer"),
+    "binary_cross_entropy": ((P, T), ("probs",), "same"),
+    "kl_divergence": ((X, T), ("log_predictions", "targets"), "dense"),
+    "kl_divergence_with_log_targets": ((X, X), ("log_predictions", "log_targets"), "dense"),
+    "generalized_kl_divergence": ((X, T), ("log_predictions", "targets"), "dense"),
+    "nll": ((X, Y), ("log_probs",), "integer"),
+    "surprisal": ((P,), ("p",), None),
+    "entropy": ((P,), ("p",), None),
+    "cross_entropy": ((P, T), ("p", "q"), "dense"),
+    "relative_entropy": ((P, T), ("p", "q"), "dense"),
+    "jensen_shannon_divergence": ((P, T), ("p", "q"), "dense"),
+    "mutual_information": ((P,), ("joint",), None),
+    "differential_entropy": ((jnp.arange(10.0),), ("samples",), None),
+    "entropy_with_logits": ((X,), ("logits",), None),
+    "cross_entropy_with_logits": ((X, X), ("p_logits", "q_logits"), "dense"),
+    "relative_entropy_with_logits": ((X, X), ("p_logits", "q_logits"), "dense"),
+    "jensen_shannon_divergence_with_logits": ((X, X), ("p_logits", "q_logits"), "dense"),
+    "logsumexp": ((X,), ("logits",), None),
+    "log_softmax": ((X,), ("logits",), None),
+    "softmax_statistics": ((X, Y), ("logits",), "integer"),
+    "weighted_mean": ((X, P), ("losses",), None),
+    "perplexity": ((X,), ("nll",), None),
+    "bits_per": ((X, jnp.ones((2, 3), "int32")), ("nll",), None),
+}
+SECOND = {  # the name of the second argument, where it isn't labels
+    "kl_divergence": "targets",
+    "kl_divergence_with_log_targets": "log_targets",
+    "generalized_kl_divergence": "targets",
+    "cross_entropy": "q",
+    "relative_entropy": "q",
+    "jensen_shannon_divergence": "q",
+    "cross_entropy_with_logits": "q_logits",
+    "relative_entropy_with_logits": "q_logits",
+    "jensen_shannon_divergence_with_logits": "q_logits",
+}
+WITH_BASE = [
+    "surprisal",
+    "entropy",
+    "cross_entropy",
+    "relative_entropy",
+    "jensen_shannon_divergence",
+    "mutual_information",
+    "differential_entropy",
+    "entropy_with_logits",
+    "cross_entropy_with_logits",
+    "relative_entropy_with_logits",
+    "jensen_shannon_divergence_with_logits",
+    "perplexity",
+]
+WITHOUT_AXIS = {
+    "sigmoid_binary_cross_entropy",
+    "sigmoid_focal_loss",
+    "binary_cross_entropy",
+    "surprisal",
+    "perplexity",
+    "bits_per",
+}
+WITHOUT_WHERE = WITHOUT_AXIS | {"mutual_information", "differential_entropy", "weighted_mean"}
+
+
+def bad_calls() -> list[Any]:
+    """(id, function, arguments, options, error, argument named in the message)."""
+    rows: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] = []
+    for name, (args, floating, labels) in VALID.items():
+        for i, argument in enumerate(floating):
+            for bad in (INTS, BOOLS, "text", None):
+                rows.append((name, (*args[:i], bad, *args[i + 1 :]), {}, TypeError, argument))
+        second = SECOND.get(name, "labels")
+        if labels in ("dense", "same"):
+            bad_shapes = [T[:, :2], T[:1], T[0], T[None]]
+            rows += [(name, (args[0], bad), {}, ValueError, second) for bad in bad_shapes]
+        if labels == "same":
+            rows.append((name, (args[0], BOOLS), {}, TypeError, second))
+        if labels in ("integer", "both"):
+            bad_shapes = [Y[:1], Y[None], Y[:, None], jnp.array(0)]
+            rows += [(name, (args[0], bad), {}, ValueError, second) for bad in bad_shapes]
+            rows.append((name, (args[0], Y.astype(bool)), {}, TypeError, second))
+        if labels == "integer":
+            rows.append((name, (args[0], Y.astype("float32")), {}, TypeError, second))
+        if labels == "both":
+            rows.append((name, (args[0], T[:, :2]), {}, ValueError, second))
+        if name not in WITHOUT_AXIS:
+            for axis in (2, -3, (0, 0), (1, -1)):
+                if name == "differential_entropy" and axis != 2 or name == "weighted_mean" and axis is None:
+                    continue
+                rows.append((name, args, {"axis": axis}, ValueError, "axis"))
+            rows.append((name, args, {"axis": 0.5}, TypeError, "axis"))
+        if name not in WITHOUT_WHERE:
+            rows.append((name, args, {"where": jnp.ones(5, bool)}, ValueError, "where"))
+            rows.append((name, args, {"where": jnp.ones((2, 3))}, TypeError, "where"))
+            rows.append((name, args, {"where": jnp.ones((2, 3), "int32")}, TypeError, "where"))
+        if name in WITH_BASE:
+            rows += [(name, args, {"base": base}, ValueError, "base") for base in (0, -2.0, 1, float("nan"))]
+            rows.append((name, args, {"base": "two"}, TypeError, "base"))
+    for name in ("softmax_cross_entropy", "softmax_cross_entropy_with_integer_labels"):
+        args = VALID[name][0]
+        for value in (-0.1, 1.1, float("nan")):
+            rows.append((name, args, {"label_smoothing": value}, ValueError, "label_smoothing"))
+        rows.append((name, args, {"label_smoothing": "a bit"}, TypeError, "label_smoothing"))
+        for weights in (jnp.ones(2), jnp.ones(4), jnp.ones((1, 3)), jnp.ones((2, 3))):
+            rows.append((name, args, {"class_weights": weights}, ValueError, "class_weights"))
+        rows.append((name, args, {"class_weights": jnp.ones(3, "int32")}, TypeError, "class_weights"))
+        rows.append((name, args, {"class_weights": jnp.ones(3, bool)}, TypeError, "class_weights"))
+        for value in (float("nan"), float("inf"), -1e-4):
+            rows.append((name, args, {"z_loss": value}, ValueError, "z_loss"))
+    rows += [
+        ("smooth_labels", (T, -0.1), {}, ValueError, "alpha"),
+        ("smooth_labels", (T, 1.5), {}, ValueError, "alpha"),
+        ("softmax_focal_loss", (X, Y), {"gamma": -1.0}, ValueError, "gamma"),
+        ("softmax_focal_loss", (X, Y), {"gamma": float("nan")}, ValueError, "gamma"),
+        ("sigmoid_focal_loss", (X, T), {"gamma": -1.0}, ValueError, "gamma"),
+        ("sigmoid_focal_loss", (X, T), {"alpha": 1.5}, ValueError, "alpha"),
+        ("poly_loss_cross_entropy", (X, Y), {"epsilon": float("nan")}, ValueError, "epsilon"),
+        ("mutual_information", (P,), {"axis": (-1,)}, ValueError, "axis"),
+        ("mutual_information", (P[0],), {}, ValueError, "axis"),
+        ("weighted_mean", (X, jnp.ones((2, 4))), {}, ValueError, "weights"),
+        ("differential_entropy", (jnp.arange(10.0),), {"method": "guess"}, ValueError, "method"),
+        ("differential_entropy", (jnp.arange(10.0),), {"window_length": 5}, ValueError, "window_length"),
+        ("differential_entropy", (jnp.arange(10.0),), {"window_length": 0}, ValueError, "window_length"),
+    ]
+
+    def describe(value: Any) -> str:
+        return f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else repr(value)
+
+    return [
+        pytest.param(*row, id=f"{row[0]}({', '.join(map(describe, row[1]))}; {describe_options(row[2])})") for row in rows
+    ]
+
+
+def describe_options(options: dict[str, Any]) -> str:
+    return ", ".join(f"{k}={v.shape if hasattr(v, 'shape') else v}" for k, v in options.items())
+
+
+def test_the_table_covers_every_public_function() -> None:
+    functions = {n for n in jaxce.__all__ if callable(getattr(jaxce, n)) and not isinstance(getattr(jaxce, n), type)}
+    assert functions == set(VALID)
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_the_valid_call_is_valid(name: str) -> None:
+    getattr(jaxce, name)(*VALID[name][0])
+
+
+@pytest.mark.parametrize(("name", "args", "options", "error", "argument"), bad_calls())
+def test_bad_call(
+    name: str, args: tuple[Any, ...], options: dict[str, Any], error: type[Exception], argument: str
+) -> None:
+    function: Callable[..., Any] = getattr(jaxce, name)
+    with pytest.raises(error) as caught:
+        function(*args, **options)
+    message = str(caught.value)
+    shown = "softmax_cross_entropy" if name == "safe_softmax_cross_entropy" else name
+    assert message.startswith(f"{shown}: {argument} "), message
+    assert ", got " in message
+
+
+def test_options_are_python_numbers() -> None:
+    """An option that is traced is an error of the same form, and not a leak or a ConcretizationTypeError."""
+    for function, args, option in [
+        (jaxce.softmax_cross_entropy, (X, T), "label_smoothing"),
+        (jaxce.softmax_focal_loss, (X, Y), "gamma"),
+        (jaxce.entropy_with_logits, (X,), "base"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=option):
+            jax.jit(lambda value, f=function, a=args, o=option: f(*a, **{o: value}))(0.5)
+
+
+def test_lists_and_numpy_arrays_are_arrays() -> None:
+    expected = jaxce.softmax_cross_entropy_with_integer_labels(X, Y)
+    got = jaxce.softmax_cross_entropy_with_integer_labels(np.zeros((2, 3), np.float32), np.array([0, 2]))
+    assert jnp.array_equal(got, expected)
+    for dtype in ("int8", "uint8", "int32", "uint32"):
+        assert jnp.array_equal(jaxce.softmax_cross_entropy_with_integer_labels(X, Y.astype(dtype)), expected)
