@@ -1,9 +1,9 @@
 r"""Losses on probabilities and on log-probabilities: for models whose last layer already is a softmax or a sigmoid.
 
-Whoever has logits is better served by the losses on logits: a probability of 1 - 1e-9 is 1 in float32, and the logits knew.
-Nothing is clamped here: what has probability 0 and happens nevertheless costs +inf, and says so. Every sum over the classes
-is carried in pairs of numbers, so that near-equal distributions, whose divergence is a sum of terms that nearly cancel,
-keep their digits.
+Whoever has logits is better served by the losses on logits: a probability of 1 - 1e-9 is 1 in float32, and the logits
+knew. Nothing is clamped here: what has probability 0 and happens nevertheless costs +inf, and says so. Every sum over
+the classes is carried in pairs of numbers, so that near-equal distributions, whose divergence is a sum of terms that
+nearly cancel, keep their digits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from jaxce._numerics import (
     two_sum,
 )
 
-# --- terms: what one class adds -----------------------------------------------------------------------------------------
+# --- terms: what one class adds ---------------------------------------------------------------------------------------
 
 
 def _log_of_ratio(t: Array, log_q: Array) -> Pair:
@@ -118,7 +118,7 @@ def _neg_x_log_not_y_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Ar
     return _neg_x_log_not_y(w, q), scale(slopes[0], tangents[0]) + scale(slopes[1], tangents[1])
 
 
-# --- arguments ----------------------------------------------------------------------------------------------------------
+# --- arguments --------------------------------------------------------------------------------------------------------
 
 
 def _dense(
@@ -158,7 +158,7 @@ def _pick(
     impossible: float,
     certain: float,
 ) -> Array:
-    """The entry of each row that its label names: ``impossible`` if masked, ``certain`` if nothing is left of the row."""
+    """The entry of each row that its label names: ``impossible`` if masked, ``certain`` if no entry is left."""
     x = _checks.floating(function, name, prediction)
     y = _checks.integer(function, "labels", labels)
     class_axes = _checks.axes(function, axis, x.ndim)
@@ -177,14 +177,14 @@ def _pick(
         counts = keep.any(axis=-1)
         values = jnp.where(keep, values, jnp.where(counts, impossible, certain)[..., None].astype(values.dtype))
         valid |= ~counts
-    # Multiplied by NaN rather than replaced by it, so that a bad label has a derivative of NaN, too. A comparison rather
+    # Multiplied by NaN, not replaced by it, so that a bad label has a derivative of NaN, too. A comparison rather
     # than a gather: classes may lie on many devices.
     chosen = jnp.where(hit | ~valid[..., None], values, 0)
     picked = jnp.sum(chosen, axis=-1) * jnp.where(valid, 1, jnp.nan).astype(values.dtype)
     return picked if counts is None else jnp.where(counts, picked, certain)
 
 
-# --- losses on probabilities --------------------------------------------------------------------------------------------
+# --- losses on probabilities ------------------------------------------------------------------------------------------
 
 
 @compiled("axis")
@@ -195,10 +195,10 @@ def categorical_cross_entropy(
 
     .. math:: -\sum_k t_k \log q_k, \qquad 0 \log 0 = 0
 
-    with derivatives -t/q by the probabilities and -log q by the labels, both 0 where t = q = 0. A class with q = 0 < t makes
-    the loss +inf: nothing is clamped. Rows need not sum to 1, and are not normalised.
-    Entries that ``where`` masks, and rows without any entry left, add 0 and have gradient 0, whatever they hold. An empty
-    batch gives an empty result.
+    with derivatives -t/q by the probabilities and -log q by the labels, both 0 where t = q = 0. A class with q = 0 < t
+    makes the loss +inf: nothing is clamped. Rows need not sum to 1, and are not normalised. Entries that ``where``
+    masks, and rows without any entry left, add 0 and have gradient 0, whatever they hold. An empty batch gives an empty
+    result.
 
     Args:
         probs: predicted probabilities q, floating point.
@@ -233,9 +233,8 @@ def categorical_cross_entropy_with_integer_labels(
     .. math:: -\log q_y
 
     with derivative -1/q at the label and 0 elsewhere; +inf for q = 0. A label outside [0, K) gives NaN, in value and
-    gradient, and the label of a masked class +inf.
-    Entries that ``where`` masks, and rows without any entry left, add 0 and have gradient 0, whatever they hold. An empty
-    batch gives an empty result.
+    gradient, and the label of a masked class +inf. Entries that ``where`` masks, and rows without any entry left, add 0
+    and have gradient 0, whatever they hold. An empty batch gives an empty result.
 
     Args:
         probs: predicted probabilities q, floating point.
@@ -269,9 +268,9 @@ def binary_cross_entropy(probs: ArrayLike, labels: ArrayLike) -> Array:
 
     .. math:: -t \log q - (1 - t) \log(1 - q), \qquad 0 \log 0 = 0
 
-    with derivative (q - t) / (q (1 - q)) by the probability, which is 1 at q = t = 0 and -1 at q = t = 1. A certain prediction
-    that is wrong costs +inf: nothing is clamped. By the label the derivative is log(1 - q) - log q, of which the part whose
-    weight and probability both are 0 counts as 0. An empty array gives an empty array.
+    with derivative (q - t) / (q (1 - q)) by the probability, which is 1 at q = t = 0 and -1 at q = t = 1. A certain
+    prediction that is wrong costs +inf: nothing is clamped. By the label the derivative is log(1 - q) - log q, of which
+    the part whose weight and probability both are 0 counts as 0. An empty array gives an empty array.
 
     Args:
         probs: predicted probabilities of yes, floating point, of any shape.
@@ -303,7 +302,7 @@ def binary_cross_entropy(probs: ArrayLike, labels: ArrayLike) -> Array:
     return hi + (lo + _neg_x_log_not_y(1 - t, q))
 
 
-# --- losses on log-probabilities ----------------------------------------------------------------------------------------
+# --- losses on log-probabilities --------------------------------------------------------------------------------------
 
 
 @compiled("axis")
@@ -314,11 +313,11 @@ def kl_divergence(
 
     .. math:: \sum_k t_k (\log t_k - \log q_k), \qquad 0 \log 0 = 0
 
-    with derivatives -t by log q, and log(t / q) + 1 by the target: -inf at t = 0 < q, and 0 where t = q = 0. A class with
-    q = 0 < t makes it +inf. It is the exact sum for the numbers given, rounded once or twice: where these don't sum to 1 to
-    their last digit, it may be as far below 0 as they are off; `generalized_kl_divergence` may not.
-    Entries that ``where`` masks, and rows without any entry left, add 0 and have gradient 0, whatever they hold. An empty
-    batch gives an empty result.
+    with derivatives -t by log q, and log(t / q) + 1 by the target: -inf at t = 0 < q, and 0 where t = q = 0. A class
+    with q = 0 < t makes it +inf. It is the exact sum for the numbers given, rounded once or twice: where these don't
+    sum to 1 to their last digit, it may be as far below 0 as they are off; `generalized_kl_divergence` may not. Entries
+    that ``where`` masks, and rows without any entry left, add 0 and have gradient 0, whatever they hold. An empty batch
+    gives an empty result.
 
     Args:
         log_predictions: log q, floating point.
@@ -352,10 +351,10 @@ def kl_divergence_with_log_targets(
 
     .. math:: \sum_k e^{l_k} (l_k - \log q_k)
 
-    with derivatives -t by log q and t (l - log q + 1) by the log-target l, t being exp(l); where l is -inf everything is 0.
-    A class with log q = -inf < l makes it +inf. It is the exact sum for the numbers given, as in `kl_divergence`.
-    Entries that ``where`` masks, and rows without any entry left, add 0 and have gradient 0, whatever they hold. An empty
-    batch gives an empty result.
+    with derivatives -t by log q and t (l - log q + 1) by the log-target l, t being exp(l); where l is -inf everything
+    is 0. A class with log q = -inf < l makes it +inf. It is the exact sum for the numbers given, as in `kl_divergence`.
+    Entries that ``where`` masks, and rows without any entry left, add 0 and have gradient 0, whatever they hold. An
+    empty batch gives an empty result.
 
     Args:
         log_predictions: log q, floating point.
@@ -390,11 +389,10 @@ def generalized_kl_divergence(
 
     .. math:: \sum_k t_k (\log t_k - \log q_k) - t_k + q_k, \qquad 0 \log 0 = 0
 
-    Never negative, and 0 exactly where the two agree: for nearly equal numbers each term is formed as (t - q)^2 / (t + q)
-    times a series, in which nothing cancels. Derivatives: q - t by log q and log(t / q) by the target, -inf at t = 0 < q and 0
-    where t = q = 0. A class with q = 0 < t makes it +inf.
-    Entries that ``where`` masks, and rows without any entry left, add 0 and have gradient 0, whatever they hold. An empty
-    batch gives an empty result.
+    Never negative, and 0 exactly where the two agree: for nearly equal numbers each term is formed as (t - q)^2 / (t +
+    q) times a series, in which nothing cancels. Derivatives: q - t by log q and log(t / q) by the target, -inf at t = 0
+    < q and 0 where t = q = 0. A class with q = 0 < t makes it +inf. Entries that ``where`` masks, and rows without any
+    entry left, add 0 and have gradient 0, whatever they hold. An empty batch gives an empty result.
 
     Args:
         log_predictions: log q, floating point.
@@ -428,10 +426,9 @@ def nll(log_probs: ArrayLike, labels: ArrayLike, axis: Axis = -1, where: ArrayLi
     .. math:: -\log q_y
 
     with derivative -1 at the label and 0 elsewhere; +inf for log q = -inf. The log-probabilities are taken as they are:
-    logits want `softmax_cross_entropy_with_integer_labels`. A label outside [0, K) gives NaN, in value and gradient, and the
-    label of a masked class +inf.
-    Entries that ``where`` masks, and rows without any entry left, add 0 and have gradient 0, whatever they hold. An empty
-    batch gives an empty result.
+    logits want `softmax_cross_entropy_with_integer_labels`. A label outside [0, K) gives NaN, in value and gradient,
+    and the label of a masked class +inf. Entries that ``where`` masks, and rows without any entry left, add 0 and have
+    gradient 0, whatever they hold. An empty batch gives an empty result.
 
     Args:
         log_probs: log q, floating point.

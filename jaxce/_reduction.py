@@ -1,9 +1,8 @@
-"""From one loss per example to one number: means that stay right with weights, masks, micro-batches and many devices."""
+"""From one loss per example to one number: means that stay right with weights, masks, batches and many devices."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -47,16 +46,17 @@ def weighted_mean(
 
     .. math:: \frac{\sum_i w_i l_i}{\sum_i w_i}, \qquad 0 \text{ where the denominator is } 0
 
-    with derivatives w_i / sum(w) by a loss and (l_i - mean) / sum(w) by a weight, all 0 where the denominator is 0. What has
-    weight 0 is selected away before anything is multiplied: it may be NaN or infinite, in value and derivative, and reaches
-    neither the mean nor a gradient (the weight of a loss that isn't finite then has derivative 0, too). Weights may be
-    negative. No losses at all have the mean 0.
+    with derivatives w_i / sum(w) by a loss and (l_i - mean) / sum(w) by a weight, all 0 where the denominator is 0.
+    What has weight 0 is selected away before anything is multiplied: it may be NaN or infinite, in value and
+    derivative, and reaches neither the mean nor a gradient (the weight of a loss that isn't finite then has derivative
+    0, too). Weights may be negative. No losses at all have the mean 0.
 
-    On many devices (inside ``shard_map``, ``pmap`` or a ``vmap`` with that ``axis_name``) both sums are taken over all of
-    them, so that the mean is that of all losses, however unevenly the weights lie. Inside ``shard_map`` with its default
-    ``check_vma=True`` the gradient by local losses is w_i / sum(w), as it is on one device. With ``check_vma=False``, and in
-    ``pmap`` and ``vmap``, JAX's transpose of a psum is a psum: each device differentiates the sum of all devices' (equal)
-    means, and a gradient taken inside is larger by the number of devices. Differentiate outside, or divide by it.
+    On many devices (inside ``shard_map``, ``pmap`` or a ``vmap`` with that ``axis_name``) both sums are taken over all
+    of them, so that the mean is that of all losses, however unevenly the weights lie. Inside ``shard_map`` with its
+    default ``check_vma=True`` the gradient by local losses is w_i / sum(w), as it is on one device. With
+    ``check_vma=False``, and in ``pmap`` and ``vmap``, JAX's transpose of a psum is a psum: each device differentiates
+    the sum of all devices' (equal) means, and a gradient taken inside is larger by the number of devices. Differentiate
+    outside, or divide by it.
 
     Args:
         losses: floating point, of any shape.
@@ -120,8 +120,8 @@ def perplexity(nll: ArrayLike, *, base: float | None = None) -> Array:
 
     .. math:: e^{\mathrm{nll}} \quad\text{or}\quad b^{\mathrm{nll}}
 
-    1 for a loss of 0, +inf for +inf and for what is too large. Take the mean first, then this: the mean of perplexities is
-    another number.
+    1 for a loss of 0, +inf for +inf and for what is too large. Take the mean first, then this: the mean of perplexities
+    is another number.
 
     Args:
         nll: mean negative log-likelihood, floating point, of any shape.

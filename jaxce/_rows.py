@@ -17,6 +17,7 @@ The functions here take the classes on the last axis; a class that is masked has
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -66,6 +67,12 @@ def _weights(x: Array, anchor: Array) -> Array:
     return jnp.exp(_finite(x.astype(anchor.dtype)) - anchor)
 
 
+def _anchored(maximum: Array, classes: int) -> tuple[Array, Array]:
+    """The maximum in the dtype to compute in, and its anchor."""
+    m = _finite(upcast(maximum)[0])
+    return m, _anchor(m, classes)
+
+
 def _anchor(maximum: Array, classes: int) -> Array:
     """The integer c for which x - c is exact and exp(x - c) neither overflows nor loses what matters.
 
@@ -80,22 +87,62 @@ def _anchor(maximum: Array, classes: int) -> Array:
 
 
 def _block_length(classes: int) -> int:
-    """The largest divisor of the number of classes up to its square root; all of them where that is hardly any."""
-    for length in range(math.isqrt(classes), 7, -1):
-        if classes % length == 0:
-            return length
-    return classes
+    """The smallest divisor of the number of classes from its square root on; all of them where they are few."""
+    if classes <= _FEW:
+        return classes
+    return next(n for n in range(math.isqrt(classes - 1) + 1, classes + 1) if classes % n == 0)
+
+
+_FEW = 32
+"""Up to so many classes are taken one by one, in a loop over the rows. XLA:CPU reduces fast along long rows only."""
+
+
+def _columns(x: Array) -> list[Array]:
+    return [x[..., k] for k in range(x.shape[-1])]
+
+
+def _pairwise(operation: Callable[[Array, Array], Array], terms: list[Array]) -> Array:
+    while len(terms) > 1:
+        pairs = [operation(a, b) for a, b in zip(terms[::2], terms[1::2], strict=False)]
+        terms = pairs + terms[len(terms) - len(terms) % 2 :]
+    return terms[0]
+
+
+def _sum(term: Callable[..., Array], *arrays: Array, rows: tuple[Array, ...] = ()) -> Array:
+    """The sum over the last axis of a term, a function of the classes' values and of each row's."""
+    if arrays[0].shape[-1] > _FEW:
+        return jnp.sum(term(*arrays, *(r[..., None] for r in rows)), -1)
+    return _pairwise(jnp.add, [term(*values, *rows) for values in zip(*map(_columns, arrays), strict=True)])
+
+
+def _max(values: Array) -> Array:
+    return _pairwise(jnp.maximum, _columns(values)) if values.shape[-1] <= _FEW else jnp.max(values, -1)
 
 
 def _first(mask: Array) -> Array:
-    """Index of the first True on the last axis, kept. XLA:CPU has a fast minimum, of floats, and a slow argmax."""
+    """Index of the first True on the last axis. XLA:CPU has a fast minimum, of floats, and a slow argmax."""
     last = mask.shape[-1] - 1
-    return jnp.min(jnp.where(mask, _places(mask.shape, np.float32), last), -1, keepdims=True).astype(jnp.int32)
+    return jnp.min(jnp.where(mask, _places(mask.shape, np.float32), last), -1).astype(jnp.int32)
 
 
 def _places(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     """The index along the last axis. A constant rather than an iota, for XLA:CPU's fast reductions."""
     return jnp.broadcast_to(np.arange(shape[-1], dtype=dtype), shape)
+
+
+def _sum_without_top(x: Array, maximum: Array, anchor: Array) -> tuple[Array, Array]:
+    """The first class at the maximum, and the sum of the weights of all the others."""
+    if x.shape[-1] > _FEW:
+        top = _first(x == maximum[..., None])
+        weights = jnp.put_along_axis(
+            _weights(x, anchor[..., None]), top[..., None], 0, axis=-1, inplace=False, mode="clip"
+        )
+        return top, jnp.sum(weights, -1)
+    columns = _columns(x)
+    top = jnp.full(maximum.shape, len(columns) - 1, jnp.int32)
+    for k in range(len(columns) - 2, -1, -1):
+        top = jnp.where(columns[k] == maximum, k, top)
+    return top, _pairwise(jnp.add, [jnp.where(top == k, 0, _weights(v, anchor)) for k, v in enumerate(columns)])
 
 
 def _take(x: Array, index: Array, axis: int = -1) -> Array:
@@ -105,14 +152,10 @@ def _take(x: Array, index: Array, axis: int = -1) -> Array:
     return lax.bitcast_convert_type(taken, x.dtype) if x.dtype.itemsize == 2 else taken
 
 
-def _zero_at(values: Array, index: Array) -> Array:
-    return jnp.put_along_axis(values, index, 0, axis=-1, inplace=False, mode="clip")
-
-
 def row_pass(x: Array, rows: Array | None = None) -> Row:
     """Goes over the classes once for the maxima and once for the sums.
 
-    The classes are cut into about sqrt(K) blocks and each is reduced by itself. This is where the digits come from: the
+    Many classes are cut into about sqrt(K) blocks, and each is reduced by itself. This is where the digits come from: the
     one block that holds the top class is summed again without it, so the top's 1 is never added to what it would drown.
     And it keeps XLA:CPU's vectorised reductions inside the cache. The barriers make each reduction read ``x`` itself and
     upcast inside its loop, rather than keep an array of the size of ``x`` between them.
@@ -120,28 +163,28 @@ def row_pass(x: Array, rows: Array | None = None) -> Row:
     x = lax.stop_gradient(x)
     *batch, classes = x.shape
     length = _block_length(classes)
-    blocks = x.reshape(*batch, classes // length, length) if length else x[..., None]
+    if length == classes:
+        maximum = _max(x)
+        m, anchor = _anchored(maximum, classes)
+        top, others = _sum_without_top(x, maximum, anchor)
+    else:
+        blocks = x.reshape(*batch, classes // length, length)
+        block_maxima = lax.optimization_barrier(jnp.max(blocks, -1))
+        maximum = jnp.max(block_maxima, -1)
+        m, anchor = _anchored(maximum, classes)
+        block = _first(block_maxima == maximum[..., None])
+        top_block = _take(blocks, block[..., None, None], axis=-2)[..., 0, :]
+        place, others = _sum_without_top(top_block, maximum, anchor)
+        top = block * length + place
+        blocks, anchor = lax.optimization_barrier((blocks, anchor))
+        sums = jnp.sum(jnp.exp(blocks.astype(m.dtype) - anchor[..., None, None]), -1)
+        others += jnp.sum(jnp.put_along_axis(sums, block[..., None], 0, axis=-1, inplace=False, mode="clip"), -1)
 
-    block_maxima = lax.optimization_barrier(jnp.max(blocks, -1, initial=-jnp.inf))
-    maximum = jnp.max(block_maxima, -1, keepdims=True, initial=-jnp.inf)
-    block = _first(block_maxima == maximum)
-    top_block = _take(blocks, block[..., None], axis=-2)[..., 0, :]
-    place = _first(top_block == maximum)
-
-    (m,) = upcast(maximum)
-    m = _finite(m)
-    anchor = _anchor(m, classes)
-    blocks, anchor, top_block = lax.optimization_barrier((blocks, anchor, top_block))
-    others = jnp.sum(_zero_at(_weights(top_block, anchor), place), -1)
-    if length < classes:
-        others += jnp.sum(_zero_at(jnp.sum(_weights(blocks, anchor[..., None]), -1), block), -1)
-
-    m, anchor = m[..., 0], anchor[..., 0]
     present = m != -jnp.inf
     return Row(
         maximum=m,
         anchor=anchor,
-        top=(block * length + place)[..., 0],
+        top=top,
         weight=jnp.where(present, jnp.exp(m - anchor), 1),
         others=others,
         present=present if rows is None else present & rows,
@@ -155,7 +198,7 @@ def row_pass(x: Array, rows: Array | None = None) -> Row:
 
 
 def _dot(a: Array, b: Array) -> Array:
-    return jnp.sum(a * b, -1)
+    return _sum(jnp.multiply, a, b)
 
 
 def _is_class(x: Array, index: Array) -> Array:
@@ -174,18 +217,17 @@ def probabilities(x: Array, row: Row) -> Array:
 def _(primals: Any, tangents: Any) -> Any:
     x, row = primals
     p = probabilities(x, row)
-    return p, _probabilities_tangent(p, tangents[0])
+    return p, _less_mean(p, tangents[0].astype(p.dtype), row)
 
 
-def _probabilities_tangent(p: Array, dx: Array) -> Array:
-    return _less_mean(p, dx.astype(p.dtype))
+def _less_mean(p: Array, v: Array, row: Row) -> Array:
+    """p (v - sum_k p_k v_k).
 
-
-def _less_mean(p: Array, v: Array) -> Array:
-    """p (v - sum_k p_k v_k), multiplied out: XLA:CPU of jaxlib 0.10.2 compiles the factored form wrongly if p is shared
-    by a batch of v, as it is in a Hessian."""
-    terms = p * v
-    return terms - p * jnp.sum(terms, -1)[..., None]
+    The selection changes nothing. It keeps XLA:CPU from compiling all of this into one fusion, as jaxlib 0.10.2 does
+    wrongly where p is shared by a batch of v, as it is in a Hessian.
+    """
+    mean = jnp.where(row.present, _dot(p, v), 0)
+    return p * (v - mean[..., None])
 
 
 @jax.custom_jvp
@@ -203,7 +245,7 @@ def _(primals: Any, tangents: Any) -> Any:
 
 @jax.custom_jvp
 def log_probabilities(x: Array, row: Row) -> Array:
-    """Log softmax(x) = -(g + L), -inf where a class is not there."""
+    """log softmax(x) = -(g + L), -inf where a class is not there."""
     gaps = row.maximum[..., None] - _finite(x.astype(row.maximum.dtype))
     return jnp.where(jnp.isneginf(x), -jnp.inf, -(gaps + row.log_sum[..., None]))
 
@@ -253,22 +295,35 @@ def _label_error(x: Array, row: Row, labels: Array) -> Array:
 @_label_error.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     x, row, labels = primals
-    return _label_error(x, row, labels), _probabilities_tangent(probabilities(x, row), tangents[0])
+    p = probabilities(x, row)
+    return _label_error(x, row, labels), _less_mean(p, tangents[0].astype(p.dtype), row)
 
 
 @jax.custom_jvp
 def dense_nll(x: Array, row: Row, targets: Array) -> Array:
     """sum_k t_k (g_k + L), where a class with t = 0 adds nothing, even at infinite distance."""
-    gaps = row.maximum[..., None] - _finite(x.astype(row.maximum.dtype))
-    return jnp.where(row.present, _sum_of_products(targets, gaps + row.log_sum[..., None]), 0)
+    rows = row.maximum, row.log_sum
 
+    def plain(x: Array, t: Array, m: Array, log_sum: Array) -> Array:
+        return t * ((m - _finite(x.astype(m.dtype))) + log_sum)
 
-def _sum_of_products(a: Array, b: Array) -> Array:
-    """Sum a * b with 0 * inf = 0. The plain sum of products is fast on XLA:CPU, one with a selection is not; and it
-    tells by a NaN where it can't be used.
-    """
-    plain = _dot(a, b)
-    return lax.cond(jnp.any(jnp.isnan(plain)), lambda: jnp.sum(jnp.where(a == 0, 0, a * b), -1), lambda: plain)
+    def selecting(x: Array, t: Array, m: Array, log_sum: Array) -> Array:
+        return jnp.where(t == 0, 0, plain(x, t, m, log_sum))
+
+    def arithmetic(x: Array, t: Array, m: Array, log_sum: Array) -> Array:
+        gap = m - _finite(x.astype(m.dtype))
+        near = _finite(gap)
+        absent = jnp.minimum(gap - near, 1)  # 1 or 0: t times the largest number is 0 or, times it again, infinite
+        return t * (near + log_sum) * (1 + absent * float(jnp.finfo(m.dtype).max))
+
+    if x.shape[-1] <= _FEW:
+        return jnp.where(row.present, _sum(selecting, x, targets, rows=rows), 0)
+    # XLA:CPU's fast sums can't select. The plain products are fastest, and tell by a NaN that one of them was 0 * inf.
+    total = _sum(plain, x, targets, rows=rows)
+    total = lax.cond(
+        jnp.any(jnp.isnan(total)), lambda: _sum(arithmetic, x, targets, rows=rows), lambda: total
+    )
+    return jnp.where(row.present, total, 0)
 
 
 @partial(dense_nll.defjvp, symbolic_zeros=True)
@@ -312,7 +367,7 @@ def _(primals: Any, tangents: Any) -> Any:
     p = probabilities(x, row)
     tangent = jnp.zeros_like(p)
     if not isinstance(dx, jax.custom_derivatives.SymbolicZero):
-        tangent += jnp.sum(targets, -1)[..., None] * _probabilities_tangent(p, dx)
+        tangent += jnp.sum(targets, -1)[..., None] * _less_mean(p, dx.astype(p.dtype), row)
     if not isinstance(dt, jax.custom_derivatives.SymbolicZero):
         tangent += p * jnp.sum(dt, -1)[..., None] - row.select(dt)
     return _dense_error(x, row, targets), tangent
@@ -321,18 +376,18 @@ def _(primals: Any, tangents: Any) -> Any:
 @jax.custom_jvp
 def entropy(x: Array, row: Row) -> Array:
     """H(softmax(x)) = sum_k p_k g_k + L."""
-    mean_gap = _dot(_weights(x, row.anchor[..., None]), _gaps(x, row)) * row.inverse_total
-    return jnp.where(row.present, mean_gap + row.log_sum, 0)
+    weighted_gaps = _sum(lambda x, m, c: _weights(x, c) * _gap(x, m), x, rows=(row.maximum, row.anchor))
+    return jnp.where(row.present, weighted_gaps * row.inverse_total + row.log_sum, 0)
 
 
-def _gaps(x: Array, row: Row) -> Array:
-    """M - x, finite also where a class is not there, so that its product with the probability 0 is 0."""
-    return _finite(row.maximum[..., None] - _finite(x.astype(row.maximum.dtype)))
+def _gap(x: Array, maximum: Array) -> Array:
+    """The gap m - x, finite also where a class is not there, so that its product with the probability 0 is 0."""
+    return _finite(maximum - _finite(x.astype(maximum.dtype)))
 
 
 @entropy.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     x, row = primals
     p = probabilities(x, row)
-    gaps = row.select(_gaps(x, row))
-    return entropy(x, row), _dot(_less_mean(p, gaps), tangents[0].astype(p.dtype))
+    gaps = row.select(_gap(x, row.maximum[..., None]))
+    return entropy(x, row), _dot(_less_mean(p, gaps, row), tangents[0].astype(p.dtype))

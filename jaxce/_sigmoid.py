@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
@@ -23,16 +24,29 @@ from jaxce._checks import compiled
 from jaxce._numerics import scale
 
 
+def _atanh_coefficients(count: int) -> list[float]:
+    """Of the polynomial in u = s^2 that is closest to (atanh(s)/s - 1)/u = 1/3 + u/5 + u^2/7 + ... for |s| <= 1/3."""
+
+    def series(u: np.ndarray) -> np.ndarray:
+        return np.sum([u**k / (2 * k + 3) for k in reversed(range(20))], axis=0)
+
+    fit = np.polynomial.Chebyshev.interpolate(series, count - 1, domain=[0, 1 / 9])
+    return fit.convert(kind=np.polynomial.Polynomial).coef.tolist()
+
+
+_ATANH = {4: _atanh_coefficients(5), 8: _atanh_coefficients(11)}  # by the size of the numbers
+
+
 def _softplus(x: Array) -> Array:
     """log(1 + exp(x)) for x <= 0."""
     e = jnp.exp(x)
-    # log(1 + e) = 2 atanh(s) with s = e / (2 + e) <= 1/3, and 2 s = e - s e. In the sum e is the larger part, and exact.
+    # log(1 + e) = 2 atanh(s) with s = e / (2 + e) <= 1/3, and 2 s = e - s e: e, the larger part, has no error to add.
     s = e / (2 + e)
     u = s * s
-    last, *others = reversed(range(8 if x.dtype == jnp.float32 else 16))
-    series = u / (2 * last + 3)  # u/3 + u^2/5 + u^3/7 + ..., as many terms as u <= 1/9 wants
-    for k in others:
-        series = (series + 1 / (2 * k + 3)) * u
+    *others, last = _ATANH[x.dtype.itemsize]
+    series = last * u
+    for c in reversed(others):
+        series = (series + c) * u
     return e - s * (e - 2 * series)
 
 
@@ -75,6 +89,7 @@ def _slope_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> t
 @jax.custom_jvp
 def _binary_cross_entropy(x: Array, t: Array) -> Array:
     """-t log sigma(x) - (1 - t) log sigma(-x)."""
+    x, t = _checks.upcast(x, t)
     not_t = t - 1
     wrong = t * _unless_zero(t, jnp.maximum(-x, 0)) - not_t * _unless_zero(not_t, jnp.maximum(x, 0))
     return wrong + _softplus(-jnp.abs(x))
@@ -82,11 +97,13 @@ def _binary_cross_entropy(x: Array, t: Array) -> Array:
 
 @_binary_cross_entropy.defjvp
 def _binary_cross_entropy_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    x, t = lax.optimization_barrier(primals)  # else XLA would store what loss and gradient have in common
-    return _binary_cross_entropy(*primals), _slope(x, t) * tangents[0] + scale(-x, tangents[1])
+    # Behind a barrier, and cast again: else XLA would store what the loss and its gradient have in common.
+    x, t = _checks.upcast(*lax.optimization_barrier(primals))
+    dx, dt = _checks.upcast(*tangents)
+    return _binary_cross_entropy(*primals), _slope(x, t) * dx + scale(-x, dt)
 
 
-# --- focal: the loss times (1 - p_t)^gamma, with p_t the probability of the label --------------------------------------
+# --- focal: the loss times (1 - p_t)^gamma, with p_t the probability of the label ---
 
 
 @jax.custom_jvp
@@ -98,10 +115,10 @@ def _log_slope(x: Array, t: Array) -> Array:
 
 @_log_slope.defjvp
 def _log_slope_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    (p, not_p), miss = _sigmoids(primals[0]), _miss(*primals)
+    p, not_p = _sigmoids(primals[0])
     slope = _log_slope(*primals)
     by_x = slope * (not_p - p - slope)
-    by_t = jnp.where(miss == 0, 0, -(2 * p * not_p + slope * (not_p - p)) / jnp.where(miss == 0, 1, miss))
+    by_t = -(2 * p * not_p + slope * (not_p - p)) * _power_where_positive(*primals, -1.0)
     return slope, by_x * tangents[0] + scale(by_t, tangents[1])
 
 
@@ -121,13 +138,19 @@ def _modulation(x: Array, t: Array, gamma: float) -> Array:
 def _modulation_jvp(gamma: float, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     value = _modulation(*primals, gamma)
     by_x = gamma * value * _log_slope(*primals)
-    return value, by_x * tangents[0] + _modulation_by_label(*primals, gamma) * tangents[1]
+    return value, by_x * tangents[0] + scale(_modulation_by_label(*primals, gamma), tangents[1])
+
+
+def _power_where_positive(x: Array, t: Array, gamma: float) -> Array:
+    """(1 - p_t)^gamma, and 0 also for negative gamma where 1 - p_t is 0."""
+    empty = _miss(x, t) == 0
+    return jnp.where(empty, 0, _modulation(jnp.where(empty, 0, x), t, gamma))
 
 
 def _modulation_by_label(x: Array, t: Array, gamma: float) -> Array:
-    # For gamma < 1 the power has an infinite slope at 0, but the cross-entropy that it multiplies is 0 there: 0 is right.
-    (p, not_p), miss = _sigmoids(x), _miss(x, t)
-    return gamma * (not_p - p) * jnp.where(miss == 0, 0, _modulation(x, t, gamma) / jnp.where(miss == 0, 1, miss))
+    p, not_p = _sigmoids(x)
+    # A power below 1 has an infinite slope at 0, but the cross-entropy that it multiplies is 0 there: 0 is right.
+    return gamma * (not_p - p) * _power_where_positive(x, t, gamma - 1)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -153,7 +176,6 @@ def _arguments(function: str, logits: ArrayLike, labels: ArrayLike) -> tuple[Arr
         t = t.astype(_checks.compute_dtype(x))
     t = _checks.floating(function, "labels", t)
     _checks.same_shape(function, "labels", t, x.shape, "the shape of logits")
-    x, t = _checks.upcast(x, t)
     return x, t
 
 
@@ -162,12 +184,13 @@ def sigmoid_binary_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Array:
     r"""Cross-entropy of independent yes-or-no questions: one logit, the log-odds for yes, and one label for each.
 
     .. math:: -t \log \sigma(x) - (1 - t) \log \sigma(-x) =
-        \begin{cases} (1 - t)\, x + \log(1 + e^{-x}) & x > 0 \ t\, |x| + \log(1 + e^x) & x \le 0 \end{cases}
+        \begin{cases} (1 - t)\, x + \log(1 + e^{-x}) & x > 0 \\ t\, |x| + \log(1 + e^x) & x \le 0 \end{cases}
 
-    with derivatives :math:`\sigma(x) - t` by the logit and :math:`-x` by the label. In nats, never negative for labels in
-    [0, 1], and right to 2 ulp (gradient: 4 ulp of the larger of sigma(x) and t) at every size of logit, except that
-    XLA:CPU takes a loss below the smallest normal number for 0. An infinite logit costs 0 if its label agrees fully, with
-    gradient 0, and +inf otherwise. An empty array gives an empty array. Optax's function has the same name and meaning.
+    with derivatives :math:`\sigma(x) - t` by the logit and :math:`-x` by the label. In nats, never negative for labels
+    in [0, 1], and right to 2 ulp (gradient: 4 ulp of the larger of sigma(x) and t) at every size of logit, except that
+    XLA:CPU takes a loss below the smallest normal number for 0. An infinite logit costs 0 if its label agrees fully,
+    with gradient 0, and +inf otherwise. An empty array gives an empty array. Optax's function has the same name and
+    meaning.
 
     Args:
         logits: floating point, of any shape.
@@ -200,11 +223,10 @@ def sigmoid_focal_loss(
     .. math:: \alpha_t (1 - p_t)^\gamma \cdot \text{binary cross-entropy}, \qquad
         p_t = t\, \sigma(x) + (1 - t)\, \sigma(-x), \quad \alpha_t = \alpha t + (1 - \alpha)(1 - t)
 
-    where 1 - p_t is formed without subtracting from 1, and without weights (:math:`\alpha_t = 1`) if alpha is None. With
-    gamma = 0 it is `sigmoid_binary_cross_entropy` exactly. No derivative by the logits is NaN, also for gamma below 1 and
-    where 1 - p_t is 0 or underflows. The values are within
-    8 ulp. Infinite logits, empty arrays and dtypes: as there. Optax's formula and arguments,
-    except that None and not a negative alpha stands for no weights.
+    where 1 - p_t is formed without subtracting from 1, and without weights (:math:`\alpha_t = 1`) if alpha is None.
+    With gamma = 0 it is `sigmoid_binary_cross_entropy` exactly. No derivative by the logits is NaN, also for gamma
+    below 1 and where 1 - p_t is 0 or underflows. The values are right to 3 + 3 gamma ulp. Infinite logits, empty arrays
+    and dtypes: as there. Optax's formula and arguments, except that None and not a negative alpha means no weights.
 
     Args:
         logits: floating point, of any shape.
@@ -228,7 +250,7 @@ def sigmoid_focal_loss(
     """
     function = "sigmoid_focal_loss"
     gamma = _checks.number(function, "gamma", gamma, "a number, at least 0", lambda g: 0 <= g < math.inf)
-    x, t = _arguments(function, logits, labels)
+    x, t = _checks.upcast(*_arguments(function, logits, labels))
     loss = _focal(x, t, gamma) if gamma else _binary_cross_entropy(x, t)
     if alpha is None:
         return loss

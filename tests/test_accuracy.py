@@ -24,7 +24,7 @@ GRADIENT_LIMIT = 4.0
 
 
 class Measure(NamedTuple):
-    """A function of logits, integer labels and soft labels; its exact value, and exact gradient with its scale, by row."""
+    """A function of logits, integer and soft labels; its exact value, and exact gradient with its scale, by row."""
 
     call: Callable[..., Any]
     value: Callable[[Row, int, Any], Any]
@@ -87,7 +87,7 @@ MEASURES = {
 SMALL = [("float32", k) for k in (2, 3, 10, 64, 65, 97, 1000)]
 SMALL += [(d, k) for d in ("float64", "bfloat16", "float16") for k in (2, 65)] + [("float64", 1000), ("bfloat16", 1000)]
 LARGE = [("float32", 29 * 1733), ("float32", 8191), ("bfloat16", 4096), ("float64", 4096), ("float32", 131072)]
-LARGE_FAMILIES = ("random", "right, 1e-07", "ties")
+LARGE_FAMILIES = ("random", "right, 1e-12", "ties")
 
 
 @functools.cache
@@ -95,7 +95,7 @@ def problem(dtype: str, classes: int) -> tuple[list[str], np.ndarray, np.ndarray
     """Names, logits, integer labels and soft labels; only three rows where there are many classes."""
     names, logits, labels = helpers.families(dtype, classes, 4 if classes < 1000 else 2 if classes == 1000 else 1)
     if classes > 1000:
-        chosen = [names.index(name) for name in LARGE_FAMILIES if name in names]
+        chosen = [names.index(name) for name in LARGE_FAMILIES[: 2 if classes > 10000 else 3]]
         names, logits, labels = [names[i] for i in chosen], logits[chosen], labels[chosen]
     return names, logits, labels, helpers.soft_labels(names, logits, labels, dtype)
 
@@ -126,6 +126,12 @@ def value_and_gradient(measure: Measure) -> Callable[..., Any]:
     return both
 
 
+def test_the_reference_itself() -> None:
+    for gap in (0.0, 2.0**-60, 1e-3, 0.7, 17.3, 87.9, 799.9):
+        exact_gap = mpmath.mpf(gap)
+        assert abs(helpers.exp_minus(exact_gap) / mpmath.exp(-exact_gap) - 1) < 1e-57
+
+
 def check(name: str, dtype: str, classes: int, transform: Callable[..., Any]) -> tuple[np.ndarray, np.ndarray]:
     names, logits, labels, targets = problem(dtype, classes)
     values, gradients, scales = exact(name, dtype, classes)
@@ -145,12 +151,16 @@ def check(name: str, dtype: str, classes: int, transform: Callable[..., Any]) ->
     return got, got_gradient
 
 
-@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("name", ["integer", "dense", "entropy", "logsumexp"])
 @pytest.mark.parametrize(("dtype", "classes"), SMALL)
 def test_up_to_1000_classes(name: str, dtype: str, classes: int) -> None:
-    if name.startswith("statistics") and (dtype, classes) not in [("float32", 65), ("bfloat16", 65)]:
-        pytest.skip("softmax_statistics is the same computation")
     check(name, dtype, classes, jax.jit)
+
+
+@pytest.mark.parametrize("name", [name for name in MEASURES if name.startswith("statistics")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_statistics(name: str, dtype: str) -> None:
+    check(name, dtype, 65, jax.jit)
 
 
 @pytest.mark.parametrize("name", ["integer", "dense", "entropy", "logsumexp"])
@@ -159,7 +169,7 @@ def test_many_classes(name: str, dtype: str, classes: int) -> None:
     check(name, dtype, classes, jax.jit)
 
 
-@pytest.mark.parametrize("name", ["integer", "dense", "entropy", "logsumexp"])
+@pytest.mark.parametrize("name", ["integer", "dense", "entropy"])
 def test_without_jit_it_is_as_exact(name: str) -> None:
     """Compilers contract and reassociate: what is exact only when compiled, or only when not, would show here."""
 
@@ -269,6 +279,15 @@ def test_unchanged_when_a_constant_is_added_exactly(name: str) -> None:
     labels = rng.integers(20, size=50).astype("int32")
     targets = helpers.soft_labels(["" for _ in x], x, labels, "float32")
     both = jax.jit(value_and_gradient(MEASURES[name]))
-    for before, after in zip(both(x, labels, targets), both(shifted, labels, targets), strict=True):
-        unit = np.maximum(np.spacing(np.abs(before)), 1e-30)
-        assert np.max(np.abs(np.asarray(before) - np.asarray(after)) / unit) <= 2
+    (before, gradient), (after, shifted_gradient) = both(x, labels, targets), both(shifted, labels, targets)
+    assert np.max(np.abs(np.asarray(before - after)) / np.spacing(np.abs(before))) <= 2
+    # Gradients may be off by 4 ulp on either side, of the largest magnitude in the formula.
+    scale = np.exp(np.asarray(jaxce.log_softmax(x))) * (1 if name != "dense" else targets.sum(-1, keepdims=True))
+    if name == "dense":
+        scale = np.maximum(scale, targets)
+    if name == "entropy":
+        scale = scale * np.maximum(x.max(-1, keepdims=True) - x, 1)
+    if name == "integer":
+        scale = np.abs(np.asarray(gradient))
+    unit = np.spacing(np.maximum(scale, 1e-30).astype("float32"))
+    assert np.max(np.abs(np.asarray(gradient - shifted_gradient)) / unit) <= 8

@@ -1,4 +1,4 @@
-"""Laws that hold for every distribution, on examples that hypothesis finds. Shapes are few, so that little is compiled."""
+"""Laws that hold for every distribution, on examples that hypothesis finds; of few shapes, to compile little."""
 
 from __future__ import annotations
 

@@ -318,7 +318,7 @@ def test_empty_batch(case: Case) -> None:
 @every_masked_case
 @pytest.mark.parametrize("content", ["as it was", "nan", "inf", "-inf"])
 def test_all_masked(case: Case, content: str) -> None:
-    """Nothing left: value 0 (or -inf, where the answer is the logarithm of nothing) and gradient 0, whatever is inside."""
+    """Nothing left: value 0 (-inf, where the answer is the logarithm of nothing) and gradient 0, whatever is inside."""
     floats, integers = case.make(2, "float32")
     if content != "as it was":
         floats = tuple(jnp.full(f.shape, float(content)) for f in floats)
