@@ -28,7 +28,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxce._checks import upcast
-from jaxce._numerics import log1p
+from jaxce._numerics import exp_pair, log1p, single
 
 
 class Row(NamedTuple):
@@ -52,9 +52,9 @@ class Row(NamedTuple):
         return values if self.counts is None else jnp.where(self.counts[..., None], values, 0)
 
     @property
-    def inverse_total(self) -> Array:
-        """The factor that turns exp(x_k - c) into the probability of class k."""
-        return 1 / (self.weight + self.others)
+    def total(self) -> Array:
+        """The sum of exp(x_k - c) over all classes, by which each is divided."""
+        return self.weight + self.others
 
 
 def _finite(x: Array) -> Array:
@@ -185,7 +185,7 @@ def row_pass(x: Array, rows: Array | None = None) -> Row:
         maximum=m,
         anchor=anchor,
         top=top,
-        weight=jnp.where(present, jnp.exp(m - anchor), 1),
+        weight=jnp.where(present, exp_pair(single(jnp.where(present, m - anchor, 0)))[0], 1),
         others=others,
         present=present if rows is None else present & rows,
         counts=rows,
@@ -209,8 +209,8 @@ def _is_class(x: Array, index: Array) -> Array:
 @jax.custom_jvp
 def probabilities(x: Array, row: Row) -> Array:
     """softmax(x), 0 where a row is masked."""
-    x, anchor, inverse = lax.optimization_barrier((x, row.anchor, row.inverse_total))
-    return row.select(_weights(x, anchor[..., None]) * inverse[..., None])
+    x, anchor, total = lax.optimization_barrier((x, row.anchor, row.total))
+    return row.select(_weights(x, anchor[..., None]) / total[..., None])
 
 
 @probabilities.defjvp
@@ -285,10 +285,10 @@ def _(primals: Any, tangents: Any) -> Any:
 def _label_error(x: Array, row: Row, labels: Array) -> Array:
     """softmax(x) - onehot(label), with p - 1 at the label formed as -(the others' share): no 1 is subtracted."""
     x_label = _label_logit(x, row, labels)
-    rest = jnp.where(x_label == row.maximum, row.others, row.weight + row.others - jnp.exp(x_label - row.anchor))
-    inverse = jnp.where(_is_valid(labels, x) | ~row.present, row.inverse_total, jnp.nan)
-    x, anchor, inverse, at_label = lax.optimization_barrier((x, row.anchor, inverse, -rest * inverse))
-    p = _weights(x, anchor[..., None]) * inverse[..., None]
+    rest = jnp.where(x_label == row.maximum, row.others, row.total - jnp.exp(x_label - row.anchor))
+    total = jnp.where(_is_valid(labels, x) | ~row.present, row.total, jnp.nan)
+    x, anchor, total, at_label = lax.optimization_barrier((x, row.anchor, total, -rest / total))
+    p = _weights(x, anchor[..., None]) / total[..., None]
     return row.select(jnp.where(_is_class(x, labels), at_label[..., None], p))
 
 
@@ -345,12 +345,11 @@ def _dense_error(x: Array, row: Row, targets: Array) -> Array:
     """p_j T - t_j with T = sum_k t_k; at the top class p_j (T - t_j) - (1 - p_j) t_j, both of which may be tiny."""
     top_target = _take(targets, row.top[..., None])[..., 0]
     rest = jnp.sum(targets * _differs(row.top, targets), -1)
-    inverse = row.inverse_total
-    at_top = (row.weight * rest - row.others * top_target) * inverse
-    x, targets, anchor, scale, at_top = lax.optimization_barrier(
-        (x, targets, row.anchor, (rest + top_target) * inverse, at_top)
+    at_top = (row.weight * rest - row.others * top_target) / row.total
+    x, targets, anchor, total, sum_, at_top = lax.optimization_barrier(
+        (x, targets, row.anchor, row.total, rest + top_target, at_top)
     )
-    error = _weights(x, anchor[..., None]) * scale[..., None] - targets
+    error = _weights(x, anchor[..., None]) * sum_[..., None] / total[..., None] - targets
     return row.select(jnp.where(_is_class(x, row.top), at_top[..., None], error))
 
 
@@ -377,7 +376,7 @@ def _(primals: Any, tangents: Any) -> Any:
 def entropy(x: Array, row: Row) -> Array:
     """H(softmax(x)) = sum_k p_k g_k + L."""
     weighted_gaps = _sum(lambda x, m, c: _weights(x, c) * _gap(x, m), x, rows=(row.maximum, row.anchor))
-    return jnp.where(row.present, weighted_gaps * row.inverse_total + row.log_sum, 0)
+    return jnp.where(row.present, weighted_gaps / row.total + row.log_sum, 0)
 
 
 def _gap(x: Array, maximum: Array) -> Array:

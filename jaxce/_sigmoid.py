@@ -244,7 +244,7 @@ def sigmoid_focal_loss(
     >>> import jax.numpy as jnp
     >>> import jaxce
     >>> print(jaxce.sigmoid_focal_loss(jnp.array([0.0, 4.0, -4.0]), jnp.array([1, 1, 1])))
-    [1.7329e-01 5.8724e-06 3.8749e+00]
+    [1.7329e-01 5.8716e-06 3.8749e+00]
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, https://arxiv.org/abs/1708.02002.
     """

@@ -1,0 +1,184 @@
+"""Means, perplexities and bits: what is left out leaves no trace, and one device or many give the same number."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
+
+from jaxce._reduction import bits_per, perplexity, weighted_mean
+
+INF, NAN = np.inf, np.nan
+
+
+def data(shape: tuple[int, ...] = (6, 5), dtype: str = "float32") -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.exponential(size=shape).astype(dtype), rng.uniform(0.1, 2, size=shape).astype(dtype)
+
+
+@pytest.mark.parametrize("axis", [None, 0, -1, (0, 1), (1,)])
+def test_is_numpys_average(axis: Any) -> None:
+    losses, weights = data()
+    # Sums of at most 30 positive numbers in float32: a few eps.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    close(weighted_mean(losses, axis=axis), losses.astype(float).mean(axis))
+    close(weighted_mean(losses, weights, axis=axis), np.average(losses.astype(float), axis, weights.astype(float)))
+    mask = weights > 1
+    close(weighted_mean(losses, mask, axis=axis), np.average(losses.astype(float), axis, mask))
+    close(weighted_mean(losses, mask.astype(np.int32) * 3, axis=axis), np.average(losses.astype(float), axis, mask))
+
+
+def test_weights_may_be_narrower_and_negative() -> None:
+    losses, weights = data()
+    for narrow in (weights[:, :1], weights[0], weights[:1], weights[0, 0]):
+        full = np.broadcast_to(narrow, losses.shape)
+        for axis in (None, 1):  # a few eps: XLA adds up in another order
+            got = weighted_mean(losses, narrow, axis=axis)
+            np.testing.assert_allclose(got, weighted_mean(losses, full, axis=axis), rtol=1e-6)
+    assert weighted_mean(jnp.array([1.0, 2.0]), jnp.array([3.0, -1.0])) == 0.5
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_what_has_no_weight_leaves_no_trace(bad: float) -> None:
+    losses = jnp.array([[1.0, 2.0], [5.0, bad]])
+    weights = jnp.array([[1.0, 3.0], [0.0, 0.0]])
+    with jax.debug_nans(True):
+        assert weighted_mean(losses, weights) == 1.75
+        assert weighted_mean(losses, weights > 0) == 1.5
+        by_loss, by_weight = jax.grad(weighted_mean, (0, 1))(losses, weights)
+        np.testing.assert_array_equal(by_loss, [[0.25, 0.75], [0, 0]])
+        # (l - mean) / sum(w), for the finite loss of weight 0 as well
+        np.testing.assert_allclose(by_weight, [[-0.1875, 0.0625], [0.8125, 0]], rtol=1e-6)
+        for argnum, expected in enumerate((by_loss, by_weight)):
+            np.testing.assert_allclose(jax.jacfwd(weighted_mean, argnum)(losses, weights), expected, rtol=1e-6)
+        np.testing.assert_array_equal(weighted_mean(losses, weights, axis=1), [1.75, 0])
+    # A derivative that is NaN where the loss is finite: the root at 0, which has no weight.
+    root = jax.jvp(
+        lambda x: weighted_mean(jnp.sqrt(x), jnp.array([0.0, 1.0])), (jnp.array([0.0, 4.0]),), (jnp.ones(2),)
+    )
+    assert root[1] == 0.25
+
+
+def test_nothing_left_is_0() -> None:
+    losses = jnp.array([NAN, 1.0, INF])
+    nothing = jnp.zeros(3)
+    with jax.debug_nans(True):
+        assert weighted_mean(losses, nothing) == 0
+        assert weighted_mean(losses, jnp.zeros(3, bool)) == 0
+        for slope in jax.grad(weighted_mean, (0, 1))(losses, nothing):
+            np.testing.assert_array_equal(slope, nothing)
+        assert weighted_mean(jnp.zeros((0,))) == 0
+        np.testing.assert_array_equal(weighted_mean(jnp.zeros((2, 0)), axis=1), [0, 0])
+        assert weighted_mean(losses[1:2], normalizer=0.0) == 0
+    assert np.isnan(weighted_mean(losses))  # what has weight is not repaired
+
+
+def test_derivatives() -> None:
+    with jax.enable_x64(True):
+        losses, weights = data((4,), "float64")
+        # A quotient of sums: central differences of order 2 tell 6 digits of it.
+        check_grads(weighted_mean, (losses, weights), order=2, atol=1e-6, rtol=1e-6)
+        check_grads(lambda x, n: weighted_mean(x, weights, normalizer=n), (losses, 3.0), order=1, atol=1e-6, rtol=1e-6)
+
+
+def test_normalizer_makes_micro_batches_add_up() -> None:
+    losses, weights = data()
+    whole = weighted_mean(losses, weights)
+    total = weights.sum()
+    parts = jax.jit(lambda n: sum(weighted_mean(x, w, normalizer=n) for x, w in zip(losses, weights, strict=True)))(
+        total
+    )
+    np.testing.assert_allclose(parts, whole, rtol=1e-6)  # 30 numbers in another order
+    assert weighted_mean(jnp.array([1.0, 2.0]), normalizer=6) == 0.5
+    np.testing.assert_array_equal(weighted_mean(jnp.ones((2, 3)), axis=1, normalizer=jnp.array([1.0, 2.0])), [3, 1.5])
+
+
+def test_vmap_with_axis_name() -> None:
+    losses, weights = data()
+    mapped = jax.vmap(lambda x, w: weighted_mean(x, w, axis_name="i"), axis_name="i")(losses, weights)
+    np.testing.assert_allclose(mapped, np.full(6, weighted_mean(losses, weights)), rtol=1e-6)  # another order
+    mapped = jax.vmap(lambda x: weighted_mean(x, axis_name="i"), axis_name="i")(losses)
+    np.testing.assert_allclose(mapped, np.full(6, weighted_mean(losses)), rtol=1e-6)
+    mapped = jax.vmap(lambda x: weighted_mean(x, normalizer=2.0, axis_name="i"), axis_name="i")(losses)
+    np.testing.assert_allclose(mapped, np.full(6, losses.sum() / 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("weighted", ["evenly", "unevenly", "by one vector for all"])
+def test_shard_map(weighted: str, check_vma: bool) -> None:
+    count = jax.device_count()
+    mesh = jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    losses, weights = (jnp.asarray(a) for a in data((2 * count, 5)))
+    if weighted == "by one vector for all":
+        weights = weights[0]
+    spec = P() if weights.ndim == 1 else P("data")
+
+    def mean(x: Any, w: Any) -> Any:
+        return weighted_mean(x, None if weighted == "evenly" else w, axis_name="data")
+
+    sharded = jax.jit(jax.shard_map(mean, mesh=mesh, in_specs=(P("data"), spec), out_specs=P(), check_vma=check_vma))
+    plain = functools.partial(weighted_mean, weights=None if weighted == "evenly" else weights)
+    np.testing.assert_allclose(sharded(losses, weights), plain(losses), rtol=1e-6)  # another order
+    slope = jax.grad(plain)(losses)
+    np.testing.assert_allclose(jax.grad(sharded)(losses, weights), slope, rtol=1e-6)  # differentiated outside
+    inside = jax.shard_map(
+        jax.grad(mean), mesh=mesh, in_specs=(P("data"), spec), out_specs=P("data"), check_vma=check_vma
+    )
+    factor = 1 if check_vma else count  # as the docstring says
+    np.testing.assert_allclose(inside(losses, weights), factor * slope, rtol=1e-6)
+
+
+def test_perplexity() -> None:
+    nll = jnp.array([0.0, 1.0, 2.302585, INF, 1000.0])
+    np.testing.assert_allclose(perplexity(nll), [1, np.e, 10, INF, INF], rtol=4e-7)  # |nll| eps / 2 more than exp
+    np.testing.assert_array_equal(perplexity(jnp.array([0.0, 3.0, 10.0, INF]), base=2), [1, 8, 1024, INF])
+    np.testing.assert_allclose(perplexity(jnp.array([2.0, 0.5]), base=10), [100, 10**0.5], rtol=2e-7)  # 2 ulp
+    np.testing.assert_allclose(jax.grad(lambda x: perplexity(x, base=10))(2.0), 100 * np.log(10), rtol=4e-7)
+    for base in (0, -1.0, 1, INF):
+        with pytest.raises(ValueError, match="perplexity: base must"):
+            perplexity(1.0, base=base)
+
+
+def test_bits_per() -> None:
+    nats = jnp.array([10.0, 0.0, 0.0, 3.0])
+    counts = jnp.array([4, 7, 0, 0])
+    with jax.debug_nans(True):
+        np.testing.assert_allclose(bits_per(nats, counts), [2.5 / np.log(2), 0, 0, INF], rtol=2e-7)  # 2 ulp
+        slope = jax.grad(lambda x: bits_per(x, counts[:3]).sum())(nats[:3])
+        np.testing.assert_allclose(slope, [0.25 / np.log(2), 1 / 7 / np.log(2), 0], rtol=2e-7)
+    np.testing.assert_allclose(bits_per(nats, 5.0), nats / 5 / np.log(2), rtol=2e-7)
+
+
+def test_dtypes() -> None:
+    losses = jnp.full(70000, 1.0, jnp.float16)  # their sum is beyond float16
+    assert weighted_mean(losses) == 1 and weighted_mean(losses).dtype == jnp.float32
+    assert weighted_mean(losses, losses).dtype == jnp.float32
+    assert weighted_mean(losses, jnp.ones(70000, jnp.float32)) == 1
+    assert jax.grad(weighted_mean)(losses).dtype == jnp.float16
+    assert perplexity(losses).dtype == bits_per(losses, 70000).dtype == jnp.float32
+    np.testing.assert_allclose(bits_per(losses, 70000)[0], 1 / 70000 / np.log(2), rtol=2e-7)
+
+
+def test_bad_arguments() -> None:
+    x = jnp.ones((2, 3))
+    for shape in ((3, 3), (2,), (1, 2, 3), (4, 2, 3)):
+        with pytest.raises(ValueError, match="weighted_mean: weights must have the shape of losses"):
+            weighted_mean(x, jnp.ones(shape))
+    with pytest.raises(ValueError, match="weighted_mean: normalizer must"):
+        weighted_mean(x, axis=0, normalizer=jnp.ones(2))
+    with pytest.raises(ValueError, match="weighted_mean: axis must"):
+        weighted_mean(x, axis=2)
+    with pytest.raises(TypeError, match="weighted_mean: losses must"):
+        weighted_mean(jnp.ones(3, jnp.int32))
+    with pytest.raises(TypeError, match="weighted_mean: weights must"):
+        weighted_mean(x, jnp.ones(3, jnp.complex64))
+    with pytest.raises(TypeError, match="perplexity: nll must"):
+        perplexity(jnp.array(1))
+    with pytest.raises(ValueError, match="bits_per: count must"):
+        bits_per(x, jnp.ones(3))
