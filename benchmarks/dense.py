@@ -1,4 +1,4 @@
-"""Losses on arrays beside Optax's and PyTorch's: time, as a ratio in one run, and the memory that the compiled program asks for.
+"""Losses on arrays beside Optax's and PyTorch's: time, as ratios in one run, and temporary memory.
 
     python benchmarks/dense.py [--rounds 9] [--losses integer dense sigmoid entropy] [--shapes 65536x10 8192x1000]
 
@@ -28,6 +28,7 @@ import optax
 
 import jaxce
 
+torch: Any
 try:
     import torch
     import torch.nn.functional as F
@@ -96,7 +97,9 @@ def _torch_program(function: Function, gradient: bool) -> Callable[..., Any]:
     return program
 
 
-def programs(loss: str, x: np.ndarray, y: np.ndarray, dtype: str, gradient: bool) -> Iterator[tuple[str, Callable[[], Any], float]]:
+def programs(
+    loss: str, x: np.ndarray, y: np.ndarray, dtype: str, gradient: bool
+) -> Iterator[tuple[str, Callable[[], Any], float]]:
     """Name, call and temporary MB of each version."""
     on_jax = jnp.asarray(x, dtype), jnp.asarray(y)
     for name, function in losses()[loss].items():
@@ -110,7 +113,9 @@ def programs(loss: str, x: np.ndarray, y: np.ndarray, dtype: str, gradient: bool
             yield name, lambda compiled=compiled: jax.block_until_ready(compiled(*on_jax)), temporary
 
 
-def row(loss: str, shape: tuple[int, int], dtype: str, gradient: bool, rounds: int) -> tuple[dict[str, float], dict[str, float], float]:
+def row(
+    loss: str, shape: tuple[int, int], dtype: str, gradient: bool, rounds: int
+) -> tuple[dict[str, float], dict[str, float], float]:
     """Median ratios to Optax, temporary MB, and Optax's median time in seconds."""
     rng = np.random.default_rng(0)
     x = (3 * rng.normal(size=shape)).astype(np.float32)
@@ -134,8 +139,10 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxK")
     args = parser.parse_args()
 
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0]}, Python {platform.python_version()}")
-    print(f"jax {jax.__version__}, optax {optax.__version__}, torch {torch.__version__ if torch else 'not installed'}\n")
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0]}, Python {platform.python_version()}")
+    print(
+        f"jax {jax.__version__}, optax {optax.__version__}, torch {torch.__version__ if torch else 'not installed'}\n"
+    )
     print("| loss | mode | shape | dtype | Optax, ms | jaxce | torch | temporary MB: Optax | jaxce |")
     print("|---|---|---|---|---|---|---|---|---|")
     means: dict[tuple[str, str], list[float]] = {}

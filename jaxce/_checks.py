@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 Axis = int | Sequence[int]
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -46,7 +46,9 @@ def _array(function: str, argument: str, value: ArrayLike, kind: Any, expected: 
 def floating(function: str, argument: str, value: ArrayLike) -> Array:
     """``value`` as an array of floating-point numbers."""
     array = _array(function, argument, value, jnp.floating, "a floating-point array")
-    if array.dtype.itemsize == 1:  # 8-bit floats have neither range nor an exact path to float32 arithmetic on every device
+    if (
+        array.dtype.itemsize == 1
+    ):  # 8-bit floats have neither range nor an exact path to float32 arithmetic on every device
         raise TypeError(f"{function}: {argument} must be float16, bfloat16, float32 or float64, got {_describe(array)}")
     return array
 
@@ -153,9 +155,7 @@ def where_mask(
     return None, classes_last(full, class_axes)
 
 
-def where_entries(
-    function: str, where: ArrayLike | None, shape: tuple[int, ...], class_axes: tuple[int, ...]
-) -> Array:
+def where_entries(function: str, where: ArrayLike | None, shape: tuple[int, ...], class_axes: tuple[int, ...]) -> Array:
     """``where`` as a mask of every entry, in place."""
     rows, entries = where_mask(function, where, shape, class_axes)
     if where is None:

@@ -24,8 +24,8 @@ def _classes(
 ) -> tuple[Array, ...]:
     """The arguments in their common dtype, classes last, with ``fill`` wherever ``where`` is False."""
     arrays = [_checks.floating(function, name, value) for name, value in arguments.items()]
-    (first, shape), *_ = [(name, array.shape) for name, array in zip(arguments, arrays)]
-    for name, array in zip(arguments, arrays):
+    (first, shape), *_ = [(name, array.shape) for name, array in zip(arguments, arrays, strict=True)]
+    for name, array in zip(arguments, arrays, strict=True):
         _checks.same_shape(function, name, array, shape, f"the shape of {first}")
     class_axes = _checks.axes(function, axis, len(shape))
     rows, entries = _checks.where_mask(function, where, shape, class_axes)
@@ -333,8 +333,7 @@ def differential_entropy(
         value = -jnp.mean(jnp.log(jnp.sum(away * steps, axis=-1) / (n * jnp.sum(away * away, axis=-1))), axis=-1)
     else:
         raise ValueError(
-            'differential_entropy: method must be "auto", "vasicek", "van es", "ebrahimi" or "correa", '
-            f"got {method!r}"
+            f'differential_entropy: method must be "auto", "vasicek", "van es", "ebrahimi" or "correa", got {method!r}'
         )
     return value if log_base is None else value / log_base
 
@@ -436,7 +435,7 @@ def _compare_jvp(
     p, q, difference, ratio = _compare(*primals)
     huge = float(jnp.finfo(p.dtype).max) / 16
     centred = []
-    for weight, x, tangent in zip((p, q), primals, tangents):
+    for weight, x, tangent in zip((p, q), primals, tangents, strict=True):
         there = x != -jnp.inf
         t = jnp.where(there, tangent, jnp.zeros_like(tangent))
         centred.append(jnp.where(there, t - jnp.sum(weight * t, axis=-1, keepdims=True), jnp.zeros_like(t)))
@@ -471,7 +470,12 @@ def _relative_entropy_jvp(primals: tuple[Array, Array], tangents: tuple[Array, A
 
 @compiled("axis", "base")
 def relative_entropy_with_logits(
-    p_logits: ArrayLike, q_logits: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, base: float | None = None
+    p_logits: ArrayLike,
+    q_logits: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    base: float | None = None,
 ) -> Array:
     """Relative entropy (Kullback-Leibler divergence) D(p||q) of p = softmax(p_logits) from q = softmax(q_logits).
 
@@ -544,7 +548,12 @@ def _jensen_shannon_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Arr
 
 @compiled("axis", "base")
 def jensen_shannon_divergence_with_logits(
-    p_logits: ArrayLike, q_logits: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, base: float | None = None
+    p_logits: ArrayLike,
+    q_logits: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    base: float | None = None,
 ) -> Array:
     """Jensen-Shannon divergence of softmax(p_logits) and softmax(q_logits); see `jensen_shannon_divergence`.
 

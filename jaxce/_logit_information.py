@@ -50,7 +50,12 @@ def entropy_with_logits(
 
 @compiled("axis", "base")
 def cross_entropy_with_logits(
-    p_logits: ArrayLike, q_logits: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, base: float | None = None
+    p_logits: ArrayLike,
+    q_logits: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    base: float | None = None,
 ) -> Array:
     r"""Cross-entropy :math:`H(p, q) = -\sum_k p_k \log q_k` of p = softmax(p_logits) and q = softmax(q_logits).
 
@@ -80,6 +85,4 @@ def cross_entropy_with_logits(
     _checks.same_shape(name, "q_logits", given[1], given[0].shape, "the shape of p_logits")
     p = read_logits(name, "p_logits", given[0], axis, where, given[1])
     q = read_logits(name, "q_logits", given[1], axis, where, given[0])
-    return _numerics.in_units(
-        _numerics.single(_rows.dense_nll(q.x, q.row, _rows.probabilities(p.x, p.row))), log_base
-    )
+    return _numerics.in_units(_numerics.single(_rows.dense_nll(q.x, q.row, _rows.probabilities(p.x, p.row))), log_base)

@@ -348,7 +348,9 @@ def _expm1_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Ar
 def neg_x_log_x(p: Array) -> Pair:
     """-p log p as a pair, 0 at p = 0. d/dp = -(1 + log p), +inf at 0."""
     inside = _is_normal(p)
-    m, k = jnp.frexp(jnp.where(inside, p, jnp.ones_like(p)))  # p = 2^k m, so that no lo is lost below the normal numbers
+    m, k = jnp.frexp(
+        jnp.where(inside, p, jnp.ones_like(p))
+    )  # p = 2^k m, so that no lo is lost below the normal numbers
     hi, lo = multiply(log_pair(jnp.where(inside, p, jnp.ones_like(p))), single(-m))
     other = jnp.where(p == 0, jnp.zeros_like(p), -p * jnp.log(jnp.where(p == 0, jnp.ones_like(p), p)))
     return select(inside, scale_pair((hi, lo), k), single(other))
@@ -430,9 +432,7 @@ def bregman(p: Array, q: Array, q_lo: Array) -> Pair:
     return _bregman(p, q, q_lo)
 
 
-def _bregman_jvp(
-    primals: tuple[Array, Array, Array], tangents: Sequence[Array | SymbolicZero]
-) -> tuple[Pair, Pair]:
+def _bregman_jvp(primals: tuple[Array, Array, Array], tangents: Sequence[Array | SymbolicZero]) -> tuple[Pair, Pair]:
     p, q, q_lo = primals
     out = bregman(p, q, q_lo)
     both = (p == 0) & (q == 0)
@@ -457,9 +457,7 @@ def jensen_shannon(p: Array, q: Array) -> Pair:
 def _jensen_shannon_jvp(primals: Pair, tangents: Sequence[Array | SymbolicZero]) -> tuple[Pair, Pair]:
     p, q = primals
     m, m_lo = p + q, lax.stop_gradient(two_sum(p, q)[1])
-    tangent = _combine(
-        [(log_ratio(2 * p, m, m_lo) / 2, tangents[0]), (log_ratio(2 * q, m, m_lo) / 2, tangents[1])]
-    )
+    tangent = _combine([(log_ratio(2 * p, m, m_lo) / 2, tangents[0]), (log_ratio(2 * q, m, m_lo) / 2, tangents[1])])
     return jensen_shannon(p, q), single(jnp.zeros_like(p) if tangent is None else tangent)
 
 

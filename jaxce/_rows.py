@@ -320,9 +320,7 @@ def dense_nll(x: Array, row: Row, targets: Array) -> Array:
         return jnp.where(row.present, _sum(selecting, x, targets, rows=rows), 0)
     # XLA:CPU's fast sums can't select. The plain products are fastest, and tell by a NaN that one of them was 0 * inf.
     total = _sum(plain, x, targets, rows=rows)
-    total = lax.cond(
-        jnp.any(jnp.isnan(total)), lambda: _sum(arithmetic, x, targets, rows=rows), lambda: total
-    )
+    total = lax.cond(jnp.any(jnp.isnan(total)), lambda: _sum(arithmetic, x, targets, rows=rows), lambda: total)
     return jnp.where(row.present, total, 0)
 
 

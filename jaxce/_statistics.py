@@ -24,7 +24,9 @@ class Logits(NamedTuple):
     def integer_labels(self, function: str, labels: ArrayLike) -> Array:
         """``labels`` as classes, one for each row."""
         array = _checks.integer(function, "labels", labels)
-        _checks.same_shape(function, "labels", array, self.x.shape[:-1], "the shape of the logits without their class axes")
+        _checks.same_shape(
+            function, "labels", array, self.x.shape[:-1], "the shape of the logits without their class axes"
+        )
         return array
 
     def dense_labels(self, function: str, labels: Array) -> Array:
@@ -37,7 +39,9 @@ class Logits(NamedTuple):
         """Values for each class, with the class axes put back where they were."""
         batch = [a for a in range(len(self.shape)) if a not in self.axes]
         order = [*batch, *self.axes]
-        return jnp.transpose(values.reshape([self.shape[a] for a in order]), [order.index(a) for a in range(len(order))])
+        return jnp.transpose(
+            values.reshape([self.shape[a] for a in order]), [order.index(a) for a in range(len(order))]
+        )
 
 
 def read_logits(
