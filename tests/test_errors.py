@@ -96,7 +96,7 @@ def bad_calls() -> list[Any]:
     rows: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] = []
     for name, (args, floating, labels) in VALID.items():
         for i, argument in enumerate(floating):
-            for bad in (INTS, BOOLS, "text", None):
+            for bad in (INTS, BOOLS, None):  # text is refused by jax.jit, in words of its own
                 rows.append((name, (*args[:i], bad, *args[i + 1 :]), {}, TypeError, argument))
         second = SECOND.get(name, "labels")
         if labels in ("dense", "same"):

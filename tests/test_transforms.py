@@ -197,8 +197,15 @@ def test_eager_and_jit(case: Case) -> None:
     compiled = jax.jit(jax.value_and_grad(case.scalar))(floats, integers)
     close(compiled, (value, gradient), rtol=1e-5, atol=1e-5)
     close(case.scalar(floats, integers), value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@every_case
+def test_without_jit(case: Case) -> None:
+    floats, integers = case.make(3, "float32")
+    compiled = case.call(floats, integers)
     with jax.disable_jit():
-        close(case.call(floats, integers), results, rtol=2e-6, atol=1e-6)
+        close(case.call(floats, integers), compiled, rtol=2e-6, atol=1e-6)
 
 
 @every_case
@@ -214,6 +221,7 @@ def test_vmap_is_stacking(case: Case) -> None:
         close(mapped, case.call(floats, integers), rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @every_masked_case
 def test_vmap_over_masks(case: Case) -> None:
     floats, integers = case.make(3, "float32")
@@ -283,6 +291,7 @@ def test_half_precision(case: Case) -> None:
     close(gradient, jax.jit(jax.grad(case.scalar))(wide, integers), rtol=2**-8, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in CASES if len(c.floats) == 2], ids=lambda case: case.name)
 def test_mixed_precision(case: Case) -> None:
     """Each argument may have its own dtype, and the suite runs under strict promotion."""
@@ -293,6 +302,7 @@ def test_mixed_precision(case: Case) -> None:
         assert tuple(g.dtype for g in gradient) == tuple(a.dtype for a in args)
 
 
+@pytest.mark.slow
 @every_case
 def test_standard_promotion_changes_nothing(case: Case) -> None:
     floats, integers = case.make(3, "bfloat16")
@@ -316,7 +326,9 @@ def test_empty_batch(case: Case) -> None:
 
 
 @every_masked_case
-@pytest.mark.parametrize("content", ["as it was", "nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    "content", ["nan", *(pytest.param(c, marks=pytest.mark.slow) for c in ("as it was", "inf", "-inf"))]
+)
 def test_all_masked(case: Case, content: str) -> None:
     """Nothing left: value 0 (-inf, where the answer is the logarithm of nothing) and gradient 0, whatever is inside."""
     floats, integers = case.make(2, "float32")
@@ -373,6 +385,7 @@ def test_debug_nans_at_awkward_points(name: str) -> None:
         assert not np.any(np.isnan(gradient))
 
 
+@pytest.mark.slow
 @every_case
 def test_debug_nans_at_ordinary_points(case: Case) -> None:
     floats, integers = case.make(3, "float32")
@@ -381,6 +394,7 @@ def test_debug_nans_at_ordinary_points(case: Case) -> None:
         jax.jvp(lambda f: case.scalar(f, integers), (floats,), (floats,))
 
 
+@pytest.mark.slow
 @every_case
 def test_it_is_compiled_once(case: Case) -> None:
     """A second eager call with the same shapes traces nothing: the function is quick to call."""
