@@ -5,13 +5,16 @@ from jaxce._information import (
     differential_entropy,
     entropy,
     jensen_shannon_divergence,
-    jensen_shannon_divergence_with_logits,
     mutual_information,
     relative_entropy,
-    relative_entropy_with_logits,
     surprisal,
 )
-from jaxce._logit_information import cross_entropy_with_logits, entropy_with_logits
+from jaxce._logit_information import (
+    cross_entropy_with_logits,
+    entropy_with_logits,
+    jensen_shannon_divergence_with_logits,
+    relative_entropy_with_logits,
+)
 from jaxce._probability import (
     binary_cross_entropy,
     categorical_cross_entropy,
