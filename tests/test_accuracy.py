@@ -101,7 +101,11 @@ MEASURES = {
 }
 SMALL = [("float32", k) for k in (2, 3, 10, 64, 65, 97, 1000)]
 SMALL += [(d, k) for d in ("float64", "bfloat16", "float16") for k in (2, 65)] + [("float64", 1000)]
-LARGE = [("float32", 29 * 1733), ("float32", 8191), ("bfloat16", 4096), ("float64", 4096), ("float32", 131072)]
+LARGE: list[Any] = [("float32", 8191), ("bfloat16", 4096)]
+LARGE += [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in [("float32", 29 * 1733), ("float64", 4096), ("float32", 131072)]
+]
 LARGE_FAMILIES = ("random", "right, 1e-12", "ties")
 
 
