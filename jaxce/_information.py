@@ -290,7 +290,7 @@ def differential_entropy(
     >>> import jax.numpy as jnp
     >>> import jaxce
     >>> print(jaxce.differential_entropy(jnp.linspace(0.0, 1.0, 101)))
-    0.0134
+    0.00995
 
     Source: H. A. Noughabi, Entropy estimation using numerical methods, 2015, and the papers that it names.
     """
