@@ -203,7 +203,7 @@ def _dot(a: Array, b: Array) -> Array:
 
 def _is_class(x: Array, index: Array) -> Array:
     """Whether a class is the one with the given index; a comparison, since a gather would undo a sharded class axis."""
-    return lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) == index[..., None]
+    return lax.broadcasted_iota(index.dtype, x.shape, x.ndim - 1) == index[..., None]
 
 
 @jax.custom_jvp

@@ -121,7 +121,7 @@ def softmax_cross_entropy(
       >>> logits = jnp.array([[2.0, -1.0, 0.5], [0.0, -jnp.inf, 0.0]])
       >>> labels = jnp.array([[0.7, 0.1, 0.2], [0.5, 0.0, 0.5]])
       >>> print(jaxce.softmax_cross_entropy(logits, labels))
-      [0.84131 0.69315]
+      [0.84131 0.69315 ]
 
     Reference:
       Murphy, Probabilistic Machine Learning: An Introduction, 2022, sections 6.1 and 10.3.
@@ -204,7 +204,7 @@ def poly_loss_cross_entropy(
     Example:
       >>> import jax.numpy as jnp, jaxce
       >>> print(jaxce.poly_loss_cross_entropy(jnp.array([[2.0, -1.0, 0.5]]), jnp.array([[0.7, 0.1, 0.2]])))
-      [1.62609]
+      [1.66354]
 
     Reference:
       Leng et al., PolyLoss, https://arxiv.org/abs/2204.12511.

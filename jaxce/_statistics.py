@@ -22,8 +22,9 @@ class Logits(NamedTuple):
     shape: tuple[int, ...]
 
     def integer_labels(self, function: str, labels: ArrayLike) -> Array:
-        """``labels`` as classes, one for each row."""
+        """``labels`` as classes, one for each row, in an integer dtype that can count the classes."""
         array = _checks.integer(function, "labels", labels)
+        array = array.astype(jnp.int64 if array.dtype.itemsize == 8 else jnp.int32)
         _checks.same_shape(
             function, "labels", array, self.x.shape[:-1], "the shape of the logits without their class axes"
         )
