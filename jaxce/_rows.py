@@ -386,5 +386,5 @@ def _gap(x: Array, maximum: Array) -> Array:
 def _(primals: Any, tangents: Any) -> Any:
     x, row = primals
     p = probabilities(x, row)
-    gaps = row.select(_gap(x, row.maximum[..., None]))
+    gaps = jnp.where(row.present[..., None], _gap(x, row.maximum[..., None]), 0)
     return entropy(x, row), _dot(_less_mean(p, gaps, row), tangents[0].astype(p.dtype))

@@ -15,6 +15,8 @@ import scipy.stats
 
 import jaxce
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 X = (3 * RNG.normal(size=(6, 7))).astype("float32")
 Z = (3 * RNG.normal(size=(6, 7))).astype("float32")
