@@ -14,6 +14,8 @@ import pytest
 
 import jaxce
 
+pytestmark = pytest.mark.slow
+
 integer = jaxce.softmax_cross_entropy_with_integer_labels
 dense = jaxce.softmax_cross_entropy
 RNG = np.random.default_rng(1)

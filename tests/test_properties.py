@@ -8,10 +8,13 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxce
+
+pytestmark = pytest.mark.slow
 
 CLASSES = 5
 laws = settings(deadline=None, max_examples=25, derandomize=True, database=None)

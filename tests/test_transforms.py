@@ -315,6 +315,7 @@ def test_standard_promotion_changes_nothing(case: Case) -> None:
         assert a.dtype == b.dtype and jnp.array_equal(a, b)
 
 
+@pytest.mark.slow
 @every_case
 def test_empty_batch(case: Case) -> None:
     floats, integers = case.make(0, "float32")
@@ -327,6 +328,7 @@ def test_empty_batch(case: Case) -> None:
     assert all(g.shape == f.shape for g, f in zip(gradient, floats, strict=True))
 
 
+@pytest.mark.slow
 @every_masked_case
 @pytest.mark.parametrize(
     "content", ["nan", *(pytest.param(c, marks=pytest.mark.slow) for c in ("as it was", "inf", "-inf"))]
@@ -375,6 +377,7 @@ AWKWARD: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AWKWARD)
 def test_debug_nans_at_awkward_points(name: str) -> None:
     """No NaN inside either: `jax.debug_nans` would point at it."""
