@@ -40,12 +40,10 @@ def two_sum(a: Array, b: Array | float) -> Pair:
 
 
 def two_product(a: Array, b: Array) -> Pair:
-    """a * b = hi + lo to half as many digits again (36 bits, 80 in float64) while lo is normal.
-
-    Each factor is cut in halves whose products need no rounding.
-    """
+    """a * b = hi + lo exactly while lo is normal: the halves of the factors have products that need no rounding."""
+    hi = times(a, b)
     (a1, a2), (b1, b2) = _halves(a), _halves(b)
-    return two_sum(a1 * b1, a2 * b2 + (a1 * b2 + a2 * b1))
+    return hi, ((a1 * b1 - hi) + a1 * b2 + a2 * b1) + a2 * b2
 
 
 def _halves(a: Array) -> Pair:
@@ -212,9 +210,12 @@ def _log_ratio(p: Array, q: Array | float) -> Pair:
 
 
 def log_ratio_of_pairs(p: Pair, q: Pair) -> Pair:
-    """log(p / q) of positive normal numbers, as a pair."""
-    hi, lo = _log_ratio(p[0], q[0])
-    r, t = p[1] / p[0], q[1] / q[0]
+    """log(p / q) as a pair; 0 where one of them isn't a positive normal number."""
+    inside = _is_normal(p[0]) & _is_normal(q[0])
+    one = single(jnp.ones_like(p[0]))
+    (p_hi, p_lo), (q_hi, q_lo) = select(inside, p, one), select(inside, q, one)
+    hi, lo = _log_ratio(p_hi, q_hi)
+    r, t = p_lo / p_hi, q_lo / q_hi
     return hi, lo + ((r - times(r, r) / 2) - (t - times(t, t) / 2))
 
 
@@ -232,10 +233,8 @@ def log_ratio(p: Array, q: Array, q_lo: Array) -> Array:
     d/dp = 1 / p, d/dq = -1 / q. At p = q = 0, a class that isn't there, all three are 0.
     """
     inside = _is_normal(p) & _is_normal(q)
-    one, zero = jnp.ones_like(p), jnp.zeros_like(p)
-    a, b, b_lo = jnp.where(inside, p, one), jnp.where(inside, q, one), jnp.where(inside, q_lo, zero)
-    hi, lo = log_ratio_of_pairs((a, zero), (b, b_lo))
-    both = (p == 0) & (q == 0)
+    hi, lo = log_ratio_of_pairs(single(p), (q, q_lo))
+    both, one = (p == 0) & (q == 0), jnp.ones_like(p)
     other = jnp.log(jnp.where(both, one, p)) - jnp.log(jnp.where(both, one, q))
     return jnp.where(inside, hi + lo, other)
 
@@ -348,10 +347,9 @@ def _expm1_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Ar
 def neg_x_log_x(p: Array) -> Pair:
     """-p log p as a pair, 0 at p = 0. d/dp = -(1 + log p), +inf at 0."""
     inside = _is_normal(p)
-    m, k = jnp.frexp(
-        jnp.where(inside, p, jnp.ones_like(p))
-    )  # p = 2^k m, so that no lo is lost below the normal numbers
-    hi, lo = multiply(log_pair(jnp.where(inside, p, jnp.ones_like(p))), single(-m))
+    safe = jnp.where(inside, p, jnp.ones_like(p))
+    m, k = jnp.frexp(safe)  # p = 2^k m: nothing is lost below the normal numbers
+    hi, lo = multiply(log_pair(safe), single(-m))
     other = jnp.where(p == 0, jnp.zeros_like(p), -p * jnp.log(jnp.where(p == 0, jnp.ones_like(p), p)))
     return select(inside, scale_pair((hi, lo), k), single(other))
 
@@ -368,10 +366,11 @@ def neg_x_log_y(p: Array, q: Array) -> Pair:
     """-p log q as a pair, 0 at p = 0. d/dp = -log q, d/dq = -p / q, both 0 at p = q = 0."""
     empty = (p == 0) & (q >= 0)
     hi, lo = log_pair(jnp.where(empty, jnp.ones_like(q), q))
-    finite = jnp.isfinite(hi)
-    product = multiply((jnp.where(finite, hi, jnp.ones_like(hi)), lo), single(-p))
-    product = select(finite, product, single(-p * jnp.where(p == 0, jnp.where(jnp.isnan(hi), hi, p), hi)))
-    return select(empty, single(jnp.zeros_like(p)), product)
+    inside = _is_normal(p) & jnp.isfinite(hi)
+    m, k = jnp.frexp(jnp.where(inside, p, jnp.ones_like(p)))
+    product = multiply(select(inside, (hi, lo), single(jnp.ones_like(hi))), single(-m))
+    other = jnp.where(empty, jnp.zeros_like(p), -p * hi)
+    return select(inside, scale_pair(product, k), single(other))
 
 
 def _neg_x_log_y_jvp(primals: Pair, tangents: Sequence[Array | SymbolicZero]) -> tuple[Pair, Pair]:
