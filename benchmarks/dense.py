@@ -30,8 +30,8 @@ import jaxce
 
 torch: Any
 try:
-    import torch
-    import torch.nn.functional as F
+    import torch  # pyright: ignore[reportMissingImports]
+    import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 except ImportError:
     torch = None
 
