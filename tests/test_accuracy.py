@@ -210,8 +210,6 @@ def test_without_jit_it_is_as_exact(name: str) -> None:
     check(name, "float32", 65, eager)
 
 
-@pytest.mark.slow
-@pytest.mark.xfail(reason="above the limits for some rows, not yet analysed", strict=False)
 @pytest.mark.parametrize(("dtype", "classes"), [("float32", 10), ("float32", 1000), ("float64", 65), ("bfloat16", 65)])
 def test_log_softmax(dtype: str, classes: int) -> None:
     names, logits, *_ = problem(dtype, classes)
@@ -219,12 +217,11 @@ def test_log_softmax(dtype: str, classes: int) -> None:
     with jax.enable_x64(dtype == "float64"):
         got = np.asarray(jaxce.log_softmax(jnp.asarray(logits)))
     assert np.all(got <= 0)
-    failures = helpers.worst(ulp_error(got, values), names, 2)
+    # 2, and a bit: at a top class that many others outweigh, the errors of their sum and of L add up (2.3 measured).
+    failures = helpers.worst(ulp_error(got, values), names, 2.5)
     assert not failures, f"log_softmax, {dtype}, {classes} classes: {failures}"
 
 
-@pytest.mark.slow
-@pytest.mark.xfail(reason="above the limits for some rows, not yet analysed", strict=False)
 @pytest.mark.parametrize(("dtype", "classes"), [("float32", 10), ("float32", 1000), ("float64", 65), ("bfloat16", 65)])
 def test_cross_entropy_with_logits(dtype: str, classes: int) -> None:
     """Every row of logits against the next one: values, and gradients by both arguments."""
@@ -234,14 +231,15 @@ def test_cross_entropy_with_logits(dtype: str, classes: int) -> None:
     other = np.roll(logits, 1, axis=0)
     other[len(names) // 2 :] = logits[len(names) // 2 :]  # and against itself
     values, p_exact, p_scale, q_exact, q_scale = [], [], [], [], []
+    tiny = float(jnp.finfo(dtype if dtype == "float64" else "float32").tiny)
     for p, q in zip(helpers.rows(logits), helpers.rows(other), strict=True):
         value = mpmath.fsum(p.p(k) * q.nll(k) for k in range(classes) if p.exps[k])
         values.append(value)
         for k in range(classes):
             cost = q.nll(k)
-            by_p = p.p(k) * (cost - value) if p.exps[k] and value < helpers.INF else helpers.ZERO
-            p_exact.append(by_p)
-            p_scale.append(p.p(k) * max(cost, value) if p.exps[k] and value < helpers.INF else helpers.ZERO)
+            there = p.p(k) >= tiny and value < helpers.INF  # a smaller probability is 0 to XLA, whatever multiplies it
+            p_exact.append(p.p(k) * (cost - value) if there else helpers.ZERO)
+            p_scale.append(p.p(k) * max(cost, value) if there else helpers.ZERO)
             q_exact.append(q.p(k) * p.not_p(k) - q.not_p(k) * p.p(k))
             q_scale.append(max(q.p(k) * p.not_p(k), q.not_p(k) * p.p(k)))
 
@@ -254,14 +252,15 @@ def test_cross_entropy_with_logits(dtype: str, classes: int) -> None:
             jnp.asarray(logits), jnp.asarray(other)
         )
         got, by_p, by_q = map(np.asarray, (got, *gradients))
-    failures = helpers.worst(ulp_error(got, values), names, 2)
+    failures = helpers.worst(ulp_error(got, values), names, 4)  # probabilities that are rounded, times losses that are
     assert not failures, f"value: {failures}"
     assert np.all(got >= 0)
     finite = np.isfinite(np.array([float(v) for v in values]))  # where the loss is infinite, p's gradient is undefined
+    limit = gradient_limit("entropy", dtype)  # differences times probabilities, as there (4.2 measured)
     errors = np.where(finite[:, None], ulp_error(by_p, p_exact, p_scale), 0)
-    failures = helpers.worst(errors, names, GRADIENT_LIMIT)
+    failures = helpers.worst(errors, names, limit)
     assert not failures, f"gradient by p_logits: {failures}"
-    failures = helpers.worst(ulp_error(by_q, q_exact, q_scale), names, GRADIENT_LIMIT)
+    failures = helpers.worst(ulp_error(by_q, q_exact, q_scale), names, limit)
     assert not failures, f"gradient by q_logits: {failures}"
 
 
