@@ -41,7 +41,7 @@ Function = Callable[[Any, Any], Any]
 
 
 def _optax_entropy(logits: jax.Array, _: jax.Array) -> jax.Array:
-    return -jnp.sum(jax.nn.softmax(logits) * jax.nn.log_softmax(logits), -1)
+    return optax.softmax_cross_entropy(logits, jax.nn.softmax(logits))  # Optax has no entropy; this is how one says it
 
 
 def _torch_entropy(logits: Any, _: Any) -> Any:

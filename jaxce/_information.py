@@ -30,6 +30,8 @@ def classes_of(
     class_axes = _checks.axes(function, axis, len(shape))
     rows, entries = _checks.where_mask(function, where, shape, class_axes)
     result = tuple(_checks.classes_last(a, class_axes) for a in _checks.upcast(*arrays))
+    if result[0].shape[-1] == 0:
+        raise ValueError(f"{function}: {first} must have at least one class, got shape {shape}")
     if rows is not None:
         entries = jnp.broadcast_to(rows[..., None], result[0].shape)
     if entries is None:

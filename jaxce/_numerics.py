@@ -378,7 +378,7 @@ def _neg_x_log_y_jvp(primals: Pair, tangents: Sequence[Array | SymbolicZero]) ->
     out = neg_x_log_y(p, q)
     empty = (p == 0) & (q == 0)
     hi, lo = log_pair(jnp.where(empty, jnp.ones_like(q), q))
-    by_q = jnp.where(p == 0, jnp.zeros_like(p), p / jnp.where(p == 0, jnp.ones_like(q), q))
+    by_q = jnp.where(empty, jnp.zeros_like(p), p / jnp.where(empty, jnp.ones_like(q), q))
     tangent = _combine([(-(hi + lo), tangents[0]), (-by_q, tangents[1])])
     return out, single(jnp.zeros_like(p) if tangent is None else tangent)
 

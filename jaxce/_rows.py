@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
@@ -34,13 +33,18 @@ from jaxce._numerics import exp_pair, log1p, single
 class Row(NamedTuple):
     """What one pass over a row of logits leaves: enough for all losses and gradients."""
 
-    maximum: Array  # m; an infinite logit counts as the largest finite number, so that it can be subtracted
+    maximum: Array  # m
     anchor: Array  # c, the number that is subtracted before exp; see `_anchor`
     top: Array  # the first class that attains the maximum
     weight: Array  # exp(m - c), the weight of the top class
     others: Array  # the sum of exp(x_k - c) over all other classes
     present: Array  # whether any class is there, in a row that counts
     counts: Array | None  # the mask of rows; None where all of them count
+
+    @property
+    def peak(self) -> Array:
+        """The maximum, or the largest finite number if that is infinite, so that it can be subtracted."""
+        return _finite(self.maximum)
 
     @property
     def log_sum(self) -> Array:
@@ -62,15 +66,16 @@ def _finite(x: Array) -> Array:
     return jnp.minimum(x, float(jnp.finfo(x.dtype).max))
 
 
-def _weights(x: Array, anchor: Array) -> Array:
-    """exp(x - c), the unnormalised probabilities, in the anchor's dtype."""
-    return jnp.exp(_finite(x.astype(anchor.dtype)) - anchor)
+def _weights(x: Array, anchor: Array, infinite: bool = True) -> Array:
+    """exp(x - c), the unnormalised probabilities, in the anchor's dtype; ``infinite`` says whether x may be +inf."""
+    wide = x.astype(anchor.dtype)
+    return jnp.exp((_finite(wide) if infinite else wide) - anchor)
 
 
-def _anchored(maximum: Array, classes: int) -> tuple[Array, Array]:
-    """The maximum in the dtype to compute in, and its anchor."""
-    m = _finite(upcast(maximum)[0])
-    return m, _anchor(m, classes)
+def _below(x: Array, maximum: Array) -> Array:
+    """1 where x is below the maximum and 0 where it attains it."""
+    gap = maximum - _finite(x.astype(maximum.dtype))
+    return jnp.minimum(1, gap * (1 / float(jnp.finfo(maximum.dtype).tiny)))
 
 
 def _anchor(maximum: Array, classes: int) -> Array:
@@ -86,63 +91,82 @@ def _anchor(maximum: Array, classes: int) -> Array:
     return jnp.where(jnp.isfinite(anchor), anchor, 0)
 
 
-def _block_length(classes: int) -> int:
-    """The smallest divisor of the number of classes from its square root on; all of them where they are few."""
-    if classes <= _FEW:
-        return classes
-    return next(n for n in range(math.isqrt(classes - 1) + 1, classes + 1) if classes % n == 0)
-
+# The sums are written for XLA:CPU, whose reductions are fast (and keep no array of the size of x) as long as they read x
+# itself, through arithmetic, minima and exp alone. It is slow where it has to select or compare, at rows that are short
+# or longer than _LONG, and at argmax.
 
 _FEW = 32
-"""Up to so many classes are taken one by one, in a loop over the rows. XLA:CPU reduces fast along long rows only."""
+"""Up to so many classes are taken one by one, in a loop over the rows."""
+
+_LONG = 2**15
+"""Rows of more classes are summed in parts."""
+
+
+@jax.custom_batching.custom_vmap
+def all_finite(values: Array) -> Array:
+    """Whether all values, and their sum, are finite, also in the examples that `jax.vmap` hides.
+
+    It chooses between a fast way and a slow one that is always right, so that the slow one must not run for all.
+    """
+    return jnp.isfinite(jnp.sum(lax.optimization_barrier(values)))
+
+
+@all_finite.def_vmap
+def _(_: int, __: list[bool], values: Array) -> tuple[Array, bool]:
+    return all_finite(values), False
 
 
 def _columns(x: Array) -> list[Array]:
     return [x[..., k] for k in range(x.shape[-1])]
 
 
-def _pairwise(operation: Callable[[Array, Array], Array], terms: list[Array]) -> Array:
+def _add_up(terms: list[Array]) -> Array:
     while len(terms) > 1:
-        pairs = [operation(a, b) for a, b in zip(terms[::2], terms[1::2], strict=False)]
+        pairs = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)]
         terms = pairs + terms[len(terms) - len(terms) % 2 :]
     return terms[0]
 
 
+def _parts(count: int, length: int = 1) -> int:
+    """Into how many equal parts to cut ``count`` runs of so many classes each, if they can be cut so that each is fast."""
+    return next((n for n in range(1, count + 1) if count % n == 0 and 128 <= count // n * length <= _LONG), 1)
+
+
 def _sum(term: Callable[..., Array], *arrays: Array, rows: tuple[Array, ...] = ()) -> Array:
     """The sum over the last axis of a term, a function of the classes' values and of each row's."""
-    if arrays[0].shape[-1] > _FEW:
-        return jnp.sum(term(*arrays, *(r[..., None] for r in rows)), -1)
-    return _pairwise(jnp.add, [term(*values, *rows) for values in zip(*map(_columns, arrays), strict=True)])
-
-
-def _max(values: Array) -> Array:
-    return _pairwise(jnp.maximum, _columns(values)) if values.shape[-1] <= _FEW else jnp.max(values, -1)
+    *batch, classes = arrays[0].shape
+    if classes <= _FEW:
+        return _add_up([term(*values, *rows) for values in zip(*map(_columns, arrays), strict=True)])
+    parts = _parts(classes)
+    if parts > 1:
+        arrays = tuple(a.reshape(*batch, parts, classes // parts) for a in arrays)
+        rows = tuple(r[..., None] for r in rows)
+        return jnp.sum(lax.optimization_barrier(_sum(term, *arrays, rows=rows)), -1)
+    return jnp.sum(term(*arrays, *(r[..., None] for r in rows)), -1)
 
 
 def _first(mask: Array) -> Array:
-    """Index of the first True on the last axis. XLA:CPU has a fast minimum, of floats, and a slow argmax."""
-    last = mask.shape[-1] - 1
-    return jnp.min(jnp.where(mask, _places(mask.shape, np.float32), last), -1).astype(jnp.int32)
+    """Index of the first True on the last axis."""
+    places = lax.broadcasted_iota(jnp.float32, mask.shape, mask.ndim - 1)
+    return jnp.min(jnp.where(mask, places, mask.shape[-1] - 1), -1).astype(jnp.int32)
 
 
-def _places(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """The index along the last axis. A constant rather than an iota, for XLA:CPU's fast reductions."""
-    return jnp.broadcast_to(np.arange(shape[-1], dtype=dtype), shape)
+def _places(x: Array, dtype: DTypeLike) -> Array:
+    """The index along the last axis as numbers, to be broadcast; hidden from XLA, which would write out the whole array."""
+    return lax.optimization_barrier(jnp.arange(x.shape[-1], dtype=dtype)).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def _sum_without_top(x: Array, maximum: Array, anchor: Array) -> tuple[Array, Array]:
-    """The first class at the maximum, and the sum of the weights of all the others."""
-    if x.shape[-1] > _FEW:
-        top = _first(x == maximum[..., None])
-        weights = jnp.put_along_axis(
-            _weights(x, anchor[..., None]), top[..., None], 0, axis=-1, inplace=False, mode="clip"
-        )
-        return top, jnp.sum(weights, -1)
-    columns = _columns(x)
-    top = jnp.full(maximum.shape, len(columns) - 1, jnp.int32)
-    for k in range(len(columns) - 2, -1, -1):
-        top = jnp.where(columns[k] == maximum, k, top)
-    return top, _pairwise(jnp.add, [jnp.where(top == k, 0, _weights(v, anchor)) for k, v in enumerate(columns)])
+def _sum_without(x: Array, index: Array) -> Array:
+    """The sum over the last axis, but for the place with the given index."""
+    if x.shape[-1] <= _FEW:
+        return _add_up([jnp.where(index == k, 0, v) for k, v in enumerate(_columns(x))])
+    distance = jnp.abs(_places(x, x.dtype) - index[..., None].astype(x.dtype))
+    return jnp.sum(x * jnp.minimum(1, distance), -1)
+
+
+def _is_class(x: Array, index: Array) -> Array:
+    """Whether a class is the one with the given index; a comparison, since a gather would undo a sharded class axis."""
+    return lax.broadcasted_iota(index.dtype, x.shape, x.ndim - 1) == index[..., None]
 
 
 def _take(x: Array, index: Array, axis: int = -1) -> Array:
@@ -153,43 +177,102 @@ def _take(x: Array, index: Array, axis: int = -1) -> Array:
 
 
 def row_pass(x: Array, rows: Array | None = None) -> Row:
-    """Goes over the classes once for the maxima and once for the sums.
-
-    Many classes are cut into about sqrt(K) blocks, and each is reduced by itself. This is where the digits come from: the
-    one block that holds the top class is summed again without it, so the top's 1 is never added to what it would drown.
-    And it keeps XLA:CPU's vectorised reductions inside the cache. The barriers make each reduction read ``x`` itself and
-    upcast inside its loop, rather than keep an array of the size of ``x`` between them.
-    """
+    """Goes over the classes twice: for the maximum, and for the sum of the others' weights."""
     x = lax.stop_gradient(x)
-    *batch, classes = x.shape
-    length = _block_length(classes)
-    if length == classes:
-        maximum = _max(x)
-        m, anchor = _anchored(maximum, classes)
-        top, others = _sum_without_top(x, maximum, anchor)
+    classes = x.shape[-1]
+    length = next(n for n in range(math.isqrt(classes - 1) + 1, classes + 1) if classes % n == 0)
+    if classes <= _FEW:
+        maximum, top, others = _few(x)
+    elif classes // length >= 8:
+        maximum, top, others = _blocks(x.reshape(*x.shape[:-1], -1, length))
     else:
-        blocks = x.reshape(*batch, classes // length, length)
-        block_maxima = lax.optimization_barrier(jnp.max(blocks, -1))
-        maximum = jnp.max(block_maxima, -1)
-        m, anchor = _anchored(maximum, classes)
-        block = _first(block_maxima == maximum[..., None])
-        top_block = _take(blocks, block[..., None, None], axis=-2)[..., 0, :]
-        place, others = _sum_without_top(top_block, maximum, anchor)
-        top = block * length + place
-        blocks, anchor = lax.optimization_barrier((blocks, anchor))
-        sums = jnp.sum(jnp.exp(blocks.astype(m.dtype) - anchor[..., None, None]), -1)
-        others += jnp.sum(jnp.put_along_axis(sums, block[..., None], 0, axis=-1, inplace=False, mode="clip"), -1)
+        maximum, top, others = _whole(x)
 
+    (maximum,) = upcast(maximum)
+    m = _finite(maximum)
+    anchor = _anchor(m, classes)
     present = m != -jnp.inf
+    weight = jnp.where(present, exp_pair(single(jnp.where(present, m - anchor, 0)))[0], 1)
+    # Infinite logits are rare, and the test for them in the sums is not free.
+    finite = all_finite(jnp.maximum(maximum, 0))
+    others = lax.cond(finite, partial(others, False), partial(others, True), m, anchor, weight)
     return Row(
-        maximum=m,
+        maximum=maximum,
         anchor=anchor,
         top=top,
-        weight=jnp.where(present, exp_pair(single(jnp.where(present, m - anchor, 0)))[0], 1),
-        others=others,
+        weight=weight,
+        others=jnp.where(present, others, 0),
         present=present if rows is None else present & rows,
         counts=rows,
     )
+
+
+# How to read a row: its maximum, the first class that attains it, and a function for the sum over the others. That leaves
+# the top class out of the sum, rather than subtract it: this is where the digits come from.
+_Others = Callable[[bool, Array, Array, Array], Array]
+_Read = tuple[Array, Array, _Others]
+
+
+def _few(x: Array) -> _Read:
+    """A few classes, one by one."""
+    maximum = jnp.max(x, -1)
+
+    def top() -> Array:
+        *columns, _ = _columns(x)
+        index = jnp.full(maximum.shape, len(columns), jnp.int32)
+        for k, column in reversed(list(enumerate(columns))):
+            index = jnp.where(column == maximum, k, index)
+        return index
+
+    def others(infinite: bool, m: Array, anchor: Array, weight: Array) -> Array:
+        top_ = top()
+        return _add_up([jnp.where(top_ == k, 0, _weights(v, anchor, infinite)) for k, v in enumerate(_columns(x))])
+
+    return maximum, top(), others
+
+
+def _blocks(x: Array) -> _Read:
+    """About sqrt(K) blocks of about sqrt(K) classes: the block of the top class is summed by itself without it.
+
+    The barriers make each reduction read ``x`` itself, and upcast inside its loop.
+    """
+    *batch, count, length = x.shape
+    maxima = lax.optimization_barrier(jnp.max(x, -1))
+    maximum = jnp.max(maxima, -1)
+    block = _first(maxima == maximum[..., None])
+    top_block = _take(x, block[..., None, None], axis=-2)[..., 0, :]
+    place = _first(top_block == maximum[..., None])
+
+    def others(infinite: bool, m: Array, anchor: Array, weight: Array) -> Array:
+        near = jnp.where(_is_class(top_block, place), 0, _weights(top_block, anchor[..., None]))
+        anchors = jnp.where(_is_class(maxima, block), jnp.inf, anchor[..., None])  # exp(x - inf) = 0
+        far, anchors = lax.optimization_barrier((x, anchors))
+        return jnp.sum(near, -1) + _sum_of_blocks(lambda *a: _weights(*a, infinite), far, anchors)
+
+    return maximum, block * length + place, others
+
+
+def _sum_of_blocks(term: Callable[[Array, Array], Array], x: Array, anchors: Array) -> Array:
+    *batch, count, length = x.shape
+    parts = _parts(count, length)
+    if parts == 1:
+        return jnp.sum(term(x, anchors[..., None]), (-2, -1))
+    x, anchors = x.reshape(*batch, parts, -1, length), anchors.reshape(*batch, parts, -1)
+    return jnp.sum(lax.optimization_barrier(_sum_of_blocks(term, x, anchors)), -1)
+
+
+def _whole(x: Array) -> _Read:
+    """A number of classes that doesn't fall into blocks: arithmetic leaves out all that attain the maximum, and counts them."""
+    maximum = jnp.max(x, -1)
+
+    def others(_: bool, m: Array, anchor: Array, weight: Array) -> Array:
+        v, m, anchor = lax.optimization_barrier((x, m, anchor))
+        equal = x.shape[-1] - jnp.sum(_below(v, m[..., None]), -1)
+        return jnp.sum(_below(v, m[..., None]) * _weights(v, anchor[..., None]), -1) + (equal - 1) * weight
+
+    m = _finite(upcast(maximum)[0])[..., None]
+    top = jnp.min(_places(x, m.dtype) + x.shape[-1] * _below(x, m), -1)
+    return maximum, jnp.minimum(top, x.shape[-1] - 1).astype(jnp.int32), others
 
 
 # The derivatives. Each rule gives the tangent as a sum over the classes of a coefficient times the logit's tangent, where
@@ -198,12 +281,7 @@ def row_pass(x: Array, rows: Array | None = None) -> Row:
 
 
 def _dot(a: Array, b: Array) -> Array:
-    return _sum(jnp.multiply, a, b)
-
-
-def _is_class(x: Array, index: Array) -> Array:
-    """Whether a class is the one with the given index; a comparison, since a gather would undo a sharded class axis."""
-    return lax.broadcasted_iota(index.dtype, x.shape, x.ndim - 1) == index[..., None]
+    return jnp.sum(a * b, -1)
 
 
 @jax.custom_jvp
@@ -246,7 +324,7 @@ def _(primals: Any, tangents: Any) -> Any:
 @jax.custom_jvp
 def log_probabilities(x: Array, row: Row) -> Array:
     """log softmax(x) = -(g + L), -inf where a class is not there."""
-    gaps = row.maximum[..., None] - _finite(x.astype(row.maximum.dtype))
+    gaps = _gap(x.astype(row.maximum.dtype), row.maximum[..., None])
     return jnp.where(jnp.isneginf(x), -jnp.inf, -(gaps + row.log_sum[..., None]))
 
 
@@ -262,7 +340,7 @@ def _(primals: Any, tangents: Any) -> Any:
 def label_nll(x: Array, row: Row, labels: Array) -> Array:
     """-log softmax(x)[label] = g_label + L; NaN where the label is not a class."""
     x_label = _label_logit(x, row, labels)
-    nll = (row.maximum - x_label) + row.log_sum
+    nll = _gap(x_label, row.maximum) + row.log_sum
     return jnp.where(row.present, jnp.where(_is_valid(labels, x), nll, jnp.nan), 0)
 
 
@@ -271,7 +349,12 @@ def _is_valid(labels: Array, x: Array) -> Array:
 
 
 def _label_logit(x: Array, row: Row, labels: Array) -> Array:
-    return _finite(_take(x, labels[..., None])[..., 0].astype(row.maximum.dtype))
+    return _take(x, labels[..., None])[..., 0].astype(row.maximum.dtype)
+
+
+def _gap(x: Array, maximum: Array) -> Array:
+    """m - x; 0 at a top class, even if that is infinite."""
+    return jnp.where(x == maximum, 0, maximum - x)
 
 
 @label_nll.defjvp
@@ -302,25 +385,21 @@ def _(primals: Any, tangents: Any) -> Any:
 @jax.custom_jvp
 def dense_nll(x: Array, row: Row, targets: Array) -> Array:
     """sum_k t_k (g_k + L), where a class with t = 0 adds nothing, even at infinite distance."""
-    rows = row.maximum, row.log_sum
 
     def plain(x: Array, t: Array, m: Array, log_sum: Array) -> Array:
-        return t * ((m - _finite(x.astype(m.dtype))) + log_sum)
+        return t * ((m - x.astype(m.dtype)) + log_sum)
 
-    def selecting(x: Array, t: Array, m: Array, log_sum: Array) -> Array:
-        return jnp.where(t == 0, 0, plain(x, t, m, log_sum))
-
-    def arithmetic(x: Array, t: Array, m: Array, log_sum: Array) -> Array:
+    def careful(x: Array, t: Array, m: Array, log_sum: Array, infinite: Array) -> Array:
         gap = m - _finite(x.astype(m.dtype))
         near = _finite(gap)
-        absent = jnp.minimum(gap - near, 1)  # 1 or 0: t times the largest number is 0 or, times it again, infinite
-        return t * (near + log_sum) * (1 + absent * float(jnp.finfo(m.dtype).max))
+        # 1 at an infinite distance, else 0: t times the largest number is 0 or, times it again, infinite.
+        far = jnp.maximum(jnp.minimum(gap - near, 1), infinite * _below(x, m))
+        return t * (near + log_sum) * (1 + far * float(jnp.finfo(m.dtype).max))
 
-    if x.shape[-1] <= _FEW:
-        return jnp.where(row.present, _sum(selecting, x, targets, rows=rows), 0)
-    # XLA:CPU's fast sums can't select. The plain products are fastest, and tell by a NaN that one of them was 0 * inf.
+    rows = row.peak, row.log_sum
+    infinite = jnp.isposinf(row.maximum).astype(row.maximum.dtype)
     total = _sum(plain, x, targets, rows=rows)
-    total = lax.cond(jnp.any(jnp.isnan(total)), lambda: _sum(arithmetic, x, targets, rows=rows), lambda: total)
+    total = lax.cond(all_finite(total), lambda: total, lambda: _sum(careful, x, targets, rows=(*rows, infinite)))
     return jnp.where(row.present, total, 0)
 
 
@@ -341,20 +420,14 @@ def _(primals: Any, tangents: Any) -> Any:
 @jax.custom_jvp
 def _dense_error(x: Array, row: Row, targets: Array) -> Array:
     """p_j T - t_j with T = sum_k t_k; at the top class p_j (T - t_j) - (1 - p_j) t_j, both of which may be tiny."""
+    rest = _sum_without(targets, row.top)
     top_target = _take(targets, row.top[..., None])[..., 0]
-    rest = jnp.sum(targets * _differs(row.top, targets), -1)
     at_top = (row.weight * rest - row.others * top_target) / row.total
     x, targets, anchor, total, sum_, at_top = lax.optimization_barrier(
         (x, targets, row.anchor, row.total, rest + top_target, at_top)
     )
     error = _weights(x, anchor[..., None]) * sum_[..., None] / total[..., None] - targets
     return row.select(jnp.where(_is_class(x, row.top), at_top[..., None], error))
-
-
-def _differs(index: Array, values: Array) -> Array:
-    """1 where the place on the last axis differs from the index, else 0: a selection as XLA:CPU's fast sums take it."""
-    distance = jnp.abs(_places(values.shape, values.dtype) - index[..., None].astype(values.dtype))
-    return jnp.minimum(1, distance)
 
 
 @partial(_dense_error.defjvp, symbolic_zeros=True)
@@ -373,18 +446,47 @@ def _(primals: Any, tangents: Any) -> Any:
 @jax.custom_jvp
 def entropy(x: Array, row: Row) -> Array:
     """H(softmax(x)) = sum_k p_k g_k + L."""
-    weighted_gaps = _sum(lambda x, m, c: _weights(x, c) * _gap(x, m), x, rows=(row.maximum, row.anchor))
-    return jnp.where(row.present, weighted_gaps / row.total + row.log_sum, 0)
+    return jnp.where(row.present, _mean_gap(x, row) + row.log_sum, 0)
 
 
-def _gap(x: Array, maximum: Array) -> Array:
-    """The gap m - x, finite also where a class is not there, so that its product with the probability 0 is 0."""
-    return _finite(maximum - _finite(x.astype(maximum.dtype)))
+def _mean_gap(x: Array, row: Row) -> Array:
+    """sum_k p_k g_k."""
+
+    def plain(x: Array, m: Array, c: Array) -> Array:
+        wide = x.astype(m.dtype)
+        return jnp.exp(wide - c) * (m - jnp.maximum(wide, float(jnp.finfo(m.dtype).min)))
+
+    def careful(x: Array, m: Array, c: Array) -> Array:
+        return _weights(x, c) * _finite_gap(x, m)
+
+    rows = row.peak, row.anchor
+    total = _sum(plain, x, rows=rows)
+    return lax.cond(all_finite(total), lambda: total, lambda: _sum(careful, x, rows=rows)) / row.total
+
+
+def _finite_gap(x: Array, peak: Array) -> Array:
+    """The gap, finite also where a class is not there, so that its product with the probability 0 is 0."""
+    return _finite(peak - _finite(x.astype(peak.dtype)))
 
 
 @entropy.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     x, row = primals
-    p = probabilities(x, row)
-    gaps = jnp.where(row.present[..., None], _gap(x, row.maximum[..., None]), 0)
-    return entropy(x, row), _dot(_less_mean(p, gaps, row), tangents[0].astype(p.dtype))
+    slope = _entropy_slope(x, row)
+    return entropy(x, row), _dot(slope, tangents[0].astype(slope.dtype))
+
+
+@jax.custom_jvp
+def _entropy_slope(x: Array, row: Row) -> Array:
+    """p_j (g_j - sum_k p_k g_k)."""
+    values = jnp.where(row.present, _mean_gap(x, row), 0), jnp.where(row.present, row.peak, 0), row.anchor, row.total
+    x, (mean, peak, anchor, total) = lax.optimization_barrier((x, tuple(v[..., None] for v in values)))
+    return row.select(_weights(x, anchor) / total * (_finite_gap(x, peak) - mean))
+
+
+@_entropy_slope.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    x, row = primals
+    peak = jnp.where(row.present, row.peak, 0)[..., None]
+    _, tangent = jax.jvp(lambda x: _less_mean(probabilities(x, row), _finite_gap(x, peak), row), (x,), (tangents[0],))
+    return _entropy_slope(x, row), tangent

@@ -230,11 +230,21 @@ def test_an_infinite_logit_is_certain() -> None:
     np.testing.assert_array_equal(jaxce.log_softmax(jnp.asarray(x))[0], [-INF, 0, -INF])
 
 
-def test_two_infinite_logits_are_never_a_wrong_number() -> None:
-    """Their difference is undefined: NaN, or what follows from taking them for equal."""
-    value = np.asarray(integer(jnp.array([[INF, INF, 0.0]] * 2), jnp.array([0, 2])))
-    assert np.isnan(value[0]) or np.isclose(value[0], np.log(2))
-    assert np.isnan(value[1]) or value[1] == INF
+@pytest.mark.parametrize("classes", [3, 32, 33, 97, 1000, 3 * 2**14, 2**15 + 3])  # each way to read a row
+def test_two_infinite_logits_are_a_tie(classes: int) -> None:
+    """Each counts as the largest finite number; and rows beside an infinite logit are none the worse for it."""
+    x = np.zeros((3, classes), np.float32)
+    x[0, [0, -1]] = INF
+    x[1, 1] = INF
+    labels = np.array([0, 1, 2])
+    expected = np.array([np.log(2), 0, np.log(classes)], np.float32)
+    for function in (integer, jax.vmap(integer)):
+        np.testing.assert_allclose(function(x, labels), expected, rtol=3e-7)  # 2 ulp
+    assert np.all(np.asarray(integer(x, np.array([1, 0, 2])))[:2] == INF)
+    soft = np.asarray(jax.nn.one_hot(labels, classes))
+    np.testing.assert_allclose(dense(x, soft), expected, rtol=3e-7)
+    np.testing.assert_allclose(jaxce.entropy_with_logits(x), expected, rtol=3e-7)
+    np.testing.assert_array_equal(jaxce.softmax_statistics(x).prediction, [0, 1, 0])
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
@@ -316,6 +326,8 @@ def test_no_classes_at_all() -> None:
         jaxce.entropy_with_logits(jnp.zeros((3, 0)))
     with pytest.raises(ValueError, match="softmax_cross_entropy: logits must"):
         dense(jnp.zeros((3, 0)), jnp.zeros((3, 0)))
+    with pytest.raises(ValueError, match="relative_entropy_with_logits: p_logits must have at least one class"):
+        jaxce.relative_entropy_with_logits(jnp.zeros((2, 0)), jnp.zeros((2, 0)))
 
 
 def test_statistics() -> None:

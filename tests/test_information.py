@@ -130,3 +130,10 @@ def test_gradients_at_zero() -> None:
     np.testing.assert_array_equal(by_q, [1 - 2.0, 0, 1, 0, 0, 0, 0])
     assert jax.grad(jaxce.entropy)(jnp.asarray(p))[2] == jnp.inf
     assert jnp.all(jax.grad(lambda p: jaxce.entropy(p, -1, p > 0))(jnp.asarray(p))[2:] == 0)
+
+
+def test_mixed_second_derivative_of_cross_entropy_is_finite_at_zero() -> None:
+    """d/dp d/dq of -p log q is -1/q, also at p = 0."""
+    p, q = jnp.array([0.0, 0.5, 0.5]), jnp.array([0.25, 0.25, 0.5])
+    mixed = jax.jacfwd(jax.grad(jaxce.cross_entropy, 1), 0)(p, q)
+    np.testing.assert_array_equal(mixed, np.diag([-4.0, -4.0, -2.0]))
