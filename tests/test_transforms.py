@@ -160,6 +160,11 @@ CASES = [
     Case("bits_per", (positive(), positive())),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+LONG = ("relative_entropy_with_logits", "jensen_shannon_divergence_with_logits")  # take a minute each to compile
+every_case_but_long_ones_on_request = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (case.function in LONG), id=case.name) for case in CASES],
+)
 every_masked_case = pytest.mark.parametrize("case", [c for c in CASES if c.takes_where], ids=lambda case: case.name)
 
 
@@ -188,7 +193,7 @@ def test_the_table_covers_every_public_function() -> None:
     assert functions == {case.function for case in CASES}
 
 
-@every_case
+@every_case_but_long_ones_on_request
 def test_eager_and_jit(case: Case) -> None:
     """Compiled alone, inside another function, and not at all: the same numbers, in float32."""
     (floats, integers), value, gradient = in_float64(case)
@@ -208,7 +213,7 @@ def test_without_jit(case: Case) -> None:
         close(case.call(floats, integers), compiled, rtol=2e-6, atol=1e-6)
 
 
-@every_case
+@every_case_but_long_ones_on_request
 def test_vmap_is_stacking(case: Case) -> None:
     floats, integers = case.make(3, "float32")
     if case.reduces:  # over rows of a batch of batches
@@ -278,7 +283,7 @@ def test_derivatives(case: Case) -> None:
         close(results["forward over forward"], dot(results["forward over reverse"], directions), rtol=1e-10, atol=1e-12)
 
 
-@every_case
+@every_case_but_long_ones_on_request
 def test_half_precision(case: Case) -> None:
     """bfloat16 in, float32 out, computed from the exact bfloat16 numbers; gradients come back in bfloat16."""
     floats, integers = case.make(3, "bfloat16")
