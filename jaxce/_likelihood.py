@@ -120,7 +120,7 @@ def _binet(x: Array) -> Array:
         return u * _numerics._series([1 / (2 * k + 3) for k in range(9 if x.dtype == jnp.float32 else 18)], u)
 
     tiny = first < 1
-    below = jnp.where(tiny, (first + 0.5) * _numerics.log1p(1 / first) - 1, step(jnp.maximum(first, 1)))
+    below = jnp.where(tiny, (first + 0.5) * _numerics.log1p(1 / first) - 1, step(jnp.where(tiny, 1, first)))
     for n in range(7, 0, -1):
         below = below + step(first + n)
     return above + jnp.where(small, below, 0)
@@ -224,56 +224,57 @@ def laplace_nll(location: ArrayLike, log_scale: ArrayLike, x: ArrayLike) -> Arra
     Reference: Laplace, "Memoire sur la probabilite des causes par les evenements" (1774).
     """
     m, s, x = _arguments("laplace_nll", "x", x, location=location, log_scale=log_scale)
-    return jnp.abs(_times_exp(x - m, -s)) + s + math.log(2)
+    z = _times_exp(x - m, -s)
+    return z * lax.sign(z) + s + math.log(2)  # jnp.abs has the derivative 1 at 0
 
 
-def _share(d: Array, log_c: Array) -> tuple[Array, Array]:
-    """d^2 / (d^2 + c^2) and d / (d^2 + c^2), of numbers that have been divided by the larger of |d| and c."""
-    c = jnp.exp(log_c)
+def _log1p_square(d: Array, log_scale: Array, log_df: Array) -> Array:
+    """log(1 + z^2 / nu), z = d / scale."""
+    size = jnp.abs(d)
+    log_ratio = jnp.log(jnp.where(size == 0, 1, size)) - (log_scale + log_df / 2)
+    far = (size > 0) & (log_ratio > 0)
+    ratio = jnp.where(far, jnp.exp(-jnp.abs(log_ratio)), _times_exp(_times_exp(size, -log_scale), -log_df / 2))
+    return jnp.where(far, 2 * log_ratio, 0) + _numerics.log1p(ratio * ratio)
+
+
+def _pull(weight: Array, d: Array, log_scale: Array, log_df: Array) -> tuple[Array, Array]:
+    """weight d^2 / (d^2 + c^2) and weight d / (d^2 + c^2), c^2 = nu scale^2: divided by the larger of |d| and c first."""
+    c = _times_exp(jnp.exp(log_df / 2), log_scale)
     unit = lax.stop_gradient(jnp.maximum(jnp.maximum(jnp.abs(d), c), float(jnp.finfo(d.dtype).tiny)))
     a, b = d / unit, c / unit
     total = a * a + b * b
     total = jnp.where(total == 0, 1, total)
-    return a * a / total, a / total / unit
+    return weight * a * a / total, weight / unit * a / total
 
 
-def _log1p_square(d: Array, log_c: Array) -> Array:
-    """log(1 + (d / c)^2)."""
-    size = jnp.abs(d)
-    log_ratio = jnp.log(jnp.where(size == 0, 1, size)) - log_c
-    far = (size > 0) & (log_ratio > 0)
-    ratio = jnp.where(far, jnp.exp(-jnp.abs(log_ratio)), _times_exp(size, -log_c))
-    return jnp.where(far, 2 * log_ratio, 0) + _numerics.log1p(ratio * ratio)
+@jax.custom_jvp
+def _student_t_log(d: Array, log_scale: Array, log_df: Array) -> Array:
+    return _log1p_square(d, log_scale, log_df)
+
+
+@_student_t_log.defjvp
+def _student_t_log_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    share, slope = _pull(jnp.ones_like(primals[0]), *primals)
+    dd, ds, ddf = tangents
+    return _student_t_log(*primals), 2 * slope * dd - share * (2 * ds + ddf)
 
 
 @jax.custom_jvp
 def _student_t_kernel(d: Array, log_scale: Array, log_df: Array) -> Array:
     """(nu + 1) / 2 log(1 + z^2 / nu), z = d / scale."""
-    return (jnp.exp(log_df) + 1) / 2 * _log1p_square(d, log_scale + log_df / 2)
+    return (jnp.exp(log_df) + 1) / 2 * _log1p_square(d, log_scale, log_df)
 
 
 @_student_t_kernel.defjvp
 def _student_t_kernel_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    d, log_scale, log_df = primals
-    df, log_c = jnp.exp(log_df), log_scale + log_df / 2
-    share, slope = _share(d, log_c)
+    df = jnp.exp(primals[2])
+    share, _ = _pull(jnp.ones_like(df), *primals)
     # log(1 + a) - a / (1 + a) with a / (1 + a) = share
     near = share < 0.2
-    curved = jnp.where(near, _log_excess(-jnp.where(near, share, 0)), _kernel_log(d, log_c) - share)
-    by_df = (df * curved - share) / 2
+    curved = jnp.where(near, _log_excess(-jnp.where(near, share, 0)), _student_t_log(*primals) - share)
+    by_scale, by_d = _pull(df + 1, *primals)
     dd, ds, ddf = tangents
-    return _student_t_kernel(*primals), (df + 1) * (slope * dd - share * ds) + by_df * ddf
-
-
-@jax.custom_jvp
-def _kernel_log(d: Array, log_c: Array) -> Array:
-    return _log1p_square(d, log_c)
-
-
-@_kernel_log.defjvp
-def _kernel_log_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    share, slope = _share(*primals)
-    return _kernel_log(*primals), 2 * (slope * tangents[0] - share * tangents[1])
+    return _student_t_kernel(*primals), by_d * dd - by_scale * ds + (df * curved - share) / 2 * ddf
 
 
 @compiled()
@@ -354,9 +355,7 @@ def gamma_nll(log_concentration: ArrayLike, log_rate: ArrayLike, x: ArrayLike) -
 
     Reference: Johnson, Kotz and Balakrishnan, "Continuous Univariate Distributions" 1 (1994), chapter 17.
     """
-    log_a, log_rate, x = _arguments(
-        "gamma_nll", "x", x, log_concentration=log_concentration, log_rate=log_rate
-    )
+    log_a, log_rate, x = _arguments("gamma_nll", "x", x, log_concentration=log_concentration, log_rate=log_rate)
     positive = jnp.where(x > 0, x, 1)
     log_x, log_x_rest = _numerics.log_pair(positive)
     sum_, rest = _numerics.two_sum(log_rate, log_x)
@@ -364,7 +363,7 @@ def gamma_nll(log_concentration: ArrayLike, log_rate: ArrayLike, x: ArrayLike) -
     a = jnp.exp(log_a)
     deviance = _deviance(a, log_ratio, _times_exp(positive, log_rate))
     value = deviance + (log_x - 0.5 * log_a) + (_binet(a) + _HALF_LOG_2PI)
-    at_zero = jnp.where(log_a == 0, -log_rate, log_a * jnp.inf)
+    at_zero = jnp.where(log_a == 0, -log_rate, jnp.where(log_a > 0, jnp.inf, -jnp.inf) + log_a)
     return _valid(x >= 0, jnp.where(x == 0, at_zero, value))
 
 
@@ -407,10 +406,6 @@ def poisson_nll(log_rate: ArrayLike, counts: ArrayLike, *, full: bool = True) ->
     return _valid(k >= 0, value + jnp.where(k == 0, 0, rest))
 
 
-def _sigmoid(x: Array) -> Array:
-    return jax.nn.sigmoid(x)
-
-
 @jax.custom_jvp
 def _negative_binomial(log_mean: Array, log_r: Array, k: Array) -> Array:
     """(k + r) KL(k / (k + r) || m / (m + r)), and what Stirling's formula leaves of the three log Gammas."""
@@ -426,7 +421,10 @@ def _negative_binomial(log_mean: Array, log_r: Array, k: Array) -> Array:
     far = (n - s) * x + n * jnp.log(q + jnp.exp(-x))
     deviance = jnp.where(jnp.abs(x) < 1, close, jnp.where(x < limit, medium, far))
     rest = 0.5 * jax.nn.softplus(jnp.log(positive) - log_r) + (_binet(r) - _binet(n)) + _log_factorial_excess(positive)
-    return jnp.where(k == 0, r * jax.nn.softplus(log_mean - log_r), deviance + rest)
+    # r log(1 + m / r)
+    mean = jnp.exp(jnp.minimum(log_mean, log_r))
+    none = jnp.where(log_mean < log_r, mean - r * _log_excess(mean / r), r * jax.nn.softplus(log_mean - log_r))
+    return jnp.where(k == 0, none, deviance + rest)
 
 
 @_negative_binomial.defjvp
@@ -435,11 +433,10 @@ def _negative_binomial_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     r, (_, positive) = jnp.exp(log_r), _counts(k)
     log_ratio = _log_over(log_mean, positive)
     near = (k > 0) & (jnp.abs(log_ratio) < 1)
-    below, above = _sigmoid(log_r - log_mean), _sigmoid(log_mean - log_r)
+    below, above = jax.nn.sigmoid(log_r - log_mean), jax.nn.sigmoid(log_mean - log_r)
     # r (m - k) / (m + r)
-    by_mean = jnp.where(
-        near, positive * _numerics.expm1(jnp.where(near, log_ratio, 0)) * below, r * above - k * below
-    )
+    above = jnp.where(log_mean < log_r, jnp.exp(log_mean) * below, r * above)
+    by_mean = jnp.where(near, positive * _numerics.expm1(jnp.where(near, log_ratio, 0)) * below, above - k * below)
     # r (log(1 + a) - a / (1 + a)) with 1 + a = (m + r) / (k + r)
     share = by_mean / r
     flat = jnp.abs(share) < 0.2
@@ -459,8 +456,8 @@ def negative_binomial_nll(log_mean: ArrayLike, log_concentration: ArrayLike, cou
 
     Args:
         log_mean: the logarithm of the mean m; -inf for a mean of 0.
-        log_concentration: the logarithm of the concentration r ("number of failures"); taken as 80 in size (float64:
-            700) where it is larger.
+        log_concentration: the logarithm of the concentration r ("number of failures"). Beyond -80 and 80 (float64: 700)
+            it makes no more difference.
         counts: the observation k, at least 0 (below gives NaN), which need not be whole. It has no derivative.
 
     Returns:
@@ -562,7 +559,7 @@ def mixture_nll(
     nll = _checks.floating(function, "component_nll", component_nll)
     weights, nll = _broadcast(function, log_weights=weights, component_nll=nll)
     axes = _checks.axes(function, axis, nll.ndim)
-    mask = _checks.where_entries(function, where, nll.shape, axes) & (weights > -jnp.inf) | jnp.isnan(weights)
+    mask = _checks.where_entries(function, where, nll.shape, axes) & ~jnp.isneginf(weights)
     joint = jnp.where(mask, weights - jnp.where(mask, nll, 0), -jnp.inf)
     total, some = logsumexp(weights, axis, mask), jnp.any(mask, axes)
     return jnp.where(some, jnp.where(some, total, 0) - logsumexp(joint, axis), 0)
