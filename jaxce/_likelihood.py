@@ -290,7 +290,7 @@ def student_t_nll(location: ArrayLike, log_scale: ArrayLike, log_df: ArrayLike, 
 
     As the degrees of freedom grow this becomes `gaussian_nll`; beyond exp(70) of them (float64: exp(650)) it is.
 
-    The value is right to 5 ulp of its largest term and the gradient to 20, at every size of z.
+    The value is right to 5 ulp of its largest term and the gradient to 30, at every size of z.
 
     Args:
         location: the median m.
@@ -468,7 +468,7 @@ def negative_binomial_nll(log_mean: ArrayLike, log_concentration: ArrayLike, cou
 
     As the concentration grows this becomes `poisson_nll`.
 
-    The value is right to 16 ulp up to counts of 1e9. So is the gradient by log_mean, r (m - k) / (m + r), also where m and
+    The value is right to 20 ulp up to counts of 1e9. So is the gradient by log_mean, r (m - k) / (m + r), also where m and
     k nearly agree; that by log_concentration is right to 24 ulp of the smaller of k and r, or of 1.
 
     Args:

@@ -140,6 +140,7 @@ def _weighted(values: Array, weights: Array) -> Array:
 # ---------------------------------------------------------------------------------------------------- means
 
 
+@dataclasses.dataclass(frozen=True)
 class _Ratio(Metric):
     total: Sum
     weight: Sum
@@ -157,9 +158,7 @@ class _Ratio(Metric):
         return hi + lo
 
 
-def _ratio(cls: type[_M]) -> type[_M]:
-    frozen = dataclasses.dataclass(frozen=True)(cls)
-    return jax.tree_util.register_dataclass(frozen, data_fields=["total", "weight"], meta_fields=[])
+_ratio = functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "weight"], meta_fields=[])
 
 
 @compiled()
@@ -180,9 +179,6 @@ class Mean(_Ratio):
     3.75
     """
 
-    total: Sum
-    weight: Sum
-
     @classmethod
     def from_batch(cls, values: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None) -> Mean:
         """Values of any shape; weights and where of the same."""
@@ -198,9 +194,6 @@ class Perplexity(_Ratio):
     >>> print(Perplexity.from_batch(jnp.log(jnp.array([2.0, 8.0]))).compute())
     4.0
     """
-
-    total: Sum
-    weight: Sum
 
     @classmethod
     def from_batch(cls, nll: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None) -> Perplexity:
@@ -229,9 +222,6 @@ class BitsPer(_Ratio):
     >>> print(BitsPer.from_batch(jnp.log(jnp.array([2.0, 8.0])), units=jnp.array([1, 3])).compute())
     1.0
     """
-
-    total: Sum
-    weight: Sum
 
     @classmethod
     def from_batch(
@@ -302,9 +292,6 @@ class Accuracy(_Ratio):
     0.5
     """
 
-    total: Sum
-    weight: Sum
-
     @classmethod
     def from_batch(
         cls, logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None
@@ -335,8 +322,6 @@ class TopKAccuracy(_Ratio):
     0.5
     """
 
-    total: Sum
-    weight: Sum
     k: int = 5
 
     @classmethod
@@ -381,9 +366,6 @@ class Brier(_Ratio):
 
     Source: Brier, "Verification of Forecasts Expressed in Terms of Probability", Monthly Weather Review 78 (1950).
     """
-
-    total: Sum
-    weight: Sum
 
     @classmethod
     def from_batch(

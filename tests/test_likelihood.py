@@ -142,7 +142,7 @@ FAMILIES = {
         student_t,
         grid([0.7], LOG_SCALES, [-9.0, -1.0, 0.0, 1.3, 5.0, 21.0], [0.8, 3.0, -1e10]),
         5,
-        20,
+        30,
         (ITSELF, ONE, ONE, ITSELF),
     ),
     "exponential_nll": Family(
@@ -163,7 +163,7 @@ FAMILIES = {
     "negative_binomial_nll": Family(
         negative_binomial,
         negative_binomial_grid(),
-        16,
+        20,
         24,
         (lambda m, r, k: MILLI * k, lambda m, r, k: 1 + min(k, math.exp(r))),
     ),
