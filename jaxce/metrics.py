@@ -116,20 +116,26 @@ def _is_sum(x: Any) -> bool:
     return isinstance(x, Sum)
 
 
+def _per_example(function: str, argument: str, value: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+    """One number for each example; 1 where nothing is given."""
+    if value is None:
+        return jnp.ones(shape, dtype)
+    array = jnp.asarray(value)
+    if jnp.issubdtype(array.dtype, jnp.bool_) or jnp.issubdtype(array.dtype, jnp.integer):
+        array = array.astype(dtype)
+    array = _checks.floating(function, argument, array).astype(dtype)
+    _checks.same_shape(function, argument, array, shape, "one number for each example")
+    return array
+
+
 def _row_weights(function: str, shape: tuple[int, ...], dtype: Any, weights: Any, where: Any) -> Array:
-    """How much each row counts."""
-    w = jnp.ones(shape, dtype)
-    if weights is not None:
-        w = jnp.asarray(weights)
-        if jnp.issubdtype(w.dtype, jnp.bool_) or jnp.issubdtype(w.dtype, jnp.integer):
-            w = w.astype(dtype)
-        w = _checks.floating(function, "weights", w).astype(dtype)
-        _checks.same_shape(function, "weights", w, shape, "one number for each example")
-    if where is not None:
-        mask = _checks.boolean(function, "where", where)
-        _checks.same_shape(function, "where", mask, shape, "one truth value for each example")
-        w = jnp.where(mask, w, 0)
-    return w
+    """How much each example counts."""
+    w = _per_example(function, "weights", weights, shape, dtype)
+    if where is None:
+        return w
+    mask = _checks.boolean(function, "where", where)
+    _checks.same_shape(function, "where", mask, shape, "one truth value for each example")
+    return jnp.where(mask, w, 0)
 
 
 def _weighted(values: Array, weights: Array) -> Array:
@@ -152,6 +158,7 @@ class _Ratio(Metric):
         infinite = ~jnp.isfinite(hi)
         return jnp.where(none, 0, hi), jnp.where(none | infinite, 0, lo)
 
+    @compiled()
     def compute(self) -> Array:
         """The mean; 0 where nothing counts."""
         hi, lo = self._mean()
@@ -200,6 +207,7 @@ class Perplexity(_Ratio):
         """Losses of any shape; weights and where of the same."""
         return cls(*_mean_of(nll, weights, where))
 
+    @compiled()
     def compute(self) -> Array:
         """exp(mean)."""
         return jnp.exp(super().compute())
@@ -209,7 +217,7 @@ class Perplexity(_Ratio):
 def _per_unit(nll: ArrayLike, units: ArrayLike, weights: ArrayLike | None, where: ArrayLike | None) -> tuple[Sum, Sum]:
     (x,) = _checks.upcast(_checks.floating("BitsPer", "nll", nll))
     w = _row_weights("BitsPer", x.shape, x.dtype, weights, where)
-    n = _row_weights("BitsPer", x.shape, x.dtype, units, None)
+    n = _per_example("BitsPer", "units", units, x.shape, x.dtype)
     return Sum.of(_weighted(x, w)), Sum.of(_weighted(n, w))
 
 
@@ -230,6 +238,7 @@ class BitsPer(_Ratio):
         """Losses in nats, and how many bytes (or characters) each is for; all of one shape."""
         return cls(*_per_unit(nll, units, weights, where))
 
+    @compiled()
     def compute(self) -> Array:
         """The bits per unit."""
         return _numerics.in_units(self._mean(), math.log(2))
@@ -459,6 +468,7 @@ class Calibration(Metric):
     def _options(self) -> dict[str, Any]:
         return {"bins": self.bins}
 
+    @compiled()
     def compute(self) -> Array:
         """The expected calibration error."""
         gap, rest = _numerics.add(self.correct.pair, _numerics.negate(self.confidence.pair))
@@ -509,7 +519,7 @@ def _options_of(k: int, bins: int, per_class: bool) -> _Options:
 def _evaluate(logits: Any, labels: ArrayLike, weights: Any, where: Any, units: Any, options: _Options) -> Evaluation:
     rows = _rows("Evaluation", logits, labels, weights, where)
     nll, w = rows.nll, rows.weights
-    n = _row_weights("Evaluation", nll.shape, nll.dtype, units, None)
+    n = _per_example("Evaluation", "units", units, nll.shape, nll.dtype)
 
     def total(values: Array) -> Sum:
         return Sum.of(_weighted(values, w))

@@ -30,7 +30,7 @@ from jaxce.metrics import (
     TopKAccuracy,
 )
 
-N, K = 96, 7
+N, K = 96, 40  # XLA compiles rows of more than 32 classes faster
 NAN, INF = math.nan, math.inf
 close = functools.partial(np.testing.assert_allclose, rtol=1e-6)  # a few eps of float32
 
@@ -60,38 +60,45 @@ def exact(logits: Any, labels: Any, w: Any, units: Any, bins: int = 15) -> dict[
     }
 
 
+@functools.cache
+def whole() -> EvaluationResult:
+    logits, labels, w, units = data()
+    return Evaluation.from_batch(logits, labels, w, units=units).compute()
+
+
 def test_evaluation_is_the_definition() -> None:
     logits, labels, w, units = data()
-    result = Evaluation.from_batch(logits, labels, w, units=units, k=3).compute()
+    result = whole()
     for name, value in exact(logits, labels, w, units).items():
         close(getattr(result, name), value, err_msg=name)
 
 
 def test_sklearn() -> None:
     logits, labels, w, _ = data()
-    result = Evaluation.from_batch(logits, labels, w, k=3).compute()
+    result = whole()
     p, classes = scipy.special.softmax(logits.astype(float), -1), np.arange(K)
     close(result.nll, sklearn.metrics.log_loss(labels, p, sample_weight=w, labels=classes))
     close(result.accuracy, sklearn.metrics.accuracy_score(labels, p.argmax(-1), sample_weight=w))
     close(
         result.top_k_accuracy,
-        sklearn.metrics.top_k_accuracy_score(labels, p, k=3, sample_weight=w, labels=classes),
+        sklearn.metrics.top_k_accuracy_score(labels, p, k=5, sample_weight=w, labels=classes),
     )
     two = [sklearn.metrics.brier_score_loss(labels == k, p[:, k], sample_weight=w) for k in range(K)]
     close(result.brier, sum(two))
 
 
+@pytest.mark.slow
 def test_evaluation_is_its_parts() -> None:
     logits, labels, w, units = data()
-    result = Evaluation.from_batch(logits, labels, w, units=units, k=2, bins=10).compute()
+    result = whole()
     nll = -jax.nn.log_softmax(logits)[np.arange(N), labels]
-    calibration = Calibration.from_batch(logits, labels, w, bins=10)
+    calibration = Calibration.from_batch(logits, labels, w)
     parts = {
         "nll": Mean.from_batch(nll, w),
         "perplexity": Perplexity.from_batch(nll, w),
         "bits_per_unit": BitsPer.from_batch(nll, units, w),
         "accuracy": Accuracy.from_batch(logits, labels, w),
-        "top_k_accuracy": TopKAccuracy.from_batch(logits, labels, w, k=2),
+        "top_k_accuracy": TopKAccuracy.from_batch(logits, labels, w),
         "brier": Brier.from_batch(logits, labels, w),
         "calibration_error": calibration,
     }
@@ -152,24 +159,21 @@ def test_any_split_gives_the_same(owner: list[int], seed: int, order: list[int])
 @given(st.lists(st.integers(0, 2), min_size=N, max_size=N))
 def test_any_split_gives_the_same_evaluation(owner: list[int]) -> None:
     logits, labels, w, units = data()
-    whole = Evaluation.from_batch(logits, labels, w, units=units)
     parts = [Evaluation.from_batch(logits, labels, w, np.array(owner) == b, units=units) for b in range(3)]
     merged = functools.reduce(Evaluation.merge, parts, Evaluation.empty())
-    for a, b in zip(jax.tree.leaves(merged.compute()), jax.tree.leaves(whole.compute()), strict=True):
+    for a, b in zip(jax.tree.leaves(merged.compute()), jax.tree.leaves(whole()), strict=True):
         np.testing.assert_allclose(a, b, rtol=3e-7, atol=1e-9)  # 2 ulp; a gap of a bin may be nearly 0
 
 
+@pytest.mark.slow
 def test_batches_of_any_size() -> None:
     """Losses too are of other batches' shapes here: a few ulp of each."""
     logits, labels, w, units = data()
-    whole = Evaluation.from_batch(logits, labels, w, units=units).compute()
-    for size in (48,):
-        metric = Evaluation.empty()
-        for i in range(0, N, size):
-            cut = slice(i, i + size)
-            metric = metric.update(logits[cut], labels[cut], w[cut], units=units[cut])
-        for a, b in zip(jax.tree.leaves(metric.compute()), jax.tree.leaves(whole), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
+    metric = Evaluation.empty()
+    for start in range(0, N, 24):
+        cut = slice(start, start + 24)
+        metric = metric.update(logits[cut], labels[cut], w[cut], units=units[cut])
+    same(metric.compute(), whole())
 
 
 def test_counts_are_exact_beyond_2_to_the_24() -> None:
@@ -264,14 +268,14 @@ def same(a: Any, b: Any) -> None:
 
 def test_scan() -> None:
     logits, labels, w, _ = data()
-    batches = [a.reshape(8, 12, *a.shape[1:]) for a in (logits, labels, w)]
+    batches = [a.reshape(8, 12, *a.shape[1:]) for a in (logits, labels, w)]  # one unit each
 
     @jax.jit
     def evaluate(batches: Any) -> Any:
         end, _ = jax.lax.scan(lambda m, b: (m.update(*b), None), Evaluation.empty(), batches)
         return end.compute()
 
-    same(evaluate(batches), Evaluation.from_batch(logits, labels, w).compute())
+    same(evaluate(batches)._replace(bits_per_unit=0.0), whole()._replace(bits_per_unit=0.0))
 
 
 def test_vmap_over_models() -> None:
@@ -303,7 +307,7 @@ def test_sum_over_an_axis() -> None:
     assert both.total.hi[0, 0] == total.total.hi[0] and both.total.lo[1, 2] == total.total.lo[0]
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_shard_map(check_vma: bool) -> None:
     logits, labels, w, _ = data()
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -315,6 +319,7 @@ def test_shard_map(check_vma: bool) -> None:
     same(jax.jit(evaluate)(logits, labels, w), Evaluation.from_batch(logits, labels, w).compute())
 
 
+@pytest.mark.slow
 def test_float64_and_half() -> None:
     logits, labels, *_ = data()
     with jax.enable_x64(True):
@@ -344,6 +349,7 @@ def test_flax_nnx() -> None:
     same(metric.value.compute(), Evaluation.from_batch(logits, labels).compute())
 
 
+@pytest.mark.slow
 def test_clu_loop() -> None:
     """clu's protocol, functional: None at first, then merge."""
     logits, labels, *_ = data()
@@ -362,7 +368,7 @@ BAD = [
     (lambda: Mean.from_batch(Y), TypeError, "Mean: values must be"),
     (lambda: Mean.from_batch(X, jnp.ones(3)), ValueError, "Mean: weights must have"),
     (lambda: Mean.from_batch(X, None, jnp.ones((4, 3))), TypeError, "Mean: where must be"),
-    (lambda: BitsPer.from_batch(X, jnp.ones(3)), ValueError, "BitsPer: weights must have"),
+    (lambda: BitsPer.from_batch(X, jnp.ones(3)), ValueError, "BitsPer: units must have"),
     (lambda: Accuracy.from_batch(X, Y, jnp.ones((4, 3))), ValueError, "Accuracy: weights must have"),
     (lambda: Accuracy.from_batch(X, Y, where=jnp.ones((4, 3), bool)), ValueError, "Accuracy: where must have"),
     (lambda: Accuracy.from_batch(X, Y[:2]), ValueError, "softmax_statistics: labels must have"),

@@ -56,6 +56,10 @@ def distinct(rng: np.random.Generator, batch: tuple[int, ...]) -> np.ndarray:
     return rng.permuted(np.arange(9.0) ** 2 / 8 + rng.uniform(-0.03, 0.03, size=(*batch, 9)), axis=-1)
 
 
+def cholesky(rng: np.random.Generator, batch: tuple[int, ...]) -> np.ndarray:
+    return np.tril(rng.normal(size=(*batch, 2, 2)), -1) + np.eye(2) * rng.uniform(0.5, 2, size=(*batch, 2, 1))
+
+
 def classes(rng: np.random.Generator, batch: tuple[int, ...]) -> np.ndarray:
     return rng.integers(K, size=batch).astype(np.int32)
 
@@ -154,6 +158,17 @@ CASES = [
     Case("cross_entropy_with_logits", (x, x)),
     Case("relative_entropy_with_logits", (x, x)),
     Case("jensen_shannon_divergence_with_logits", (x, x)),
+    # likelihoods
+    Case("bernoulli_nll", (reals(), unit())),
+    Case("gaussian_nll", (reals(), reals(), reals())),
+    Case("laplace_nll", (reals(), reals(), reals())),
+    Case("student_t_nll", (reals(), reals(), reals(), reals())),
+    Case("exponential_nll", (reals(), positive())),
+    Case("gamma_nll", (reals(), reals(), positive())),
+    Case("poisson_nll", (reals(),), (classes,)),
+    Case("negative_binomial_nll", (reals(), reals()), (classes,)),
+    Case("multivariate_normal_nll", (reals(2), cholesky, reals(2))),
+    Case("mixture_nll", (x, x)),
     # reduction
     Case("weighted_mean", (reals(), positive()), reduces=True),
     Case("perplexity", (positive(),)),
