@@ -13,6 +13,7 @@ large terms is a deviance, a sum of terms none of which is negative.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -76,7 +77,7 @@ def _exp_excess(x: Array) -> Array:
     near = jnp.abs(x) < 0.5
     t = jnp.where(near, x, 0)
     terms = 8 if x.dtype == jnp.float32 else 15
-    series = t * t * _numerics._series([1 / math.factorial(n) for n in range(2, 2 + terms)], t)
+    series = t * t * _polynomial([1 / math.factorial(n) for n in range(2, 2 + terms)], t)
     return jnp.where(near, series, _numerics.expm1(x) - x)
 
 
@@ -100,6 +101,13 @@ def _log_excess_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Arra
     return _log_excess(x), x / (1 + x) * tangents[0]
 
 
+def _polynomial(coefficients: Sequence[float], x: Array) -> Array:
+    total = jnp.full_like(x, coefficients[-1])
+    for c in reversed(coefficients[:-1]):
+        total = total * x + c
+    return total
+
+
 _BERNOULLI = [1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6, -3617 / 510, 43867 / 798, -174611 / 330]
 
 
@@ -113,14 +121,14 @@ def _binet(x: Array) -> Array:
     inverse = 1 / jnp.where(small, first + 8, x)
     count = 4 if x.dtype == jnp.float32 else 10
     coefficients = [b / ((2 * n + 1) * (2 * n + 2)) for n, b in enumerate(_BERNOULLI[:count])]
-    above = inverse * _numerics._series(coefficients, inverse * inverse)
+    above = inverse * _polynomial(coefficients, inverse * inverse)
 
     def step(x: Array) -> Array:
         u = (1 / (2 * x + 1)) ** 2
-        return u * _numerics._series([1 / (2 * k + 3) for k in range(9 if x.dtype == jnp.float32 else 18)], u)
+        return u * _polynomial([1 / (2 * k + 3) for k in range(9 if x.dtype == jnp.float32 else 18)], u)
 
     tiny = first < 1
-    below = jnp.where(tiny, (first + 0.5) * _numerics.log1p(1 / first) - 1, step(jnp.where(tiny, 1, first)))
+    below = jnp.where(tiny, (first + 0.5) * (jnp.log1p(first) - jnp.log(first)) - 1, step(jnp.where(tiny, 1, first)))
     further = jnp.arange(1, 8, dtype=x.dtype).reshape((7,) + (1,) * x.ndim)
     return above + jnp.where(small, below + jnp.sum(step(first[None] + further), axis=0), 0)
 
