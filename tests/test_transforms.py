@@ -72,6 +72,7 @@ class Case(NamedTuple):
     integers: tuple[Callable[..., np.ndarray], ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
     reduces: bool = False  # whether it makes one number of the whole batch
+    slow: bool = False  # to compile
 
     @property
     def name(self) -> str:
@@ -159,22 +160,24 @@ CASES = [
     Case("relative_entropy_with_logits", (x, x)),
     Case("jensen_shannon_divergence_with_logits", (x, x)),
     # likelihoods
-    Case("bernoulli_nll", (reals(), unit())),
+    Case("bernoulli_nll", (reals(), unit()), slow=True),
     Case("gaussian_nll", (reals(), reals(), reals())),
-    Case("laplace_nll", (reals(), reals(), reals())),
-    Case("student_t_nll", (reals(), reals(), reals(), reals())),
-    Case("exponential_nll", (reals(), positive())),
-    Case("gamma_nll", (reals(), reals(), positive())),
+    Case("laplace_nll", (reals(), reals(), reals()), slow=True),
+    Case("student_t_nll", (reals(), reals(), reals(), reals()), slow=True),
+    Case("exponential_nll", (reals(), positive()), slow=True),
+    Case("gamma_nll", (reals(), reals(), positive()), slow=True),
     Case("poisson_nll", (reals(),), (classes,)),
-    Case("negative_binomial_nll", (reals(), reals()), (classes,)),
-    Case("multivariate_normal_nll", (reals(2), cholesky, reals(2))),
+    Case("negative_binomial_nll", (reals(), reals()), (classes,), slow=True),
+    Case("multivariate_normal_nll", (reals(2), cholesky, reals(2)), slow=True),
     Case("mixture_nll", (x, x)),
     # reduction
     Case("weighted_mean", (reals(), positive()), reduces=True),
     Case("perplexity", (positive(),)),
     Case("bits_per", (positive(), positive())),
 ]
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+every_case = pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c.slow else c for c in CASES], ids=lambda case: case.name
+)
 every_masked_case = pytest.mark.parametrize("case", [c for c in CASES if c.takes_where], ids=lambda case: case.name)
 
 
