@@ -1,5 +1,6 @@
 """Cross-entropy for JAX: exact, composable, and never larger than it has to be."""
 
+from jaxce import metrics as metrics
 from jaxce._information import (
     cross_entropy,
     differential_entropy,
@@ -8,6 +9,18 @@ from jaxce._information import (
     mutual_information,
     relative_entropy,
     surprisal,
+)
+from jaxce._likelihood import (
+    bernoulli_nll,
+    exponential_nll,
+    gamma_nll,
+    gaussian_nll,
+    laplace_nll,
+    mixture_nll,
+    multivariate_normal_nll,
+    negative_binomial_nll,
+    poisson_nll,
+    student_t_nll,
 )
 from jaxce._logit_information import (
     cross_entropy_with_logits,
@@ -74,6 +87,17 @@ __all__ = [
     "relative_entropy",
     "relative_entropy_with_logits",
     "surprisal",
+    # likelihoods
+    "bernoulli_nll",
+    "exponential_nll",
+    "gamma_nll",
+    "gaussian_nll",
+    "laplace_nll",
+    "mixture_nll",
+    "multivariate_normal_nll",
+    "negative_binomial_nll",
+    "poisson_nll",
+    "student_t_nll",
     # reduction
     "bits_per",
     "perplexity",

@@ -56,6 +56,10 @@ def distinct(rng: np.random.Generator, batch: tuple[int, ...]) -> np.ndarray:
     return rng.permuted(np.arange(9.0) ** 2 / 8 + rng.uniform(-0.03, 0.03, size=(*batch, 9)), axis=-1)
 
 
+def cholesky(rng: np.random.Generator, batch: tuple[int, ...]) -> np.ndarray:
+    return np.tril(rng.normal(size=(*batch, 2, 2)), -1) + np.eye(2) * rng.uniform(0.5, 2, size=(*batch, 2, 1))
+
+
 def classes(rng: np.random.Generator, batch: tuple[int, ...]) -> np.ndarray:
     return rng.integers(K, size=batch).astype(np.int32)
 
@@ -68,6 +72,7 @@ class Case(NamedTuple):
     integers: tuple[Callable[..., np.ndarray], ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
     reduces: bool = False  # whether it makes one number of the whole batch
+    slow: bool = False  # to compile
 
     @property
     def name(self) -> str:
@@ -153,17 +158,25 @@ CASES = [
     Case("entropy_with_logits", (x,), options=options(base=2)),
     Case("cross_entropy_with_logits", (x, x)),
     Case("relative_entropy_with_logits", (x, x)),
-    Case("jensen_shannon_divergence_with_logits", (x, x)),
+    Case("jensen_shannon_divergence_with_logits", (x, x), slow=True),
+    # likelihoods
+    Case("bernoulli_nll", (reals(), unit()), slow=True),
+    Case("gaussian_nll", (reals(), reals(), reals())),
+    Case("laplace_nll", (reals(), reals(), reals()), slow=True),
+    Case("student_t_nll", (reals(), reals(), reals(), reals()), slow=True),
+    Case("exponential_nll", (reals(), positive()), slow=True),
+    Case("gamma_nll", (reals(), reals(), positive()), slow=True),
+    Case("poisson_nll", (reals(),), (classes,)),
+    Case("negative_binomial_nll", (reals(), reals()), (classes,), slow=True),
+    Case("multivariate_normal_nll", (reals(2), cholesky, reals(2)), slow=True),
+    Case("mixture_nll", (x, x)),
     # reduction
     Case("weighted_mean", (reals(), positive()), reduces=True),
     Case("perplexity", (positive(),)),
     Case("bits_per", (positive(), positive())),
 ]
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-LONG = ("relative_entropy_with_logits", "jensen_shannon_divergence_with_logits")  # take a minute each to compile
-every_case_but_long_ones_on_request = pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=[pytest.mark.slow] * (case.function in LONG), id=case.name) for case in CASES],
+every_case = pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c.slow else c for c in CASES], ids=lambda case: case.name
 )
 every_masked_case = pytest.mark.parametrize("case", [c for c in CASES if c.takes_where], ids=lambda case: case.name)
 
@@ -193,7 +206,7 @@ def test_the_table_covers_every_public_function() -> None:
     assert functions == {case.function for case in CASES}
 
 
-@every_case_but_long_ones_on_request
+@every_case
 def test_eager_and_jit(case: Case) -> None:
     """Compiled alone, inside another function, and not at all: the same numbers, in float32."""
     (floats, integers), value, gradient = in_float64(case)
@@ -213,7 +226,7 @@ def test_without_jit(case: Case) -> None:
         close(case.call(floats, integers), compiled, rtol=2e-6, atol=1e-6)
 
 
-@every_case_but_long_ones_on_request
+@every_case
 def test_vmap_is_stacking(case: Case) -> None:
     floats, integers = case.make(3, "float32")
     if case.reduces:  # over rows of a batch of batches
@@ -283,7 +296,7 @@ def test_derivatives(case: Case) -> None:
         close(results["forward over forward"], dot(results["forward over reverse"], directions), rtol=1e-10, atol=1e-12)
 
 
-@every_case_but_long_ones_on_request
+@every_case
 def test_half_precision(case: Case) -> None:
     """bfloat16 in, float32 out, computed from the exact bfloat16 numbers; gradients come back in bfloat16."""
     floats, integers = case.make(3, "bfloat16")

@@ -1,0 +1,436 @@
+"""Likelihoods against SciPy, PyTorch and 60 digits, in the tails and at the edges."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+from helpers import ulp_error
+
+import jaxce
+
+M = mpmath.mpf
+INF, NAN = math.inf, math.nan
+
+
+def logistic(x: Any) -> Any:
+    return 1 / (1 + mpmath.exp(-x))
+
+
+# For each function: -log density in mpmath, term by term as it is defined. They are differentiated numerically in 60
+# digits, or 200 where the terms cancel.
+
+
+def gaussian(m: Any, s: Any, x: Any) -> list[Any]:
+    return [((x - m) / mpmath.exp(s)) ** 2 / 2, s, mpmath.log(2 * mpmath.pi) / 2]
+
+
+def laplace(m: Any, s: Any, x: Any) -> list[Any]:
+    return [abs(x - m) / mpmath.exp(s), s, mpmath.log(2)]
+
+
+def student_t(m: Any, s: Any, log_df: Any, x: Any) -> list[Any]:
+    df = mpmath.exp(log_df)
+    tail = (df + 1) / 2 * mpmath.log1p(((x - m) / mpmath.exp(s)) ** 2 / df)
+    gammas = mpmath.loggamma(df / 2) - mpmath.loggamma((df + 1) / 2)
+    return [tail, s, gammas + mpmath.log(df * mpmath.pi) / 2]
+
+
+def exponential(log_rate: Any, x: Any) -> list[Any]:
+    return [mpmath.exp(log_rate) * x, -log_rate]
+
+
+def deviance(rate: Any, k: Any) -> Any:
+    return rate - k - k * mpmath.log(rate / k) if k else rate
+
+
+def stirling(k: Any) -> Any:
+    """log k! without its two largest terms, k log k - k."""
+    return mpmath.loggamma(k + 1) - k * mpmath.log(k) + k if k else M(0)
+
+
+def gamma(log_a: Any, log_rate: Any, x: Any) -> list[Any]:
+    a = mpmath.exp(log_a)
+    return [
+        deviance(mpmath.exp(log_rate) * x, a),
+        mpmath.log(x),
+        -log_a / 2,
+        mpmath.loggamma(a) - (a - 0.5) * log_a + a,
+    ]
+
+
+def poisson(log_rate: Any, k: Any) -> list[Any]:
+    return [deviance(mpmath.exp(log_rate), k), stirling(k)]
+
+
+def negative_binomial(log_mean: Any, log_r: Any, k: Any) -> list[Any]:
+    m, r = mpmath.exp(log_mean), mpmath.exp(log_r)
+    total = mpmath.loggamma(r) + mpmath.loggamma(k + 1) - mpmath.loggamma(k + r)
+    return [total - k * mpmath.log(m / (m + r)) - r * mpmath.log(r / (m + r))]
+
+
+def bernoulli(logit: Any, x: Any) -> list[Any]:
+    return [-x * mpmath.log(logistic(logit)), -(1 - x) * mpmath.log(logistic(-logit))]
+
+
+def grid(*axes: list[float]) -> list[np.ndarray]:
+    points = np.array(list(itertools.product(*axes)))
+    return [points[:, i].copy() for i in range(len(axes))]
+
+
+LOG_SCALES = [-34.5, -10.3, 0.0, 1.7, 30.0]
+DISTANCES = [0.7, 0.70000005, 3.0, -1e10]
+COUNTS = [0, 1, 2, 7, 8, 40, 1000, 123456, 1e9]
+
+
+def counts_and_rates() -> list[np.ndarray]:
+    """Every count with rates that are far, near, and as near as they can be in float32."""
+    pairs = [
+        (float(np.float32(math.log(max(k, 0.5)) + d)), k)
+        for k in COUNTS
+        for d in (-50, -3, -0.7, -0.1, -1e-3, 0, 1e-5, 0.03, 0.9, 2, 20)
+    ]
+    pairs = [(a, k) for a, k in pairs if a < 60]
+    return [np.array(column) for column in zip(*pairs, strict=True)]
+
+
+def negative_binomial_grid() -> list[np.ndarray]:
+    rates, counts = counts_and_rates()
+    rows = [(a, r, k) for a, k in zip(rates, counts, strict=True) for r in (-20.0, -1.0, 0.0, 3.3, 13.0, 20.7, 45.0)]
+    return [np.array(column) for column in zip(*rows, strict=True)]
+
+
+def gamma_grid() -> list[np.ndarray]:
+    rows = []
+    for log_a, log_rate, d in itertools.product(
+        [-30.0, -2.0, 0.0, 0.5, 2.1, 9.0, 20.7], [-30.0, 0.3, 20.0], [-9, -0.5, 0, 1e-4, 0.7, 3]
+    ):
+        rows.append((log_a, log_rate, math.exp(log_a - log_rate + d)))
+    return [np.array(column) for column in zip(*rows, strict=True)]
+
+
+# In ulp of what is named here: the value, of the largest of its terms; a derivative, of itself and of the numbers that
+# its formula subtracts from each other. Those of `_numerics.log_pair`'s 36 digits are a thousandth of an ulp of a count.
+ONE, ITSELF = (lambda *_: 1.0), (lambda *_: 0.0)
+MILLI = 1e-3
+
+
+class Family(NamedTuple):
+    terms: Callable[..., list[Any]]
+    points: list[np.ndarray]
+    value: float  # ulp
+    gradient: float  # ulp
+    subtracted: tuple[Callable[..., float], ...]  # for each differentiable argument
+
+
+FAMILIES = {
+    "bernoulli_nll": Family(
+        bernoulli, grid([-80.0, -20.0, -1.0, 0.0, 0.3, 40.0], [0, 1, 0.25]), 2, 4, (lambda z, x: x, ITSELF)
+    ),
+    "gaussian_nll": Family(gaussian, grid([0.7], LOG_SCALES, DISTANCES), 3, 4, (ITSELF, ONE, ITSELF)),
+    "laplace_nll": Family(laplace, grid([0.7], LOG_SCALES, DISTANCES), 2, 2, (ITSELF, ONE, ITSELF)),
+    "student_t_nll": Family(
+        student_t,
+        grid([0.7], LOG_SCALES, [-9.0, -1.0, 0.0, 1.3, 5.0, 21.0], [0.8, 3.0, -1e10]),
+        5,
+        30,
+        (ITSELF, ONE, ONE, ITSELF),
+    ),
+    "exponential_nll": Family(
+        exponential, grid([-60.0, -3.0, 0.0, 0.1, 20.0], [0, 1e-9, 1, 5, 1e10]), 2, 2, (ONE, ITSELF)
+    ),
+    "gamma_nll": Family(
+        gamma,
+        gamma_grid(),
+        20,
+        8,
+        (
+            lambda a, b, x: max(1, MILLI * math.exp(a)),
+            lambda a, b, x: MILLI * math.exp(a),
+            lambda a, b, x: (1 + MILLI * math.exp(a)) / x,
+        ),
+    ),
+    "poisson_nll": Family(poisson, counts_and_rates(), 3, 2, (lambda eta, k: MILLI * k,)),
+    "negative_binomial_nll": Family(
+        negative_binomial,
+        negative_binomial_grid(),
+        20,
+        24,
+        (lambda m, r, k: MILLI * k, lambda m, r, k: 1 + min(k, math.exp(r))),
+    ),
+}
+
+
+def derivative(name: str, family: Family, point: list[Any], i: int) -> Any:
+    if name == "laplace_nll" and i != 1:
+        return (1 if i else -1) * mpmath.sign(point[2] - point[0]) * mpmath.exp(-point[1])
+    if name == "exponential_nll" and i == 1:
+        return mpmath.exp(point[0])
+
+    def along(v: Any) -> Any:
+        return sum(family.terms(*point[:i], v, *point[i + 1 :]))
+
+    with mpmath.workdps(120):
+        return mpmath.diff(along, point[i], h=mpmath.mpf(10) ** -40 * max(MILLI, abs(point[i])))
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_digits(name: str, dtype: str) -> None:
+    """Against mpmath, at the binary numbers that the function was given."""
+    family = FAMILIES[name]
+    arrays = [a.astype(dtype) for a in family.points]
+    if dtype == "float32" and name == "negative_binomial_nll":
+        arrays = [a[::3] for a in arrays]
+    varying = tuple(range(len(family.subtracted)))
+    with jax.enable_x64(dtype == "float64"):
+        function = getattr(jaxce, name)
+        gradient_of = jax.jit(jax.grad(lambda *a: function(*a).sum(), varying))
+        got = np.asarray(function(*map(jnp.asarray, arrays)))
+        gradient = [np.asarray(g) for g in gradient_of(*map(jnp.asarray, arrays))]
+    points = [[M(float(v)) for v in point] for point in zip(*arrays, strict=True)]
+    with mpmath.workdps(120):
+        terms = [family.terms(*point) for point in points]
+    error = ulp_error(got, [sum(t) for t in terms], [max(map(abs, t)) for t in terms])
+    at = int(error.argmax())
+    assert error[at] <= family.value, (name, points[at], got[at])
+    for i in varying:
+        exact = [derivative(name, family, point, i) for point in points]
+        floor = [family.subtracted[i](*map(float, point)) for point in points]
+        error = ulp_error(gradient[i], exact, [max(abs(e), f) for e, f in zip(exact, floor, strict=True)])
+        at = int(error.argmax())
+        assert error[at] <= family.gradient, (name, i, points[at], gradient[i][at], float(exact[at]), error[at])
+
+
+# --- libraries --------------------------------------------------------------------------------------------------------
+
+
+def samples(count: int = 50) -> Any:
+    rng = np.random.default_rng(0)
+    return rng.normal(size=count), rng.normal(size=count), rng.normal(size=count), rng.poisson(4, size=count)
+
+
+def test_scipy() -> None:
+    """In float64; SciPy's own log Gamma differences have some 1e-14."""
+    a, b, x, k = samples()
+    st: Any = scipy.stats
+    expected = {
+        "bernoulli_nll": ((a, k > 4), -st.bernoulli.logpmf(k > 4, scipy.special.expit(a))),
+        "gaussian_nll": ((a, b, x), -st.norm.logpdf(x, a, np.exp(b))),
+        "laplace_nll": ((a, b, x), -st.laplace.logpdf(x, a, np.exp(b))),
+        "student_t_nll": ((a, b, a + 1, x), -st.t.logpdf(x, np.exp(a + 1), a, np.exp(b))),
+        "exponential_nll": ((a, abs(x)), -st.expon.logpdf(abs(x), scale=np.exp(-a))),
+        "gamma_nll": ((a, b, abs(x)), -st.gamma.logpdf(abs(x), np.exp(a), scale=np.exp(-b))),
+        "poisson_nll": ((a, k), -st.poisson.logpmf(k, np.exp(a))),
+        "negative_binomial_nll": ((a, b, k), -st.nbinom.logpmf(k, np.exp(b), 1 / (1 + np.exp(a - b)))),
+    }
+    with jax.enable_x64(True):
+        for name, (args, value) in expected.items():
+            np.testing.assert_allclose(getattr(jaxce, name)(*args), value, rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+def vectors() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    scale = np.tril(rng.normal(size=(5, 3, 3)), -1) + np.eye(3) * rng.uniform(0.1, 3, size=(5, 3, 1))
+    return rng.normal(size=3), scale, rng.normal(size=(2, 5, 3))
+
+
+def test_multivariate_normal() -> None:
+    m, scale, x = vectors()
+    with jax.enable_x64(True):
+        got = jaxce.multivariate_normal_nll(m, scale, x)
+    for i, j in np.ndindex(2, 5):
+        expected = -scipy.stats.multivariate_normal.logpdf(x[i, j], m, scale[j] @ scale[j].T)
+        np.testing.assert_allclose(got[i, j], expected, rtol=1e-10)  # SciPy goes by eigenvalues
+    without = jaxce.multivariate_normal_nll(jnp.zeros(3), jnp.eye(3), jnp.zeros(3), full=False)
+    assert without == 0
+    # one dimension, in the tails
+    for d, scale1 in [(1e10, 1.0), (1e-15, 1e-15), (3.0, 1e10)]:
+        args = jnp.zeros(1), jnp.full((1, 1), scale1), jnp.full(1, d)
+        alike = jaxce.gaussian_nll(0.0, math.log(scale1), d)
+        np.testing.assert_allclose(jaxce.multivariate_normal_nll(*args), alike, rtol=1e-5)  # exp(log) of 35
+        gradient = jax.grad(jaxce.multivariate_normal_nll, (0, 1, 2))(*args)
+        np.testing.assert_allclose(gradient[2][0], d / scale1**2, rtol=1e-6)
+        np.testing.assert_allclose(gradient[1][0, 0], 1 / scale1 - d * d / scale1**3, rtol=1e-6, atol=1e-6 / scale1)
+
+
+def test_what_stands_above_the_diagonal_is_not_read() -> None:
+    m, scale, x = (jnp.asarray(a, "float32") for a in vectors())
+    dirty = scale + jnp.triu(jnp.full((3, 3), jnp.nan), 1)[None]
+    plain = jax.value_and_grad(lambda s: jaxce.multivariate_normal_nll(m, s, x).sum())
+    (value, gradient), (dirty_value, dirty_gradient) = plain(scale), plain(dirty)
+    assert value == dirty_value and jnp.array_equal(gradient, dirty_gradient)
+    assert jnp.all(jnp.triu(gradient, 1) == 0)
+
+
+@pytest.mark.slow
+def test_torch() -> None:
+    torch = pytest.importorskip("torch")
+    a, b, x, k = samples()
+    t = {name: torch.tensor(v) for name, v in zip("abxk", (a, b, x, k * 1.0), strict=True)}
+    d = torch.distributions
+    functional = torch.nn.functional
+    w, c = np.stack([a, b], -1), np.stack([b, x], -1)
+    mixture = d.MixtureSameFamily(
+        d.Categorical(logits=torch.tensor(w)), d.Normal(torch.tensor(c), torch.ones_like(torch.tensor(c)))
+    )
+    m, scale, v = vectors()
+    with jax.enable_x64(True):
+        pairs = [
+            (jaxce.student_t_nll(a, b, x, b), -d.StudentT(t["x"].exp(), t["a"], t["b"].exp()).log_prob(t["b"])),
+            (jaxce.gamma_nll(a, b, abs(x)), -d.Gamma(t["a"].exp(), t["b"].exp()).log_prob(t["x"].abs())),
+            (
+                jaxce.negative_binomial_nll(a, b, k),
+                -d.NegativeBinomial(t["b"].exp(), logits=t["a"] - t["b"]).log_prob(t["k"]),
+            ),
+            (jaxce.poisson_nll(a, k), -d.Poisson(t["a"].exp()).log_prob(t["k"])),
+            (
+                jaxce.poisson_nll(a, k, full=False),
+                functional.poisson_nll_loss(t["a"], t["k"], full=False, reduction="none"),
+            ),
+            (
+                jaxce.gaussian_nll(a, b, x, full=False),
+                functional.gaussian_nll_loss(t["a"], t["x"], (2 * t["b"]).exp(), reduction="none"),
+            ),
+            (jaxce.mixture_nll(w, jaxce.gaussian_nll(c, 0.0, x[:, None])), -mixture.log_prob(t["x"])),
+            (
+                jaxce.multivariate_normal_nll(m, scale, v),
+                -d.MultivariateNormal(torch.tensor(m), scale_tril=torch.tensor(scale)).log_prob(torch.tensor(v)),
+            ),
+        ]
+    for i, (got, expected) in enumerate(pairs):
+        np.testing.assert_allclose(got, expected.numpy(), rtol=1e-12, atol=1e-12, err_msg=str(i))
+
+
+# --- mixtures ---------------------------------------------------------------------------------------------------------
+
+
+def test_mixture_gradients_are_responsibilities() -> None:
+    """d/d nll_k is the probability of component k given the observation; d/d l_k is its weight less that."""
+    rng = np.random.default_rng(2)
+    w, nll = (jnp.asarray(rng.normal(size=(4, 3)), "float32") for _ in range(2))
+    by_w, by_nll = jax.grad(lambda *a: jaxce.mixture_nll(*a).sum(), (0, 1))(w, nll)
+    posterior = scipy.special.softmax(np.asarray(w - nll, np.float64), -1)
+    np.testing.assert_allclose(by_nll, posterior, atol=1e-6)  # a few ulp of 1
+    np.testing.assert_allclose(by_w, scipy.special.softmax(np.asarray(w, np.float64), -1) - posterior, atol=1e-6)
+
+
+@pytest.mark.parametrize("absent", ["weight", "where"])
+def test_a_component_that_is_not_there(absent: str) -> None:
+    w, nll = jnp.array([[0.3, -jnp.inf if absent == "weight" else jnp.nan, 1.0]]), jnp.array([[2.0, jnp.nan, 90.0]])
+    where = None if absent == "weight" else jnp.array([[True, False, True]])
+    value, gradient = jax.value_and_grad(lambda *a: jaxce.mixture_nll(*a, where=where).sum(), (0, 1))(w, nll)
+    expected = jaxce.mixture_nll(w[:, ::2], nll[:, ::2])
+    np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+    assert all(jnp.all(jnp.isfinite(g)) and g[0, 1] == 0 for g in gradient)
+
+
+def test_mixture_of_nothing() -> None:
+    nan = jnp.full((2, 3), jnp.nan)
+    where = jnp.array([False, False])
+    assert jnp.array_equal(jaxce.mixture_nll(nan, nan, where=where), jnp.zeros(2))
+    gradient = jax.grad(lambda *a: jaxce.mixture_nll(*a, where=where).sum(), (0, 1))(nan, nan)
+    assert all(jnp.all(g == 0) for g in gradient)
+    # a density of 0 everywhere
+    assert jaxce.mixture_nll(jnp.zeros(3), jnp.full(3, jnp.inf)) == jnp.inf
+
+
+def test_mixture_shares_weights() -> None:
+    rng = np.random.default_rng(3)
+    w, nll = jnp.asarray(rng.normal(size=3), "float32"), jnp.asarray(rng.normal(size=(5, 3)), "float32")
+    shared = jaxce.mixture_nll(w, nll)
+    assert jnp.array_equal(shared, jaxce.mixture_nll(jnp.broadcast_to(w, (5, 3)), nll))
+    np.testing.assert_allclose(jaxce.mixture_nll(w[:, None], nll.T, axis=0), shared, rtol=1e-6)
+
+
+# --- edges ------------------------------------------------------------------------------------------------------------
+
+
+EDGES = [
+    # function, arguments, value, gradient by the parameters
+    ("poisson_nll", (-INF, 0), 0, (0,)),
+    ("poisson_nll", (-INF, 3), INF, (-3,)),
+    ("poisson_nll", (80.0, 0), math.exp(80), (math.exp(80),)),
+    ("negative_binomial_nll", (-INF, 0.0, 0), 0, (0, 0)),
+    ("exponential_nll", (0.0, 0.0), 0, (-1,)),
+    ("exponential_nll", (100.0, 0.0), -100, (-1,)),
+    ("exponential_nll", (-INF, 1.0), INF, (-1,)),
+    ("gamma_nll", (0.0, 2.0, 0.0), -2, None),
+    ("gamma_nll", (1.0, 2.0, 0.0), INF, None),
+    ("gamma_nll", (-1.0, 2.0, 0.0), -INF, None),
+    ("gaussian_nll", (0.0, -100.0, 0.0), -100 + 0.9189385, (0, 1)),
+    ("gaussian_nll", (0.0, 0.0, INF), INF, None),
+    ("laplace_nll", (0.0, -100.0, 0.0), -100 + 0.6931472, (0, 1)),
+    ("student_t_nll", (0.0, -100.0, 1.0, 1.0), None, (-(math.e + 1), -math.e)),
+    ("student_t_nll", (0.0, -100.0, 1.0, 0.0), None, (0, 1)),
+    ("student_t_nll", (0.0, 0.0, INF, 2.0), 2 + 0.9189385, (-2, -3)),
+    ("bernoulli_nll", (INF, 1), 0, (0,)),
+    ("bernoulli_nll", (INF, 0), INF, None),
+    ("poisson_nll", (20.723266, 10**9), None, None),
+]
+
+
+@pytest.mark.parametrize(("name", "args", "value", "gradient"), EDGES)
+def test_edges(name: str, args: tuple[float, ...], value: float | None, gradient: tuple[float, ...] | None) -> None:
+    function = getattr(jaxce, name)
+    if value is not None:
+        np.testing.assert_allclose(function(*args), value, rtol=1e-6)
+    got = jax.grad(function, tuple(range(len(gradient or (0,)))))(*args)
+    if gradient is not None:
+        np.testing.assert_allclose(got, gradient, rtol=1e-6, atol=1e-7)
+    assert value in (INF, -INF) or not np.any(np.isnan(got))
+
+
+BAD = {
+    # observations and parameters that there cannot be
+    "bernoulli_nll": [(0.0, 2.0), (0.0, -1.0), (NAN, 1.0), (0.0, NAN)],
+    "gaussian_nll": [(NAN, 0.0, 1.0), (0.0, NAN, 1.0), (0.0, 0.0, NAN)],
+    "laplace_nll": [(NAN, 0.0, 1.0), (0.0, NAN, 1.0), (0.0, 0.0, NAN)],
+    "student_t_nll": [(0.0, NAN, 0.0, 1.0), (0.0, 0.0, NAN, 1.0), (0.0, 0.0, 0.0, NAN)],
+    "exponential_nll": [(0.0, -1.0), (NAN, 1.0), (0.0, NAN)],
+    "gamma_nll": [(0.0, 0.0, -1.0), (NAN, 0.0, 1.0), (0.0, NAN, 1.0), (0.0, 0.0, NAN)],
+    "poisson_nll": [(0.0, -1.0), (NAN, 1.0), (0.0, NAN)],
+    "negative_binomial_nll": [(0.0, 0.0, -1.0), (NAN, 0.0, 1.0), (0.0, NAN, 1.0), (0.0, 0.0, NAN)],
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("gaussian_nll", "poisson_nll", "gamma_nll") else pytest.param(n, marks=pytest.mark.slow) for n in BAD],
+)
+def test_bad_numbers_stay_in_their_place(name: str) -> None:
+    """NaN for the value and for no other element's value or gradient."""
+    bad = BAD[name]
+    good = (0.0,) * (len(bad[0]) - 1) + (1.0,)
+    columns = [jnp.array(c) for c in zip(*[good, *bad, good], strict=True)]
+    function = getattr(jaxce, name)
+    value = function(*columns)
+    gradients = jax.grad(lambda *a: function(*a).sum(), tuple(range(len(good) - 1)))(*columns)
+    assert jnp.array_equal(jnp.isnan(value), jnp.array([False, *[True] * len(bad), False]))
+    assert all(not jnp.isnan(g[0]) and g[0] == g[-1] for g in gradients)
+
+
+def test_a_bad_scale_spoils_its_own_vector() -> None:
+    scale = jnp.stack([jnp.eye(2), -jnp.eye(2), jnp.eye(2) * jnp.array([[1.0], [0.0]]), jnp.eye(2)])
+    value = jaxce.multivariate_normal_nll(jnp.zeros(2), scale, jnp.ones(2))
+    assert jnp.array_equal(jnp.isnan(value), jnp.array([False, True, True, False]))
+
+
+def test_arguments_broadcast() -> None:
+    a, b = jnp.zeros((3, 1)), jnp.ones(4)
+    for name in ("bernoulli_nll", "gaussian_nll"):  # the others share the door
+        count = len(BAD[name][0])
+        value = getattr(jaxce, name)(a, *[0.0] * (count - 2), b)
+        assert value.shape == (3, 4)
+        assert getattr(jaxce, name)(a, *[0.0] * (count - 2), jnp.ones((3, 4), "int32")).dtype == "float32"
+        with pytest.raises(ValueError, match=f"^{name}: .* must broadcast with what precedes it, .*, got"):
+            getattr(jaxce, name)(jnp.zeros(3), *[0.0] * (count - 2), b)

@@ -1,0 +1,389 @@
+"""Streaming evaluation: the same as scikit-learn's on all the data at once, however the data is cut up."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import sklearn.metrics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from jaxce.metrics import (
+    Accuracy,
+    BitsPer,
+    Brier,
+    Calibration,
+    Evaluation,
+    EvaluationResult,
+    Mean,
+    Perplexity,
+    Sum,
+    TopKAccuracy,
+)
+
+N, K = 96, 40  # XLA compiles rows of more than 32 classes faster
+NAN, INF = math.nan, math.inf
+close = functools.partial(np.testing.assert_allclose, rtol=1e-6)  # a few eps of float32
+
+
+def data(count: int = N) -> tuple[Any, ...]:
+    rng = np.random.default_rng(0)
+    logits = (2 * rng.normal(size=(count, K))).astype("float32")
+    labels = np.where(rng.uniform(size=count) < 0.6, logits.argmax(-1), rng.integers(K, size=count)).astype("int32")
+    return logits, labels, rng.uniform(0.1, 2, size=count).astype("float32"), rng.integers(1, 5, size=count)
+
+
+def exact(logits: Any, labels: Any, w: Any, units: Any, bins: int = 15) -> dict[str, Any]:
+    """The definitions, in float64."""
+    x, w = np.asarray(logits, float), np.asarray(w, float)
+    p = scipy.special.softmax(x, -1)
+    nll = -scipy.special.log_softmax(x, -1)[np.arange(len(x)), labels]
+    confidence, correct = p.max(-1), x.argmax(-1) == labels
+    place = np.clip(np.ceil(confidence * bins) - 1, 0, bins - 1)
+    gap = sum(abs(np.sum((w * (correct - confidence))[place == b])) for b in range(bins))
+    return {
+        "nll": np.average(nll, weights=w),
+        "perplexity": np.exp(np.average(nll, weights=w)),
+        "bits_per_unit": np.sum(w * nll) / math.log(2) / np.sum(w * units),
+        "accuracy": np.average(correct, weights=w),
+        "calibration_error": gap / w.sum(),
+        "brier": np.average(((p - np.eye(K)[labels]) ** 2).sum(-1), weights=w),
+    }
+
+
+@functools.cache
+def whole() -> EvaluationResult:
+    logits, labels, w, units = data()
+    return Evaluation.from_batch(logits, labels, w, units=units).compute()
+
+
+def test_evaluation_is_the_definition() -> None:
+    logits, labels, w, units = data()
+    result = whole()
+    for name, value in exact(logits, labels, w, units).items():
+        close(getattr(result, name), value, err_msg=name)
+
+
+def test_sklearn() -> None:
+    logits, labels, w, _ = data()
+    result = whole()
+    p, classes = scipy.special.softmax(logits.astype(float), -1), np.arange(K)
+    close(result.nll, sklearn.metrics.log_loss(labels, p, sample_weight=w, labels=classes))
+    close(result.accuracy, sklearn.metrics.accuracy_score(labels, p.argmax(-1), sample_weight=w))
+    close(
+        result.top_k_accuracy,
+        sklearn.metrics.top_k_accuracy_score(labels, p, k=5, sample_weight=w, labels=classes),
+    )
+    two = [sklearn.metrics.brier_score_loss(labels == k, p[:, k], sample_weight=w) for k in range(K)]
+    close(result.brier, sum(two))
+
+
+@pytest.mark.slow
+def test_evaluation_is_its_parts() -> None:
+    logits, labels, w, units = data()
+    result = whole()
+    nll = -jax.nn.log_softmax(logits)[np.arange(N), labels]
+    calibration = Calibration.from_batch(logits, labels, w)
+    parts = {
+        "nll": Mean.from_batch(nll, w),
+        "perplexity": Perplexity.from_batch(nll, w),
+        "bits_per_unit": BitsPer.from_batch(nll, units, w),
+        "accuracy": Accuracy.from_batch(logits, labels, w),
+        "top_k_accuracy": TopKAccuracy.from_batch(logits, labels, w),
+        "brier": Brier.from_batch(logits, labels, w),
+        "calibration_error": calibration,
+    }
+    for name, part in parts.items():
+        close(getattr(result, name), part.compute(), err_msg=name)
+    for a, b in zip(result.reliability, calibration.curve(), strict=True):
+        close(a, b)
+    assert Evaluation.from_batch(logits, labels, per_class=False).compute().brier is None
+
+
+def test_reliability_curve() -> None:
+    logits, labels, w, _ = data()
+    curve = Calibration.from_batch(logits, labels, w, bins=4).curve()
+    p = scipy.special.softmax(logits.astype(float), -1)
+    assert jnp.array_equal(curve.edges, jnp.array([0, 0.25, 0.5, 0.75, 1]))
+    for b in range(4):
+        inside = (p.max(-1) > b / 4) & (p.max(-1) <= (b + 1) / 4)
+        close(curve.weight[b], w[inside].astype(float).sum())
+        if inside.any():
+            close(curve.confidence[b], np.average(p.max(-1)[inside], weights=w[inside]))
+            close(curve.accuracy[b], np.average((p.argmax(-1) == labels)[inside], weights=w[inside]))
+    # the bin of 1 is the last, and a boundary belongs to the bin below it
+    sure = Calibration.from_batch(jnp.array([[1000.0, 0.0], [0.0, 0.0]]), jnp.array([0, 0]), bins=2)
+    assert jnp.array_equal(sure.curve().weight, jnp.array([1.0, 1.0]))
+
+
+def test_ties_go_to_the_first_class() -> None:
+    ties = jnp.zeros((3, 3))
+    for k, share in [(1, 1 / 3), (2, 2 / 3), (3, 1.0), (9, 1.0)]:
+        close(TopKAccuracy.from_batch(ties, jnp.arange(3), k=k).compute(), share)
+    close(Accuracy.from_batch(ties, jnp.arange(3)).compute(), 1 / 3)
+
+
+# --- sums -------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 3), min_size=16, max_size=16), st.integers(0, 9), st.permutations(range(4)))
+def test_any_split_gives_the_same(owner: list[int], seed: int, order: list[int]) -> None:
+    """Values of all sizes and signs, dealt out to four batches that are merged in any order, as a list and as a tree."""
+    rng = np.random.default_rng(seed)
+    values = (rng.normal(size=16) * 10.0 ** rng.integers(-6, 7, size=16)).astype("float32")
+    weights = rng.integers(1, 9, size=16).astype("float32")
+    parts = [Mean.from_batch(values, weights, np.array(owner) == b) for b in order]
+    merged = functools.reduce(Mean.merge, parts, Mean.empty())
+    tree = parts[0].merge(parts[1]).merge(parts[2].merge(parts[3]))
+    terms = [float(np.float32(v * w)) for v, w in zip(values, weights, strict=True)]  # a product is rounded once
+    bound = 2.0**-44 * math.fsum(map(abs, terms))
+    for metric in (merged, tree):
+        assert abs(float(metric.total.hi) + float(metric.total.lo) - math.fsum(terms)) <= bound
+        assert float(metric.weight.hi) == weights.sum()
+    np.testing.assert_array_max_ulp(
+        merged.compute(), tree.compute(), maxulp=1 if abs(math.fsum(terms)) > 1e-3 else 2**24
+    )
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 2), min_size=N, max_size=N))
+def test_any_split_gives_the_same_evaluation(owner: list[int]) -> None:
+    logits, labels, w, units = data()
+    parts = [Evaluation.from_batch(logits, labels, w, np.array(owner) == b, units=units) for b in range(3)]
+    merged = functools.reduce(Evaluation.merge, parts, Evaluation.empty())
+    for a, b in zip(jax.tree.leaves(merged.compute()), jax.tree.leaves(whole()), strict=True):
+        np.testing.assert_allclose(a, b, rtol=3e-7, atol=1e-9)  # 2 ulp; a gap of a bin may be nearly 0
+
+
+@pytest.mark.slow
+def test_batches_of_any_size() -> None:
+    """Losses too are of other batches' shapes here: a few ulp of each."""
+    logits, labels, w, units = data()
+    metric = Evaluation.empty()
+    for start in range(0, N, 24):
+        cut = slice(start, start + 24)
+        metric = metric.update(logits[cut], labels[cut], w[cut], units=units[cut])
+    same(metric.compute(), whole())
+
+
+def test_counts_are_exact_beyond_2_to_the_24() -> None:
+    start = Mean(Sum(jnp.float32(2**24), jnp.float32(0)), Sum(jnp.float32(2**24), jnp.float32(0)))
+
+    def step(metric: Mean, _: Any) -> tuple[Mean, None]:
+        return metric.update(jnp.ones(3)), None
+
+    end, _ = jax.jit(lambda m: jax.lax.scan(step, m, length=1001))(start)
+    assert float(end.weight.hi) + float(end.weight.lo) == 2**24 + 3003
+    assert float(end.total.hi) + float(end.total.lo) == 2**24 + 3003
+    assert end.compute() == 1
+    large = functools.reduce(Mean.merge, [end] * 7)  # 1.2e8
+    assert float(large.weight.hi) + float(large.weight.lo) == 7 * (2**24 + 3003)
+
+
+def test_a_long_stream_keeps_its_digits() -> None:
+    """10^5 batches of 0.1: a plain float32 sum would be off by far more."""
+
+    def step(metric: Mean, _: Any) -> tuple[Mean, None]:
+        return metric.update(jnp.full(1, 0.1)), None
+
+    end, _ = jax.jit(lambda m: jax.lax.scan(step, m, length=100_000))(Mean.empty())
+    assert end.compute() == np.float32(0.1)
+    plain, _ = jax.jit(lambda x: jax.lax.scan(lambda c, _: (c + np.float32(0.1), None), x, length=100_000))(
+        jnp.float32(0)
+    )
+    assert abs(float(plain) / 1e5 - 0.1) > 1e-5
+
+
+# --- what is left out -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["where", "weights"])
+def test_padding_leaves_no_trace(by: str) -> None:
+    logits, labels, w, units = data()
+    keep = np.arange(N) % 3 > 0
+    dirty = np.where(keep[:, None], logits, np.array([NAN, INF, -INF] + [NAN] * (K - 3), "float32"))
+    bad_labels = np.where(keep, labels, -100)
+    if by == "where":
+        got = Evaluation.from_batch(dirty, bad_labels, np.where(keep, w, np.float32(NAN)), keep, units=units)
+    else:
+        got = Evaluation.from_batch(dirty, bad_labels, np.where(keep, w, np.float32(0)), units=units)
+    expected = exact(logits[keep], labels[keep], w[keep], units[keep])
+    for name, value in expected.items():
+        close(getattr(got.compute(), name), value, err_msg=name)
+
+
+@pytest.mark.parametrize("bad", ["label", "logit"])
+def test_what_is_wrong_and_counts_is_seen(bad: str) -> None:
+    logits, labels, *_ = data()
+    logits, labels = logits.copy(), labels.copy()
+    if bad == "label":
+        labels[5] = K
+    else:
+        logits[5, 2] = NAN
+    result = Evaluation.from_batch(logits, labels).compute()
+    for name in ("nll", "accuracy", "top_k_accuracy", "brier", "calibration_error"):
+        assert jnp.isnan(getattr(result, name)), name
+
+
+def test_an_infinite_loss_is_infinite() -> None:
+    """-inf at the label: nothing becomes NaN, and merging doesn't either."""
+    one = Evaluation.from_batch(jnp.array([[-INF, 0.0], [0.0, 1.0]]), jnp.array([0, 0]))
+    result = one.merge(one).merge(Evaluation.empty()).compute()
+    assert result.nll == INF and result.perplexity == INF and result.bits_per_unit == INF
+    assert result.accuracy == 0 and not jnp.isnan(result.calibration_error) and result.brier > 1
+
+
+def test_nothing_has_documented_values() -> None:
+    logits, labels, *_ = data(4)
+    nothing = EvaluationResult(0.0, 1.0, 0.0, 0.0, 0.0, None, 0.0, 0.0)  # type: ignore[arg-type]
+    with jax.debug_nans(True):
+        for empty in (
+            Evaluation.empty(),
+            Evaluation.empty().merge(Evaluation.empty()),
+            Evaluation.from_batch(logits, labels, where=np.zeros(4, bool)),
+            Evaluation.from_batch(np.zeros((0, K), "float32"), np.zeros(0, "int32")),
+        ):
+            result = empty.compute()
+            assert all(jnp.all(leaf == 0) for leaf in result.reliability[1:])
+            assert result._replace(reliability=None) == nothing  # type: ignore[arg-type]
+
+
+# --- transformations --------------------------------------------------------------------------------------------------
+
+
+def same(a: Any, b: Any) -> None:
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-6, atol=1e-8)
+
+
+def test_scan() -> None:
+    logits, labels, w, _ = data()
+    batches = [a.reshape(8, 12, *a.shape[1:]) for a in (logits, labels, w)]  # one unit each
+
+    @jax.jit
+    def evaluate(batches: Any) -> Any:
+        end, _ = jax.lax.scan(lambda m, b: (m.update(*b), None), Evaluation.empty(), batches)
+        return end.compute()
+
+    same(evaluate(batches)._replace(bits_per_unit=0.0), whole()._replace(bits_per_unit=0.0))
+
+
+def test_vmap_over_models() -> None:
+    logits, labels, *_ = data()
+    models = jnp.stack([logits, 2 * logits, -logits])
+    metrics = jax.vmap(lambda x: Evaluation.from_batch(x, labels))(models)
+    results = jax.vmap(lambda m: m.compute())(metrics)
+    for i in range(3):
+        same(jax.tree.map(lambda leaf, i=i: leaf[i], results), Evaluation.from_batch(models[i], labels).compute())
+    merged = jax.vmap(Evaluation.merge)(metrics, metrics)
+    same(jax.vmap(lambda m: m.compute())(merged).nll, results.nll)
+
+
+def test_sum_over_an_axis() -> None:
+    """Unevenly weighted parts, and the sum of the pairs is as exact as one."""
+    logits, labels, w, _ = data()
+    w = np.where(np.arange(N) < 12, 0, w)  # a part without anything
+    parts = [a.reshape(8, 12, *a.shape[1:]) for a in (logits, labels, w)]
+    metrics = jax.vmap(lambda *b: Evaluation.from_batch(*b).psum("data"), axis_name="data")(*parts)
+    whole = Evaluation.from_batch(logits, labels, w).compute()
+    for i in (0, 7):
+        same(jax.tree.map(lambda leaf, i=i: leaf[i], metrics).compute(), whole)
+    values = jnp.array([2.0**24, 1.0, 1.0, 1.0, -1e-3, 2.0**30])
+    total = jax.vmap(lambda v: Mean.from_batch(v).psum("data"), axis_name="data")(values)
+    assert float(total.total.hi[0]) + float(total.total.lo[0]) == 2.0**30 + 2**24 + 3 - float(np.float32(1e-3))
+    # two axes at once
+    grid = values.reshape(2, 3)
+    both = jax.vmap(jax.vmap(lambda v: Mean.from_batch(v).psum(("a", "b")), axis_name="b"), axis_name="a")(grid)
+    assert both.total.hi[0, 0] == total.total.hi[0] and both.total.lo[1, 2] == total.total.lo[0]
+
+
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_shard_map(check_vma: bool) -> None:
+    logits, labels, w, _ = data()
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=check_vma)
+    def evaluate(*batch: Any) -> Any:
+        return Evaluation.from_batch(*batch).psum("data").compute()
+
+    same(jax.jit(evaluate)(logits, labels, w), Evaluation.from_batch(logits, labels, w).compute())
+
+
+@pytest.mark.slow
+def test_float64_and_half() -> None:
+    logits, labels, *_ = data()
+    with jax.enable_x64(True):
+        metric = Evaluation.empty(dtype=jnp.float64).update(logits.astype("float64"), labels)
+        assert all(leaf.dtype == "float64" for leaf in jax.tree.leaves(metric))
+        expected = exact(logits, labels, np.ones(N), 1)
+        for name, value in expected.items():
+            np.testing.assert_allclose(getattr(metric.compute(), name), value, rtol=1e-13, err_msg=name)
+    half = Evaluation.empty().update(jnp.asarray(logits, "bfloat16"), labels)
+    assert all(leaf.dtype == "float32" for leaf in jax.tree.leaves(half.compute()))
+
+
+# --- other libraries' loops -------------------------------------------------------------------------------------------
+
+
+def test_a_metric_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Mean.empty().total = None  # type: ignore[misc]
+
+
+def test_flax_nnx() -> None:
+    """The line that the module's docstring shows."""
+    nnx = pytest.importorskip("flax.nnx")
+    logits, labels, *_ = data()
+    metric = nnx.Variable(Evaluation.empty())
+    metric.value = metric.value.update(logits, labels)
+    same(metric.value.compute(), Evaluation.from_batch(logits, labels).compute())
+
+
+@pytest.mark.slow
+def test_clu_loop() -> None:
+    """clu's protocol, functional: None at first, then merge."""
+    logits, labels, *_ = data()
+    metrics = None
+    for cut in (slice(0, 48), slice(48, N)):
+        update = Evaluation.from_batch(logits[cut], labels[cut])
+        metrics = update if metrics is None else metrics.merge(update)
+    assert metrics is not None
+    same(metrics.compute(), Evaluation.from_batch(logits, labels).compute())
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+X, Y = jnp.zeros((4, 3)), jnp.zeros(4, "int32")
+BAD = [
+    (lambda: Mean.from_batch(Y), TypeError, "Mean: values must be"),
+    (lambda: Mean.from_batch(X, jnp.ones(3)), ValueError, "Mean: weights must have"),
+    (lambda: Mean.from_batch(X, None, jnp.ones((4, 3))), TypeError, "Mean: where must be"),
+    (lambda: BitsPer.from_batch(X, jnp.ones(3)), ValueError, "BitsPer: units must have"),
+    (lambda: Accuracy.from_batch(X, Y, jnp.ones((4, 3))), ValueError, "Accuracy: weights must have"),
+    (lambda: Accuracy.from_batch(X, Y, where=jnp.ones((4, 3), bool)), ValueError, "Accuracy: where must have"),
+    (lambda: Accuracy.from_batch(X, Y[:2]), ValueError, "softmax_statistics: labels must have"),
+    (lambda: TopKAccuracy.from_batch(X, Y, k=0), ValueError, "TopKAccuracy: k must be a positive integer, got 0"),
+    (lambda: Calibration.empty(bins=2.5), ValueError, "Calibration: bins must be a positive integer, got 2.5"),  # type: ignore[arg-type]
+    (lambda: Evaluation.empty(k="a"), TypeError, "Evaluation: k must be a positive integer, got 'a'"),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD)
+def test_errors(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="^" + message):
+        call()
+
+
+def test_metrics_of_other_options_do_not_merge() -> None:
+    with pytest.raises(ValueError):
+        Evaluation.empty(k=2).merge(Evaluation.empty(k=3))
