@@ -7,22 +7,24 @@ near-equal logits keep the digits in which they differ.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxce import _checks, _numerics, _rows
+from jaxce import _blocks, _checks, _numerics, _rows
 from jaxce._checks import Axis, compiled
 from jaxce._information import classes_of
+from jaxce._logits import LinearLogits
 from jaxce._numerics import Pair
-from jaxce._statistics import read_logits
+from jaxce._statistics import Logits, read_logits
 
 
 @compiled("axis", "base")
 def entropy_with_logits(
-    logits: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, base: float | None = None
+    logits: ArrayLike | LinearLogits, axis: Axis = -1, where: ArrayLike | None = None, *, base: float | None = None
 ) -> Array:
     r"""Entropy of softmax(logits), the mean surprisal of a class drawn from it.
 
@@ -53,13 +55,13 @@ def entropy_with_logits(
     """
     log_base = _checks.log_base("entropy_with_logits", base)
     z = read_logits("entropy_with_logits", "logits", logits, axis, where)
-    return _numerics.in_units(_numerics.single(_rows.entropy(z.x, z.row)), log_base)
+    return _numerics.in_units(_numerics.single(z.measure(entropy=True).entropy), log_base)
 
 
 @compiled("axis", "base")
 def cross_entropy_with_logits(
-    p_logits: ArrayLike,
-    q_logits: ArrayLike,
+    p_logits: ArrayLike | LinearLogits,
+    q_logits: ArrayLike | LinearLogits,
     axis: Axis = -1,
     where: ArrayLike | None = None,
     *,
@@ -89,11 +91,40 @@ def cross_entropy_with_logits(
     """
     name = "cross_entropy_with_logits"
     log_base = _checks.log_base(name, base)
+    if isinstance(p_logits, LinearLogits) or isinstance(q_logits, LinearLogits):
+        return _by_blocks(name, p_logits, q_logits, axis, where, _blocks.cross_entropy_term, log_base)
     given = [_checks.floating(name, "p_logits", p_logits), _checks.floating(name, "q_logits", q_logits)]
     _checks.same_shape(name, "q_logits", given[1], given[0].shape, "the shape of p_logits")
     p = read_logits(name, "p_logits", given[0], axis, where, given[1])
     q = read_logits(name, "q_logits", given[1], axis, where, given[0])
+    assert isinstance(p, Logits) and isinstance(q, Logits)
     return _numerics.in_units(_numerics.single(_rows.dense_nll(q.x, q.row, _rows.probabilities(p.x, p.row))), log_base)
+
+
+def _by_blocks(
+    function: str,
+    p_logits: ArrayLike | LinearLogits,
+    q_logits: ArrayLike | LinearLogits,
+    axis: Axis,
+    where: ArrayLike | None,
+    term: Callable[[Array, Array], Array],
+    log_base: float | None,
+) -> Array:
+    """sum_k term(log p_k, log q_k) where at least one of the two is computed block by block."""
+    given = {"p_logits": p_logits, "q_logits": q_logits}
+    read = [x if isinstance(x, LinearLogits) else _checks.floating(function, n, x) for n, x in given.items()]
+    if read[0].shape != read[1].shape:
+        raise ValueError(
+            f"{function}: q_logits must have the shape of p_logits, {read[0].shape}, got shape {read[1].shape}"
+        )
+    linear = [x for x in read if isinstance(x, LinearLogits)]
+    leaves = [leaf for x in read for leaf in ((x.hidden, x.kernel) if isinstance(x, LinearLogits) else (x,))]
+    spec = _blocks.Spec(min(_blocks.block_size(x) for x in linear), _checks.compute_dtype(*leaves))
+    p, q = (_blocks.operands(function, n, x, axis, where) for n, x in zip(given, read, strict=True))
+    values, p_row, q_row = _blocks.compare(spec, p[0], q[0], term)
+    rows = p_row.present if term is _blocks.relative_entropy_term else p_row.present & q_row.present
+    value = jnp.where(rows if p[1] is None else rows & p[1], values, 0)
+    return _numerics.in_units(_numerics.single(value), log_base)
 
 
 def _gaps(x: Array) -> tuple[Array, Pair]:
@@ -225,8 +256,8 @@ def _relative_entropy_jvp(primals: tuple[Array, Array], tangents: tuple[Array, A
 
 @compiled("axis", "base")
 def relative_entropy_with_logits(
-    p_logits: ArrayLike,
-    q_logits: ArrayLike,
+    p_logits: ArrayLike | LinearLogits,
+    q_logits: ArrayLike | LinearLogits,
     axis: Axis = -1,
     where: ArrayLike | None = None,
     *,
@@ -257,6 +288,8 @@ def relative_entropy_with_logits(
     """
     name = "relative_entropy_with_logits"
     log_base = _checks.log_base(name, base)
+    if isinstance(p_logits, LinearLogits) or isinstance(q_logits, LinearLogits):
+        return _by_blocks(name, p_logits, q_logits, axis, where, _blocks.relative_entropy_term, log_base)
     a, b = classes_of(name, axis, where, -math.inf, p_logits=p_logits, q_logits=q_logits)
     return _numerics.in_units(_relative_entropy(a, b), log_base)
 
@@ -303,8 +336,8 @@ def _jensen_shannon_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Arr
 
 @compiled("axis", "base")
 def jensen_shannon_divergence_with_logits(
-    p_logits: ArrayLike,
-    q_logits: ArrayLike,
+    p_logits: ArrayLike | LinearLogits,
+    q_logits: ArrayLike | LinearLogits,
     axis: Axis = -1,
     where: ArrayLike | None = None,
     *,
@@ -334,5 +367,7 @@ def jensen_shannon_divergence_with_logits(
     """
     name = "jensen_shannon_divergence_with_logits"
     log_base = _checks.log_base(name, base)
+    if isinstance(p_logits, LinearLogits) or isinstance(q_logits, LinearLogits):
+        return _by_blocks(name, p_logits, q_logits, axis, where, _blocks.jensen_shannon_term, log_base)
     a, b = classes_of(name, axis, where, -math.inf, p_logits=p_logits, q_logits=q_logits)
     return _numerics.in_units(_jensen_shannon(a, b), log_base)
