@@ -49,11 +49,11 @@ class Spec(NamedTuple):
 class Operands(NamedTuple):
     """The logits, and what comes with them class by class."""
 
-    logits: LinearLogits | Array  # classes on the last axis
-    keep: Array | None = None  # the mask of entries, whose axes may be of length 1
-    labels: Array | None = None
-    targets: Array | None = None  # of the logits' shape
-    weights: Array | None = None  # of the classes
+    logits: Any  # LinearLogits, or an array with the classes on its last axis
+    keep: Any = None  # the mask of entries, whose axes may be of length 1
+    labels: Any = None
+    targets: Any = None  # of the logits' shape
+    weights: Any = None  # of the classes
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,10 +69,10 @@ class Row(NamedTuple):
     weight: Array
     others: Array
     present: Array
-    label_logit: Array | None
+    label_logit: Any
     sums: dict[str, tuple[Array, Array]]  # the sum of t over all classes but the top one, and the top one's
-    count: Array | None  # how many classes are there
-    mean_gap: Array | None
+    count: Any  # how many classes are there
+    mean_gap: Any
 
     @property
     def total(self) -> Array:
@@ -146,7 +146,7 @@ def _kernel_block(spec: Spec, op: Operands, start: Array, there: Array | None) -
     """A block of the kernel. What a class holds that is masked in all rows must not be multiplied by anything."""
     logits = op.logits
     block = _slice(logits.kernel, start, spec.size, logits.class_axis % 2)
-    if op.keep is None or math.prod(op.keep.shape[:-1]) != 1:
+    if there is None or op.keep is None or math.prod(op.keep.shape[:-1]) != 1:
         return block
     columns = jnp.broadcast_to(there, (*there.shape[:-1], spec.size)).reshape(-1)
     return jnp.where(jnp.expand_dims(columns, 1 if logits.class_axis == 0 else 0), block, 0)
@@ -299,7 +299,7 @@ def measure(spec: Spec, op: Operands) -> tuple[dict[str, Array], Row]:
     classes, batch = op.shape[-1], op.shape[:-1]
     zeros = jnp.zeros(batch, spec.dtype)
     kinds = _kinds(spec, op)
-    state = {
+    state: dict[str, Any] = {
         "maximum": jnp.full(batch, -jnp.inf, spec.dtype),
         "top": jnp.zeros(batch, jnp.int32),
         "others": zeros,
@@ -388,11 +388,11 @@ def _(spec: Spec, primals: Any, tangents: Any) -> Any:
     classes = op.shape[-1]
     shift = _shift(values, row)
     total = _with_derivative_of(row.total, row.total * jnp.exp(shift))
-    p_label = row.total * 0 if row.label_logit is None else jnp.exp(row.label_logit - row.anchor)
-    rest = jnp.where(row.label_logit == row.maximum, row.others, row.total - p_label) if "nll" in values else None
-    valid = jnp.ones_like(row.present)
+    at_label = jnp.zeros_like(row.total)  # the gradient there, p - 1, and NaN where it isn't a class
     if op.labels is not None:
-        valid = (op.labels >= 0) & (op.labels < classes) | ~row.present
+        rest = row.total - jnp.exp(row.label_logit - row.anchor)
+        at_label = -jnp.where(row.label_logit == row.maximum, row.others, rest) / row.total
+        at_label = jnp.where((op.labels >= 0) & (op.labels < classes) | ~row.present, at_label, jnp.nan)
 
     def step(i: Array) -> dict[str, Array]:
         block, dx = _tangent_block(spec, op, dop, i)
@@ -406,9 +406,10 @@ def _(spec: Spec, primals: Any, tangents: Any) -> Any:
 
         out["log_normalizer"] = along(p)
         if "nll" in values:
-            at_label = _beside(block.places.astype(op.labels.dtype), x) == op.labels[..., None]
-            exact = jnp.where(at_label, (-rest / row.total)[..., None], lax.stop_gradient(p))
-            out["nll"] = along(jnp.where(valid[..., None], _with_derivative_of(exact, p), jnp.nan))
+            is_label = _beside(block.places.astype(op.labels.dtype), x) == op.labels[..., None]
+            is_label = is_label | jnp.isnan(at_label)[..., None]
+            exact = jnp.where(is_label, at_label[..., None], lax.stop_gradient(p))
+            out["nll"] = along(_with_derivative_of(exact, p))
         for kind in _kinds(spec, op):
             t = _targets(spec, op, block, kind, row.count)
             sum_t, (rest_t, top_t) = values[f"sum of {kind}"], row.sums[kind]
