@@ -29,7 +29,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxce import _checks
-from jaxce._logits import LinearLogits, contract, shape_logits
+from jaxce._logits import LinearLogits, contract, contract_half_tangent, shape_logits
 from jaxce._numerics import bregman_pair, jensen_shannon, log1p, single
 from jaxce._rows import _anchor, _finite
 
@@ -44,6 +44,7 @@ class Spec(NamedTuple):
     dtype: Any  # to compute in
     entropy: bool = False
     uniform: bool = False
+    half: bool = False  # whether hidden and kernel are bfloat16
 
 
 class Operands(NamedTuple):
@@ -155,7 +156,7 @@ def _kernel_block(spec: Spec, op: Operands, start: Array, there: Array | None) -
 def _products(spec: Spec, op: Operands, start: Array, there: Array | None) -> Array:
     """hW + b of a block, 0 where it is not to be used."""
     logits = op.logits
-    u = contract(logits.hidden, _kernel_block(spec, op, start, there), logits.class_axis, logits.half)
+    u = contract(logits.hidden, _kernel_block(spec, op, start, there), logits.class_axis, spec.half)
     u = u.astype(spec.dtype)
     if logits.bias is not None:
         bias = _slice(logits.bias, start, spec.size, 0).astype(spec.dtype)
@@ -206,12 +207,16 @@ def _tangent_block(spec: Spec, op: Operands, dop: Operands, i: Array) -> tuple[B
     usable = None if there is None and logits.bias is None else _usable(u, there)
     u = u if usable is None else jnp.where(usable, u, 0)
     du = jnp.zeros_like(u)
-    if not _is_zero(dlogits.hidden):
-        w = _kernel_block(spec, op, start, there).astype(spec.dtype)
-        du = du + contract(dlogits.hidden, w, axis, logits.half).astype(spec.dtype)
+    w = _kernel_block(spec, op, start, there)
+    dh = None if _is_zero(dlogits.hidden) else dlogits.hidden
+    dw = None
     if not _is_zero(dlogits.kernel):
         dw = lax.dynamic_slice_in_dim(dlogits.kernel, start, spec.size, axis % 2)
-        du = du + contract(logits.hidden.astype(dw.dtype), dw, axis, logits.half).astype(spec.dtype)
+    if spec.half and (dh is not None or dw is not None):
+        du = du + contract_half_tangent(logits.hidden, w, dh, dw, axis).astype(spec.dtype)
+    else:
+        du = du if dh is None else du + contract(dh, w.astype(spec.dtype), axis, False)
+        du = du if dw is None else du + contract(logits.hidden.astype(spec.dtype), dw, axis, False)
     if logits.bias is not None and not _is_zero(dlogits.bias):
         du = du + _beside(lax.dynamic_slice_in_dim(dlogits.bias, start, spec.size, 0).astype(spec.dtype), u)
     numbers = [n for n in ("temperature", "soft_cap") if getattr(logits, n) is not None]
@@ -371,7 +376,7 @@ def measure(spec: Spec, op: Operands) -> tuple[dict[str, Array], Row]:
         nll = _absent_is(jnp.inf, state["label"], m - state["label"]) + log_sum
         values["nll"] = jnp.where(present, jnp.where(valid, nll, jnp.nan), 0)
     for kind, (gaps, _, _) in state["sums"].items():
-        gaps = gaps if kind == "given" else gaps / jnp.maximum(count, 1)
+        gaps = gaps if count is None or kind == "given" else gaps / jnp.maximum(count, 1)
         values[f"sum of {kind}"] = sum(sums[kind], jnp.zeros_like(m))
         values[kind] = jnp.where(present, gaps + values[f"sum of {kind}"] * log_sum, 0)
     if spec.entropy:
@@ -471,31 +476,57 @@ def _log_probability(block: Block, values: dict[str, Array], row: Row) -> Array:
     return jnp.where(jnp.isneginf(block.x), -jnp.inf, log_p)
 
 
-def sum_of_terms(spec: Spec, op: Operands, term: Callable[[Array], Array]) -> Array:
-    """sum_k t_k term(-log p_k) over the classes with t_k != 0, for the targets given."""
-    values, row = measure(spec, Operands(op.logits, op.keep))
+Known = tuple[dict[str, Array], Row]
+
+
+def sum_of_terms(
+    term: Callable[..., Array], specs: tuple[Spec, ...], operands: tuple[Operands, ...]
+) -> tuple[Array, tuple[Row, ...]]:
+    """sum_k term(log p_k, ...) with the log-probabilities of one or two kinds of logits, and their rows.
+
+    Where the first comes with targets, the term has t_k as its last argument.
+    """
+    known = tuple(measure(s, op._replace(targets=None)) for s, op in zip(specs, operands, strict=True))
+    return _sum_of_terms(term, specs, operands, known), tuple(row for _, row in known)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _sum_of_terms(
+    term: Callable[..., Array], specs: tuple[Spec, ...], operands: tuple[Operands, ...], known: tuple[Known, ...]
+) -> Array:
+    def step(i: Array) -> Array:
+        blocks = [_block(s, op, i) for s, op in zip(specs, operands, strict=True)]
+        inputs = [_log_probability(block, *k) for block, k in zip(blocks, known, strict=True)]
+        if operands[0].targets is not None:
+            inputs.append(_targets(specs[0], operands[0], blocks[0], "given"))
+        return jnp.sum(term(*inputs), -1)
+
+    return _sum_blocks(specs[0], operands[0].shape[-1], step)
+
+
+@partial(_sum_of_terms.defjvp, symbolic_zeros=True)
+def _(term: Callable[..., Array], specs: tuple[Spec, ...], primals: Any, tangents: Any) -> Any:
+    operands, known = primals
+    widened = [_widened(s, dop) for s, dop in zip(specs, tangents[0], strict=True)]
+    shifts = [dvalues["log_normalizer"] for dvalues, _ in tangents[1]]
 
     def step(i: Array) -> Array:
-        block = _block(spec, op, i)
-        t = _targets(spec, op, block, "given")
-        nll = jnp.where(t == 0, 0, -_log_probability(block, values, row))
-        return jnp.sum(t * term(nll), -1)
+        inputs, directions = [], []
+        for s, op, dop, k, shift in zip(specs, operands, widened, known, shifts, strict=True):
+            block, dx = _tangent_block(s, op, dop, i)
+            log_p = _log_probability(block, *k)
+            change = jnp.zeros_like(log_p) if dx is None else dx
+            change = change if _is_zero(shift) else change - shift[..., None]
+            inputs.append(log_p)
+            directions.append(_absent_is(0, log_p, change))
+            if op.targets is not None:
+                inputs.append(_targets(s, op, block, "given"))
+                dt = _target_tangents(s, op, dop, block, "given", None)
+                directions.append(jnp.zeros_like(log_p) if dt is None else dt)
+        return jnp.sum(jax.jvp(term, tuple(inputs), tuple(directions))[1], -1)
 
-    return jnp.where(row.present, _sum_blocks(spec, op.shape[-1], step), 0)
-
-
-def compare(spec: Spec, p: Operands, q: Operands, term: Callable[[Array, Array], Array]) -> tuple[Array, Row, Row]:
-    """sum_k term(log p_k, log q_k), and the rows."""
-    p_values, p_row = measure(spec, p)
-    q_values, q_row = measure(spec, q)
-
-    def step(i: Array) -> Array:
-        block_p, block_q = _block(spec, p, i), _block(spec, q, i)
-        terms = term(_log_probability(block_p, p_values, p_row), _log_probability(block_q, q_values, q_row))
-        there = block_p.there
-        return jnp.sum(terms if there is None else jnp.where(there, terms, 0), -1)
-
-    return _sum_blocks(spec, p.shape[-1], step), p_row, q_row
+    value = _sum_of_terms(term, specs, operands, known)
+    return value, _sum_blocks(specs[0], operands[0].shape[-1], step)
 
 
 def _difference(log_p: Array, log_q: Array) -> Array:
@@ -568,4 +599,6 @@ def operands(
             logits = dataclasses.replace(logits, hidden=jnp.where(rows[..., None], logits.hidden, 0))
         else:
             logits = jnp.where(rows[..., None], logits, 0)
+    if isinstance(logits, LinearLogits):  # what is summed over the blocks is summed in float32
+        logits = dataclasses.replace(logits, hidden=_checks.upcast(logits.hidden)[0])
     return Operands(logits, keep), rows

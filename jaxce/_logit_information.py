@@ -120,10 +120,11 @@ def _by_blocks(
     linear = [x for x in read if isinstance(x, LinearLogits)]
     leaves = [leaf for x in read for leaf in ((x.hidden, x.kernel) if isinstance(x, LinearLogits) else (x,))]
     spec = _blocks.Spec(min(_blocks.block_size(x) for x in linear), _checks.compute_dtype(*leaves))
+    specs = tuple(spec._replace(half=isinstance(x, LinearLogits) and x.half) for x in read)
     p, q = (_blocks.operands(function, n, x, axis, where) for n, x in zip(given, read, strict=True))
-    values, p_row, q_row = _blocks.compare(spec, p[0], q[0], term)
+    value, (p_row, q_row) = _blocks.sum_of_terms(term, specs, (p[0], q[0]))
     rows = p_row.present if term is _blocks.relative_entropy_term else p_row.present & q_row.present
-    value = jnp.where(rows if p[1] is None else rows & p[1], values, 0)
+    value = jnp.where(rows if p[1] is None else rows & p[1], value, 0)
     return _numerics.in_units(_numerics.single(value), log_base)
 
 

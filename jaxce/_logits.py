@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jaxce import _checks
@@ -29,6 +31,8 @@ class LinearLogits:
     are the last axis. It is a pytree: it passes through `jax.jit`, `jax.vmap`, `jax.lax.scan` and their like.
 
     float16 and bfloat16 are multiplied as they are and summed in float32; in float32 JAX's own matmul precision holds.
+    Where hidden and kernel are both bfloat16, cotangents of logits are rounded to bfloat16 before they are multiplied, and
+    a block's part of the gradient of hidden after it, and these parts are summed in float32.
 
     Args:
       hidden: floating-point, of shape [..., features].
@@ -182,17 +186,38 @@ def _positive(function: str, argument: str, value: Any) -> Any:
 def contract(hidden: Array, kernel: Array, class_axis: int, half: bool) -> Array:
     """The product of hidden and (a block of) the kernel, summed in at least float32.
 
-    ``half`` says that all factors are bfloat16 numbers, in whatever dtype, so that the product is one of bfloat16s; in a
-    transpose it is what rounds the cotangents of logits to bfloat16, as both factors have to be for the fast units.
+    ``half`` says that all factors are bfloat16 numbers, though hidden may come as float32: then a transpose, which sums
+    over the blocks, sums in float32 what are products of bfloat16s.
     """
+    if half:
+        return _contract_half(hidden, kernel, class_axis)
     dtype = _checks.compute_dtype(hidden, kernel)
-    return lax.dot_general(
-        hidden.astype(dtype),
-        kernel.astype(dtype),
-        (((hidden.ndim - 1,), (1 if class_axis == 0 else 0,)), ((), ())),
-        precision=lax.DotAlgorithmPreset.BF16_BF16_F32 if half and dtype == jnp.float32 else None,
-        preferred_element_type=dtype,
-    )
+    return _dot(hidden.astype(dtype), kernel.astype(dtype), class_axis, dtype)
+
+
+def _dot(hidden: Array, kernel: Array, class_axis: int, dtype: Any) -> Array:
+    axes = ((hidden.ndim - 1,), (1 if class_axis == 0 else 0,))
+    return lax.dot_general(hidden, kernel, (axes, ((), ())), preferred_element_type=dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _contract_half(hidden: Array, kernel: Array, class_axis: int) -> Array:
+    return _dot(hidden.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), class_axis, jnp.float32)
+
+
+@partial(_contract_half.defjvp, symbolic_zeros=True)
+def _(class_axis: int, primals: Any, tangents: Any) -> Any:
+    hidden, kernel = primals
+    dh, dw = (None if isinstance(t, SymbolicZero) else t for t in tangents)
+    return _contract_half(hidden, kernel, class_axis), contract_half_tangent(hidden, kernel, dh, dw, class_axis)
+
+
+def contract_half_tangent(hidden: Array, kernel: Array, dh: Array | None, dw: Array | None, class_axis: int) -> Array:
+    """The tangent of a product of bfloat16s, rounded to bfloat16: so a transpose multiplies two of those, which is fast."""
+    hidden, kernel = hidden.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    terms = [] if dh is None else [_dot(dh, kernel, class_axis, jnp.bfloat16)]
+    terms += [] if dw is None else [_dot(hidden, dw, class_axis, jnp.bfloat16)]
+    return sum((t.astype(jnp.float32) for t in terms[1:]), terms[0].astype(jnp.float32))
 
 
 def shape_logits(x: Array, temperature: Any, soft_cap: Any) -> Array:

@@ -136,6 +136,8 @@ class BlockLogits(NamedTuple):
         """As `Logits.measure`, all in one pass over the classes."""
         if smoothing == 1:
             targets = None
+        if labels is not None and self.rows is not None:
+            labels = jnp.where(self.rows, labels, 0)
         spec = self.spec._replace(entropy=entropy, uniform=smoothing > 0)
         of_classes = weights if targets is not None or smoothing else None
         values, row = _blocks.measure(spec, self.operands._replace(labels=labels, targets=targets, weights=of_classes))
@@ -157,7 +159,13 @@ class BlockLogits(NamedTuple):
 
     def sum_of_terms(self, targets: Array, term: Callable[[Array], Array]) -> Array:
         """As `Logits.sum_of_terms`."""
-        return self._select(_blocks.sum_of_terms(self.spec, self.operands._replace(targets=targets), term), 0)
+
+        def weighted(log_p: Array, t: Array) -> Array:
+            return t * term(jnp.where(t == 0, 0, -log_p))
+
+        operands = self.operands._replace(targets=targets)
+        value, (row,) = _blocks.sum_of_terms(weighted, (self.spec,), (operands,))
+        return self._select(jnp.where(row.present, value, 0), 0)
 
     def _select(self, values: Array, otherwise: float) -> Array:
         return values if self.rows is None else jnp.where(self.rows, values, otherwise)
@@ -199,7 +207,7 @@ def read_logits(
     if isinstance(logits, LinearLogits):
         operands, rows = _blocks.operands(function, argument, logits, axis, where)
         dtype = _checks.compute_dtype(logits.hidden, logits.kernel, *others)
-        return BlockLogits(operands, rows, _blocks.Spec(_blocks.block_size(logits), dtype))
+        return BlockLogits(operands, rows, _blocks.Spec(_blocks.block_size(logits), dtype, half=logits.half))
     array = _checks.floating(function, argument, logits)
     axes = _checks.axes(function, axis, array.ndim)
     rows, entries = _checks.where_mask(function, where, array.shape, axes)
