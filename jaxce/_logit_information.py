@@ -38,7 +38,7 @@ def entropy_with_logits(
     1000 classes and 4 beyond; the gradient within 5.5 ulp of its largest part (6.9 in float64).
 
     Args:
-      logits: scores, of shape [..., classes].
+      logits: scores, of shape [..., classes], an array or `LinearLogits`.
       axis: the class axis, or several.
       where: which rows (a mask of the batch shape) or which entries of the logits take part.
       base: base of the logarithm; None for nats, 2 for bits.
@@ -73,8 +73,8 @@ def cross_entropy_with_logits(
     there in p adds nothing; one that isn't there in q alone makes the result +inf. A row with none left in p or in q is 0.
 
     Args:
-      p_logits: logits of the classes, which lie along ``axis``.
-      q_logits: logits of the same shape.
+      p_logits: logits of the classes, which lie along ``axis``: an array or `LinearLogits`.
+      q_logits: logits of the same shape, either kind.
       axis: the class axis, or several.
       where: which rows (a mask of the batch shape) or which entries take part.
       base: base of the logarithm; None for nats, 2 for bits.
@@ -269,8 +269,8 @@ def relative_entropy_with_logits(
     A logit of -inf is a class that isn't there: the term is 0 where p's is, and +inf where only q's is.
 
     Args:
-      p_logits: logits of the classes, which lie along ``axis``.
-      q_logits: logits of the same shape.
+      p_logits: logits of the classes, which lie along ``axis``: an array or `LinearLogits`.
+      q_logits: logits of the same shape, either kind.
       axis: the class axis, or several.
       where: which entries take part, broadcastable to p_logits; a mask of the batch shape means whole rows.
       base: base of the logarithm; None for nats, 2 for bits.
@@ -349,8 +349,8 @@ def jensen_shannon_divergence_with_logits(
     A logit of -inf is a class that isn't there.
 
     Args:
-      p_logits: logits of the classes, which lie along ``axis``.
-      q_logits: logits of the same shape.
+      p_logits: logits of the classes, which lie along ``axis``: an array or `LinearLogits`.
+      q_logits: logits of the same shape, either kind.
       axis: the class axis, or several.
       where: which entries take part, broadcastable to p_logits; a mask of the batch shape means whole rows.
       base: base of the logarithm; None for nats, 2 for bits.

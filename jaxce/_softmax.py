@@ -46,7 +46,7 @@ def softmax_cross_entropy_with_integer_labels(
     normal number are flushed to zero by XLA:CPU.
 
     Args:
-      logits: scores, of shape [..., classes], in any floating-point dtype.
+      logits: scores, of shape [..., classes], in any floating-point dtype, or `LinearLogits`.
       labels: integer classes, of the shape of the logits without the class axes.
       axis: the class axis, or several; labels then count the classes of the flattened axes.
       where: which rows take part (a mask of the batch shape), or which entries (one that broadcasts to the logits' shape).
@@ -100,7 +100,7 @@ def softmax_cross_entropy(
     derivative by :math:`t_k` is :math:`-\log p_k`.
 
     Args:
-      logits: scores, of shape [..., classes].
+      logits: scores, of shape [..., classes], an array or `LinearLogits`.
       labels: numbers of the same shape; not broadcast and not normalised.
       axis: the class axis, or several that together hold the classes.
       where: which rows take part (a mask of the batch shape), or which entries (one that broadcasts to the logits' shape).
@@ -151,7 +151,7 @@ def softmax_focal_loss(
     cross-entropy. Masks, dtypes and bad labels are as in `softmax_cross_entropy_with_integer_labels`.
 
     Args:
-      logits: scores, of shape [..., classes].
+      logits: scores, of shape [..., classes], an array or `LinearLogits`.
       labels: integer classes of the batch shape, or numbers of the shape of the logits.
       axis: the class axis, or several.
       where: which rows (a mask of the batch shape) or which entries of the logits take part.
@@ -190,7 +190,7 @@ def poly_loss_cross_entropy(
     cross-entropy. Masks, dtypes and bad labels are as in `softmax_cross_entropy_with_integer_labels`.
 
     Args:
-      logits: scores, of shape [..., classes].
+      logits: scores, of shape [..., classes], an array or `LinearLogits`.
       labels: integer classes of the batch shape, or numbers of the shape of the logits.
       epsilon: the weight of the added term.
       axis: the class axis, or several.

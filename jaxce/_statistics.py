@@ -253,7 +253,7 @@ def softmax_statistics(
     ``jax.jit``. See `softmax_cross_entropy_with_integer_labels` for labels, masks and dtypes.
 
     Args:
-      logits: scores, of shape [..., classes].
+      logits: scores, of shape [..., classes], an array or `LinearLogits`.
       labels: integer classes, of the shape of the logits without the class axes, or None.
       axis: the class axis, or several; labels and predictions then count the classes of the flattened axes.
       where: which rows (a mask of the batch shape) or which entries of the logits take part.
@@ -281,7 +281,7 @@ def logsumexp(logits: ArrayLike | LinearLogits, axis: Axis = -1, where: ArrayLik
     class, all masked or -inf, gives -inf, with gradient 0. The gradient is softmax(x).
 
     Args:
-      logits: an array of floating-point numbers.
+      logits: an array of floating-point numbers, or `LinearLogits`.
       axis: the axis to sum over, or several.
       where: which rows (a mask of the batch shape) or which entries take part.
 
@@ -303,7 +303,7 @@ def log_softmax(logits: ArrayLike | LinearLogits, axis: Axis = -1, where: ArrayL
     A class that is masked, or whose logit is -inf, has log-probability -inf, and gradient 0 if it is masked.
 
     Args:
-      logits: scores, of shape [..., classes].
+      logits: scores, of shape [..., classes]; `LinearLogits` are computed whole, as the result is as large.
       axis: the class axis, or several, over which all probabilities together sum to 1.
       where: which rows (a mask of the batch shape) or which entries take part.
 

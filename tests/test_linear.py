@@ -57,7 +57,13 @@ FUNCTIONS: dict[str, Function] = {  # of logits and the options axis and where, 
     "relative entropy, to": lambda x, **k: jaxce.relative_entropy_with_logits(other(), x, **k),
     "Jensen-Shannon": lambda x, **k: jaxce.jensen_shannon_divergence_with_logits(x, other(), **k),
 }
-every_function = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+def some(*names: str) -> pytest.MarkDecorator:
+    """These functions, and the others on request: compiling each takes seconds."""
+    return pytest.mark.parametrize(
+        "name", [n if n in names else pytest.param(n, marks=pytest.mark.slow) for n in FUNCTIONS]
+    )
 
 
 def arguments(dtype: str = "float32", seed: int = 0, size: float = 1.0) -> dict[str, jax.Array]:
@@ -98,7 +104,7 @@ def close(got: Any, expected: Any, rtol: float, atol: float) -> None:
 # --- the same numbers -------------------------------------------------------------------------------------------------
 
 
-@every_function
+@some("integer labels, modified", "focal, dense", "relative entropy, to")
 def test_value_and_gradient(name: str) -> None:
     """In float64, where both sides are exact but for 1e-16 times the few operations of eleven classes."""
     function = FUNCTIONS[name]
@@ -116,11 +122,7 @@ def test_value_and_gradient(name: str) -> None:
         close(both(a), expected(a), rtol=1e-12, atol=1e-13)
 
 
-SECOND = ["integer labels, modified", "statistics"]
-slow_functions = [n if n in SECOND else pytest.param(n, marks=pytest.mark.slow) for n in FUNCTIONS]
-
-
-@pytest.mark.parametrize("name", slow_functions)
+@some("statistics")
 def test_derivatives_in_all_modes_and_orders(name: str) -> None:
     function = FUNCTIONS[name]
     with jax.enable_x64(True):
@@ -168,7 +170,7 @@ def test_block_boundaries_never_show(block_size: int | None, class_axis: int) ->
 
 
 @pytest.mark.parametrize("offset", [0.0, -1e4, 1e4, -3e38, 3e38])
-@pytest.mark.parametrize("scale", [0.0, 1e-20, 1.0, 1e4])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4, 1e-20])
 def test_zero_tiny_huge_and_very_negative_logits(scale: float, offset: float) -> None:
     """No class is padded in: at logits that are all alike the loss is log 11 whatever they are."""
     hidden = jnp.asarray(np.random.default_rng(0).normal(size=(N, D)), "float32") * scale
@@ -211,13 +213,10 @@ MASKS = {
     "entries, one row empty": (np.random.default_rng(3).uniform(size=(N, V)) < 0.6) & (np.arange(N) != 1)[:, None],
     "a column": np.array([[True], [False], [True]]),
 }
-masked = [
-    n if n in ("integer labels, modified", "entropy") else pytest.param(n, marks=pytest.mark.slow) for n in FUNCTIONS
-]
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("name", masked)
+@some("entropy")
 def test_masks(name: str, mask: str) -> None:
     function, where = FUNCTIONS[name], jnp.asarray(MASKS[mask])
     a = arguments()
