@@ -28,6 +28,7 @@ from jaxce._logit_information import (
     jensen_shannon_divergence_with_logits,
     relative_entropy_with_logits,
 )
+from jaxce._logits import LinearLogits
 from jaxce._probability import (
     binary_cross_entropy,
     categorical_cross_entropy,
@@ -53,6 +54,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     # logits
+    "LinearLogits",
     "SoftmaxStatistics",
     "log_softmax",
     "logsumexp",

@@ -7,22 +7,24 @@ near-equal logits keep the digits in which they differ.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxce import _checks, _numerics, _rows
+from jaxce import _blocks, _checks, _numerics, _rows
 from jaxce._checks import Axis, compiled
 from jaxce._information import classes_of
+from jaxce._logits import LinearLogits
 from jaxce._numerics import Pair
-from jaxce._statistics import read_logits
+from jaxce._statistics import Logits, read_logits
 
 
 @compiled("axis", "base")
 def entropy_with_logits(
-    logits: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, base: float | None = None
+    logits: ArrayLike | LinearLogits, axis: Axis = -1, where: ArrayLike | None = None, *, base: float | None = None
 ) -> Array:
     r"""Entropy of softmax(logits), the mean surprisal of a class drawn from it.
 
@@ -36,7 +38,7 @@ def entropy_with_logits(
     within 5.5 ulp of its largest part (6.9 in float64).
 
     Args:
-      logits: scores, of shape [..., classes].
+      logits: scores, of shape [..., classes], an array or `LinearLogits`.
       axis: the class axis, or several.
       where: which rows (a mask of the batch shape) or which entries of the logits take part.
       base: base of the logarithm; None for nats, 2 for bits.
@@ -53,13 +55,13 @@ def entropy_with_logits(
     """
     log_base = _checks.log_base("entropy_with_logits", base)
     z = read_logits("entropy_with_logits", "logits", logits, axis, where)
-    return _numerics.in_units(_numerics.single(_rows.entropy(z.x, z.row)), log_base)
+    return _numerics.in_units(_numerics.single(z.measure(entropy=True).entropy), log_base)
 
 
 @compiled("axis", "base")
 def cross_entropy_with_logits(
-    p_logits: ArrayLike,
-    q_logits: ArrayLike,
+    p_logits: ArrayLike | LinearLogits,
+    q_logits: ArrayLike | LinearLogits,
     axis: Axis = -1,
     where: ArrayLike | None = None,
     *,
@@ -71,8 +73,8 @@ def cross_entropy_with_logits(
     there in p adds nothing; one that isn't there in q alone makes the result +inf. A row with none left in p or in q is 0.
 
     Args:
-      p_logits: logits of the classes, which lie along ``axis``.
-      q_logits: logits of the same shape.
+      p_logits: logits of the classes, which lie along ``axis``: an array or `LinearLogits`.
+      q_logits: logits of the same shape, either kind.
       axis: the class axis, or several.
       where: which rows (a mask of the batch shape) or which entries take part.
       base: base of the logarithm; None for nats, 2 for bits.
@@ -89,11 +91,41 @@ def cross_entropy_with_logits(
     """
     name = "cross_entropy_with_logits"
     log_base = _checks.log_base(name, base)
+    if isinstance(p_logits, LinearLogits) or isinstance(q_logits, LinearLogits):
+        return _by_blocks(name, p_logits, q_logits, axis, where, _blocks.cross_entropy_term, log_base)
     given = [_checks.floating(name, "p_logits", p_logits), _checks.floating(name, "q_logits", q_logits)]
     _checks.same_shape(name, "q_logits", given[1], given[0].shape, "the shape of p_logits")
     p = read_logits(name, "p_logits", given[0], axis, where, given[1])
     q = read_logits(name, "q_logits", given[1], axis, where, given[0])
+    assert isinstance(p, Logits) and isinstance(q, Logits)
     return _numerics.in_units(_numerics.single(_rows.dense_nll(q.x, q.row, _rows.probabilities(p.x, p.row))), log_base)
+
+
+def _by_blocks(
+    function: str,
+    p_logits: ArrayLike | LinearLogits,
+    q_logits: ArrayLike | LinearLogits,
+    axis: Axis,
+    where: ArrayLike | None,
+    term: Callable[[Array, Array], Array],
+    log_base: float | None,
+) -> Array:
+    """sum_k term(log p_k, log q_k) where at least one of the two is computed block by block."""
+    given = {"p_logits": p_logits, "q_logits": q_logits}
+    read = [x if isinstance(x, LinearLogits) else _checks.floating(function, n, x) for n, x in given.items()]
+    if read[0].shape != read[1].shape:
+        raise ValueError(
+            f"{function}: q_logits must have the shape of p_logits, {read[0].shape}, got shape {read[1].shape}"
+        )
+    linear = [x for x in read if isinstance(x, LinearLogits)]
+    leaves = [leaf for x in read for leaf in ((x.hidden, x.kernel) if isinstance(x, LinearLogits) else (x,))]
+    spec = _blocks.Spec(min(_blocks.block_size(x) for x in linear), _checks.compute_dtype(*leaves))
+    specs = tuple(spec._replace(half=isinstance(x, LinearLogits) and x.half) for x in read)
+    p, q = (_blocks.operands(function, n, x, axis, where) for n, x in zip(given, read, strict=True))
+    value, (p_row, q_row) = _blocks.sum_of_terms(term, specs, (p[0], q[0]))
+    rows = p_row.present if term is _blocks.relative_entropy_term else p_row.present & q_row.present
+    value = jnp.where(rows if p[1] is None else rows & p[1], value, 0)
+    return _numerics.in_units(_numerics.single(value), log_base)
 
 
 def _gaps(x: Array) -> tuple[Array, Pair]:
@@ -225,8 +257,8 @@ def _relative_entropy_jvp(primals: tuple[Array, Array], tangents: tuple[Array, A
 
 @compiled("axis", "base")
 def relative_entropy_with_logits(
-    p_logits: ArrayLike,
-    q_logits: ArrayLike,
+    p_logits: ArrayLike | LinearLogits,
+    q_logits: ArrayLike | LinearLogits,
     axis: Axis = -1,
     where: ArrayLike | None = None,
     *,
@@ -237,8 +269,8 @@ def relative_entropy_with_logits(
     A logit of -inf is a class that isn't there: the term is 0 where p's is, and +inf where only q's is.
 
     Args:
-      p_logits: logits of the classes, which lie along ``axis``.
-      q_logits: logits of the same shape.
+      p_logits: logits of the classes, which lie along ``axis``: an array or `LinearLogits`.
+      q_logits: logits of the same shape, either kind.
       axis: the class axis, or several.
       where: which entries take part, broadcastable to p_logits; a mask of the batch shape means whole rows.
       base: base of the logarithm; None for nats, 2 for bits.
@@ -257,6 +289,8 @@ def relative_entropy_with_logits(
     """
     name = "relative_entropy_with_logits"
     log_base = _checks.log_base(name, base)
+    if isinstance(p_logits, LinearLogits) or isinstance(q_logits, LinearLogits):
+        return _by_blocks(name, p_logits, q_logits, axis, where, _blocks.relative_entropy_term, log_base)
     a, b = classes_of(name, axis, where, -math.inf, p_logits=p_logits, q_logits=q_logits)
     return _numerics.in_units(_relative_entropy(a, b), log_base)
 
@@ -303,8 +337,8 @@ def _jensen_shannon_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Arr
 
 @compiled("axis", "base")
 def jensen_shannon_divergence_with_logits(
-    p_logits: ArrayLike,
-    q_logits: ArrayLike,
+    p_logits: ArrayLike | LinearLogits,
+    q_logits: ArrayLike | LinearLogits,
     axis: Axis = -1,
     where: ArrayLike | None = None,
     *,
@@ -315,8 +349,8 @@ def jensen_shannon_divergence_with_logits(
     A logit of -inf is a class that isn't there.
 
     Args:
-      p_logits: logits of the classes, which lie along ``axis``.
-      q_logits: logits of the same shape.
+      p_logits: logits of the classes, which lie along ``axis``: an array or `LinearLogits`.
+      q_logits: logits of the same shape, either kind.
       axis: the class axis, or several.
       where: which entries take part, broadcastable to p_logits; a mask of the batch shape means whole rows.
       base: base of the logarithm; None for nats, 2 for bits.
@@ -334,5 +368,7 @@ def jensen_shannon_divergence_with_logits(
     """
     name = "jensen_shannon_divergence_with_logits"
     log_base = _checks.log_base(name, base)
+    if isinstance(p_logits, LinearLogits) or isinstance(q_logits, LinearLogits):
+        return _by_blocks(name, p_logits, q_logits, axis, where, _blocks.jensen_shannon_term, log_base)
     a, b = classes_of(name, axis, where, -math.inf, p_logits=p_logits, q_logits=q_logits)
     return _numerics.in_units(_jensen_shannon(a, b), log_base)

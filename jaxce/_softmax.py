@@ -8,14 +8,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxce import _checks, _rows
+from jaxce import _checks
 from jaxce._checks import Axis, compiled
-from jaxce._statistics import Logits, read_logits
+from jaxce._logits import LinearLogits
+from jaxce._statistics import BlockLogits, Logits, Measures, read_logits
 
 
 @compiled("axis", "label_smoothing", "z_loss")
 def softmax_cross_entropy_with_integer_labels(
-    logits: ArrayLike,
+    logits: ArrayLike | LinearLogits,
     labels: ArrayLike,
     axis: Axis = -1,
     where: ArrayLike | None = None,
@@ -45,7 +46,7 @@ def softmax_cross_entropy_with_integer_labels(
     normal number are flushed to zero by XLA:CPU.
 
     Args:
-      logits: scores, of shape [..., classes], in any floating-point dtype.
+      logits: scores, of shape [..., classes], in any floating-point dtype, or `LinearLogits`.
       labels: integer classes, of the shape of the logits without the class axes.
       axis: the class axis, or several; labels then count the classes of the flattened axes.
       where: which rows take part (a mask of the batch shape), or which entries (one that broadcasts to the logits' shape).
@@ -71,20 +72,14 @@ def softmax_cross_entropy_with_integer_labels(
     name = "softmax_cross_entropy_with_integer_labels"
     smoothing = _smoothing(name, "label_smoothing", label_smoothing)
     z = read_logits(name, "logits", logits, axis, where)
-    y = z.integer_labels(name, labels)
-    loss = _rows.label_nll(z.x, z.row, y)
     weights = _class_weights(name, class_weights, z)
-    if weights is not None:
-        loss = _times(jnp.take(weights, y, mode="clip"), loss)
-    if smoothing:
-        spread = _rows.dense_nll(z.x, z.row, _weighted(weights, _uniform(z)))
-        loss = (1 - smoothing) * loss + smoothing * spread if smoothing < 1 else spread
-    return loss + _z_loss(name, z_loss, z)
+    known = z.measure(labels=z.integer_labels(name, labels), weights=weights, smoothing=smoothing)
+    return known.loss + _z_loss(name, z_loss, known)
 
 
 @compiled("axis", "label_smoothing", "z_loss")
 def softmax_cross_entropy(
-    logits: ArrayLike,
+    logits: ArrayLike | LinearLogits,
     labels: ArrayLike,
     axis: Axis = -1,
     where: ArrayLike | None = None,
@@ -105,7 +100,7 @@ def softmax_cross_entropy(
     the labels too: the derivative by :math:`t_k` is :math:`-\log p_k`.
 
     Args:
-      logits: scores, of shape [..., classes].
+      logits: scores, of shape [..., classes], an array or `LinearLogits`.
       labels: numbers of the same shape; not broadcast and not normalised.
       axis: the class axis, or several that together hold the classes.
       where: which rows take part (a mask of the batch shape), or which entries (one that broadcasts to the logits' shape).
@@ -130,11 +125,9 @@ def softmax_cross_entropy(
     smoothing = _smoothing(name, "label_smoothing", label_smoothing)
     given = _checks.floating(name, "labels", labels)
     z = read_logits(name, "logits", logits, axis, where, given)
-    targets = z.dense_labels(name, given)
-    if smoothing:
-        targets = (1 - smoothing) * targets + smoothing * _uniform(z)
-    loss = _rows.dense_nll(z.x, z.row, _weighted(_class_weights(name, class_weights, z), targets))
-    return loss + _z_loss(name, z_loss, z)
+    weights = _class_weights(name, class_weights, z)
+    known = z.measure(targets=z.dense_labels(name, given), weights=weights, smoothing=smoothing)
+    return known.loss + _z_loss(name, z_loss, known)
 
 
 safe_softmax_cross_entropy = softmax_cross_entropy
@@ -143,7 +136,12 @@ safe_softmax_cross_entropy = softmax_cross_entropy
 
 @compiled("axis", "gamma")
 def softmax_focal_loss(
-    logits: ArrayLike, labels: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, gamma: float = 2.0
+    logits: ArrayLike | LinearLogits,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    gamma: float = 2.0,
 ) -> Array:
     r"""Focal loss: cross-entropy in which examples count less the better they are classified.
 
@@ -153,7 +151,7 @@ def softmax_focal_loss(
     cross-entropy. Masks, dtypes and bad labels are as in `softmax_cross_entropy_with_integer_labels`.
 
     Args:
-      logits: scores, of shape [..., classes].
+      logits: scores, of shape [..., classes], an array or `LinearLogits`.
       labels: integer classes of the batch shape, or numbers of the shape of the logits.
       axis: the class axis, or several.
       where: which rows (a mask of the batch shape) or which entries of the logits take part.
@@ -177,7 +175,7 @@ def softmax_focal_loss(
 
 @compiled("axis", "epsilon")
 def poly_loss_cross_entropy(
-    logits: ArrayLike,
+    logits: ArrayLike | LinearLogits,
     labels: ArrayLike,
     *,
     epsilon: float = 2.0,
@@ -192,7 +190,7 @@ def poly_loss_cross_entropy(
     cross-entropy. Masks, dtypes and bad labels are as in `softmax_cross_entropy_with_integer_labels`.
 
     Args:
-      logits: scores, of shape [..., classes].
+      logits: scores, of shape [..., classes], an array or `LinearLogits`.
       labels: integer classes of the batch shape, or numbers of the shape of the logits.
       epsilon: the weight of the added term.
       axis: the class axis, or several.
@@ -250,41 +248,24 @@ def _smoothing(function: str, argument: str, value: float) -> float:
     return _checks.number(function, argument, value, "a number in [0, 1]", lambda a: 0 <= a <= 1)
 
 
-def _class_weights(function: str, class_weights: ArrayLike | None, z: Logits) -> Array | None:
+def _class_weights(function: str, class_weights: ArrayLike | None, z: Logits | BlockLogits) -> Array | None:
     if class_weights is None:
         return None
     weights = _checks.floating(function, "class_weights", class_weights)
-    _checks.same_shape(function, "class_weights", weights, (z.x.shape[-1],), "one number per class")
-    return weights.astype(z.row.maximum.dtype)
+    _checks.same_shape(function, "class_weights", weights, (z.classes,), "one number per class")
+    return weights.astype(z.dtype)
 
 
-def _weighted(weights: Array | None, targets: Array) -> Array:
-    return targets if weights is None else jnp.broadcast_to(weights, targets.shape) * targets
-
-
-def _times(weight: Array, loss: Array) -> Array:
-    """weight * loss, where a weight of 0 takes away an infinite loss too."""
-    return weight * jnp.where((weight == 0) & jnp.isposinf(loss), 0, loss)
-
-
-def _uniform(z: Logits) -> Array:
-    """The uniform distribution over the classes that are there."""
-    there = ~jnp.isneginf(z.x)
-    dtype = z.row.maximum.dtype
-    return there.astype(dtype) / jnp.maximum(jnp.sum(there, -1, dtype=dtype, keepdims=True), 1)
-
-
-def _z_loss(function: str, z_loss: float, z: Logits) -> Array | float:
+def _z_loss(function: str, z_loss: float, known: Measures) -> Array | float:
     factor = _checks.number(function, "z_loss", z_loss, "a finite number")
     if not factor:
         return 0.0
-    log_normalizer = jnp.where(z.row.present, _rows.log_normalizer(z.x, z.row), 0)
-    return factor * log_normalizer**2
+    return factor * jnp.where(known.present, known.log_normalizer, 0) ** 2
 
 
 def _by_label_dtype(
     function: str,
-    logits: ArrayLike,
+    logits: ArrayLike | LinearLogits,
     labels: ArrayLike,
     axis: Axis,
     where: ArrayLike | None,
@@ -294,12 +275,10 @@ def _by_label_dtype(
     given = jnp.asarray(labels)
     if jnp.issubdtype(given.dtype, jnp.integer):
         z = read_logits(function, "logits", logits, axis, where)
-        return term(_rows.label_nll(z.x, z.row, z.integer_labels(function, given)))
+        return term(z.measure(labels=z.integer_labels(function, given)).loss)
     given = _checks.floating(function, "labels", given)
     z = read_logits(function, "logits", logits, axis, where, given)
-    targets = z.row.select(z.dense_labels(function, given))
-    nll = jnp.where(targets == 0, 0, -_rows.log_probabilities(z.x, z.row))
-    return jnp.sum(targets * term(nll), -1)
+    return z.sum_of_terms(z.dense_labels(function, given), term)
 
 
 def _focal(nll: Array, gamma: float) -> Array:

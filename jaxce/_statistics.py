@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxce import _checks, _rows
+from jaxce import _blocks, _checks, _rows
 from jaxce._checks import Axis, compiled
+from jaxce._logits import LinearLogits
+
+
+class Measures(NamedTuple):
+    """What is asked of logits, one number per row."""
+
+    log_normalizer: Array  # -inf where a row doesn't count
+    present: Array  # whether any class is there, in a row that counts
+    prediction: Array
+    loss: Any  # the cross-entropy with the labels or targets given; None without
+    entropy: Any  # None unless asked for
 
 
 class Logits(NamedTuple):
@@ -21,20 +34,62 @@ class Logits(NamedTuple):
     entries: Array | None
     shape: tuple[int, ...]
 
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype to compute in."""
+        return self.row.maximum.dtype
+
+    @property
+    def classes(self) -> int:
+        return self.x.shape[-1]
+
     def integer_labels(self, function: str, labels: ArrayLike) -> Array:
         """``labels`` as classes, one for each row, in an integer dtype that can count the classes."""
-        array = _checks.integer(function, "labels", labels)
-        array = array.astype(jnp.int64 if array.dtype.itemsize == 8 else jnp.int32)
-        _checks.same_shape(
-            function, "labels", array, self.x.shape[:-1], "the shape of the logits without their class axes"
-        )
-        return array
+        return _integer_labels(function, labels, self.x.shape[:-1])
 
     def dense_labels(self, function: str, labels: Array) -> Array:
         """``labels`` as numbers for each class, on the last axis, 0 where an entry is masked."""
         _checks.same_shape(function, "labels", labels, self.shape, "the shape of the logits")
-        targets = _checks.classes_last(labels, self.axes).astype(self.row.maximum.dtype)
+        targets = _checks.classes_last(labels, self.axes).astype(self.dtype)
         return targets if self.entries is None else jnp.where(self.entries, targets, 0)
+
+    def measure(
+        self,
+        labels: Array | None = None,
+        targets: Array | None = None,
+        weights: Array | None = None,
+        smoothing: float = 0.0,
+        entropy: bool = False,
+    ) -> Measures:
+        """Cross-entropy with integer labels or with targets, and the rest; what isn't used costs nothing under jit."""
+        loss = None
+        if labels is not None:
+            loss = _label_loss(_rows.label_nll(self.x, self.row, labels), labels, weights)
+            if smoothing:
+                loss = _mix(loss, _rows.dense_nll(self.x, self.row, _weighted(weights, self._uniform())), smoothing)
+        if targets is not None:
+            if smoothing:
+                targets = (1 - smoothing) * targets + smoothing * self._uniform()
+            loss = _rows.dense_nll(self.x, self.row, _weighted(weights, targets))
+        value = _rows.log_normalizer(self.x, self.row)
+        return Measures(
+            log_normalizer=value if self.row.counts is None else jnp.where(self.row.counts, value, -jnp.inf),
+            present=self.row.present,
+            prediction=jnp.where(self.row.present, self.row.top, 0),
+            loss=loss,
+            entropy=_rows.entropy(self.x, self.row) if entropy else None,
+        )
+
+    def sum_of_terms(self, targets: Array, term: Callable[[Array], Array]) -> Array:
+        """sum_k t_k term(-log p_k)."""
+        targets = self.row.select(targets)
+        nll = jnp.where(targets == 0, 0, -_rows.log_probabilities(self.x, self.row))
+        return jnp.sum(targets * term(nll), -1)
+
+    def _uniform(self) -> Array:
+        """The uniform distribution over the classes that are there."""
+        there = ~jnp.isneginf(self.x)
+        return there.astype(self.dtype) / jnp.maximum(jnp.sum(there, -1, dtype=self.dtype, keepdims=True), 1)
 
     def restore(self, values: Array) -> Array:
         """Values for each class, with the class axes put back where they were."""
@@ -45,10 +100,114 @@ class Logits(NamedTuple):
         )
 
 
+class BlockLogits(NamedTuple):
+    """`LinearLogits` past the door, with the methods of `Logits`."""
+
+    operands: _blocks.Operands
+    rows: Array | None  # the mask of rows; None where all of them count
+    spec: _blocks.Spec
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype to compute in."""
+        return self.spec.dtype
+
+    @property
+    def classes(self) -> int:
+        return self.operands.shape[-1]
+
+    def integer_labels(self, function: str, labels: ArrayLike) -> Array:
+        """As `Logits.integer_labels`."""
+        return _integer_labels(function, labels, self.operands.shape[:-1])
+
+    def dense_labels(self, function: str, labels: Array) -> Array:
+        """``labels`` as they are: a block is cast and masked where it is read."""
+        _checks.same_shape(function, "labels", labels, self.operands.shape, "the shape of the logits")
+        return labels
+
+    def measure(
+        self,
+        labels: Array | None = None,
+        targets: Array | None = None,
+        weights: Array | None = None,
+        smoothing: float = 0.0,
+        entropy: bool = False,
+    ) -> Measures:
+        """As `Logits.measure`, all in one pass over the classes."""
+        if smoothing == 1:
+            targets = None
+        if labels is not None and self.rows is not None:
+            labels = jnp.where(self.rows, labels, 0)
+        spec = self.spec._replace(entropy=entropy, uniform=smoothing > 0)
+        of_classes = weights if targets is not None or smoothing else None
+        values, row = _blocks.measure(spec, self.operands._replace(labels=labels, targets=targets, weights=of_classes))
+        loss = None
+        if labels is not None:
+            loss = _label_loss(values["nll"], labels, weights)
+        elif targets is not None:
+            loss = values["given"]
+        if smoothing:
+            loss = _mix(values["uniform"] if loss is None else loss, values["uniform"], smoothing)
+        present = row.present if self.rows is None else row.present & self.rows
+        return Measures(
+            log_normalizer=self._select(values["log_normalizer"], -jnp.inf),
+            present=present,
+            prediction=self._select(row.top, 0),
+            loss=None if loss is None else self._select(loss, 0),
+            entropy=self._select(values["entropy"], 0) if entropy else None,
+        )
+
+    def sum_of_terms(self, targets: Array, term: Callable[[Array], Array]) -> Array:
+        """As `Logits.sum_of_terms`."""
+
+        def weighted(log_p: Array, t: Array) -> Array:
+            return t * term(jnp.where(t == 0, 0, -log_p))
+
+        operands = self.operands._replace(targets=targets)
+        value, (row,) = _blocks.sum_of_terms(weighted, (self.spec,), (operands,))
+        return self._select(jnp.where(row.present, value, 0), 0)
+
+    def _select(self, values: Array, otherwise: float) -> Array:
+        return values if self.rows is None else jnp.where(self.rows, values, otherwise)
+
+
+def _integer_labels(function: str, labels: ArrayLike, shape: tuple[int, ...]) -> Array:
+    array = _checks.integer(function, "labels", labels)
+    array = array.astype(jnp.int64 if array.dtype.itemsize == 8 else jnp.int32)
+    _checks.same_shape(function, "labels", array, shape, "the shape of the logits without their class axes")
+    return array
+
+
+def _label_loss(nll: Array, labels: Array, weights: Array | None) -> Array:
+    return nll if weights is None else _times(jnp.take(weights, labels, mode="clip"), nll)
+
+
+def _times(weight: Array, loss: Array) -> Array:
+    """weight * loss, where a weight of 0 takes away an infinite loss too."""
+    return weight * jnp.where((weight == 0) & jnp.isposinf(loss), 0, loss)
+
+
+def _weighted(weights: Array | None, targets: Array) -> Array:
+    return targets if weights is None else jnp.broadcast_to(weights, targets.shape) * targets
+
+
+def _mix(loss: Array, uniform: Array, smoothing: float) -> Array:
+    return (1 - smoothing) * loss + smoothing * uniform if smoothing < 1 else uniform
+
+
 def read_logits(
-    function: str, argument: str, logits: ArrayLike, axis: Axis, where: ArrayLike | None, *others: Array
-) -> Logits:
+    function: str,
+    argument: str,
+    logits: ArrayLike | LinearLogits,
+    axis: Axis,
+    where: ArrayLike | None,
+    *others: Array,
+) -> Logits | BlockLogits:
     """``logits`` past the door. They are computed with in the widest dtype of them, ``others`` and float32."""
+    if isinstance(logits, LinearLogits):
+        operands, rows = _blocks.operands(function, argument, logits, axis, where)
+        dtype = _checks.compute_dtype(logits.hidden, logits.kernel, *others)
+        return BlockLogits(operands, rows, _blocks.Spec(_blocks.block_size(logits), dtype, half=logits.half))
     array = _checks.floating(function, argument, logits)
     axes = _checks.axes(function, axis, array.ndim)
     rows, entries = _checks.where_mask(function, where, array.shape, axes)
@@ -77,7 +236,10 @@ class SoftmaxStatistics(NamedTuple):
 
 @compiled("axis")
 def softmax_statistics(
-    logits: ArrayLike, labels: ArrayLike | None = None, axis: Axis = -1, where: ArrayLike | None = None
+    logits: ArrayLike | LinearLogits,
+    labels: ArrayLike | None = None,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
 ) -> SoftmaxStatistics:
     r"""Negative log-likelihood, log-normalizer, entropy and prediction of each example, from one pass over the classes.
 
@@ -91,7 +253,7 @@ def softmax_statistics(
     ``jax.jit``. See `softmax_cross_entropy_with_integer_labels` for labels, masks and dtypes.
 
     Args:
-      logits: scores, of shape [..., classes].
+      logits: scores, of shape [..., classes], an array or `LinearLogits`.
       labels: integer classes, of the shape of the logits without the class axes, or None.
       axis: the class axis, or several; labels and predictions then count the classes of the flattened axes.
       where: which rows (a mask of the batch shape) or which entries of the logits take part.
@@ -106,17 +268,12 @@ def softmax_statistics(
       0.4076 3.4076 0.8324 2
     """
     z = read_logits("softmax_statistics", "logits", logits, axis, where)
-    nll = None if labels is None else _rows.label_nll(z.x, z.row, z.integer_labels("softmax_statistics", labels))
-    return SoftmaxStatistics(nll, _log_normalizer(z), _rows.entropy(z.x, z.row), jnp.where(z.row.present, z.row.top, 0))
-
-
-def _log_normalizer(z: Logits) -> Array:
-    value = _rows.log_normalizer(z.x, z.row)
-    return value if z.row.counts is None else jnp.where(z.row.counts, value, -jnp.inf)
+    known = z.measure(None if labels is None else z.integer_labels("softmax_statistics", labels), entropy=True)
+    return SoftmaxStatistics(known.loss, known.log_normalizer, known.entropy, known.prediction)
 
 
 @compiled("axis")
-def logsumexp(logits: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+def logsumexp(logits: ArrayLike | LinearLogits, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
     r"""The logarithm of a sum of exponentials, :math:`\log \sum_k e^{x_k} = m + L`.
 
     Here :math:`m` is the maximum and :math:`L = \log(1 + \sum_{k \ne \text{top}} e^{x_k - m})`, so a result near a maximum
@@ -124,7 +281,7 @@ def logsumexp(logits: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
     class, all masked or -inf, gives -inf, with gradient 0. The gradient is softmax(x).
 
     Args:
-      logits: an array of floating-point numbers.
+      logits: an array of floating-point numbers, or `LinearLogits`.
       axis: the axis to sum over, or several.
       where: which rows (a mask of the batch shape) or which entries take part.
 
@@ -136,17 +293,17 @@ def logsumexp(logits: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
       >>> print(jaxce.logsumexp(jnp.array([0.0, -50.0])))
       1.92875e-22
     """
-    return _log_normalizer(read_logits("logsumexp", "logits", logits, axis, where))
+    return read_logits("logsumexp", "logits", logits, axis, where).measure().log_normalizer
 
 
 @compiled("axis")
-def log_softmax(logits: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+def log_softmax(logits: ArrayLike | LinearLogits, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
     r"""Logarithms of the softmax probabilities, :math:`\log p_k = -(g_k + L)`, never positive.
 
     A class that is masked, or whose logit is -inf, has log-probability -inf, and gradient 0 if it is masked.
 
     Args:
-      logits: scores, of shape [..., classes].
+      logits: scores, of shape [..., classes]; `LinearLogits` are computed whole, as the result is as large.
       axis: the class axis, or several, over which all probabilities together sum to 1.
       where: which rows (a mask of the batch shape) or which entries take part.
 
@@ -158,6 +315,9 @@ def log_softmax(logits: ArrayLike, axis: Axis = -1, where: ArrayLike | None = No
       >>> print(jaxce.log_softmax(jnp.array([0.0, 20.0])))
       [-2.0000e+01 -2.0611537e-09]
     """
+    if isinstance(logits, LinearLogits):  # as large as the logits
+        logits = logits.materialize()
     z = read_logits("log_softmax", "logits", logits, axis, where)
+    assert isinstance(z, Logits)
     values = _rows.log_probabilities(z.x, z.row)
     return z.restore(values if z.row.counts is None else jnp.where(z.row.counts[..., None], values, -jnp.inf))

@@ -1,0 +1,604 @@
+"""One pass over the classes of `LinearLogits`, a block of them at a time, and its derivatives.
+
+The formulas are those of _rows.py. A block's logits are computed, used and forgotten: in the pass that finds the maximum
+and the sums, and again for each derivative. What is carried from block to block is a few numbers per row:
+
+- the maximum m so far, the first class that attains it, and the sum of exp(x - c) over all other classes, from an anchor
+  c that is an integer, so that a change of anchors is exact before it is exponentiated. Where two blocks meet, the lesser
+  of their top classes joins the others;
+- sums of weighted gaps t_k (m - x_k) with the sum of t_k, by which they grow when m does. No term is negative.
+
+The derivative of each statistic is a sum over the classes of a coefficient times the logit's tangent. It is taken block
+by block too, and as the body of that loop is a checkpoint, its transpose computes a block's logits once more rather than
+keep them. The coefficients are functions of a block's logits and of the statistics, both of which have derivatives: so
+all orders and both modes work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+
+from jaxce import _checks
+from jaxce._logits import LinearLogits, contract, contract_half_tangent, shape_logits
+from jaxce._numerics import bregman_pair, jensen_shannon, log1p, single
+from jaxce._rows import _anchor, _finite
+
+_BLOCK = 1 << 22
+"""How many logits a block has by default."""
+
+
+class Spec(NamedTuple):
+    """What is fixed while tracing."""
+
+    size: int  # classes in a block
+    dtype: Any  # to compute in
+    entropy: bool = False
+    uniform: bool = False
+    half: bool = False  # whether hidden and kernel are bfloat16
+
+
+class Operands(NamedTuple):
+    """The logits, and what comes with them class by class."""
+
+    logits: Any  # LinearLogits, or an array with the classes on its last axis
+    keep: Any = None  # the mask of entries, whose axes may be of length 1
+    labels: Any = None
+    targets: Any = None  # of the logits' shape
+    weights: Any = None  # of the classes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.logits.shape
+
+
+class Row(NamedTuple):
+    """What the pass leaves that has no derivative. Compare `_rows.Row`."""
+
+    maximum: Array
+    anchor: Array
+    top: Array
+    weight: Array
+    others: Array
+    present: Array
+    label_logit: Any
+    sums: dict[str, tuple[Array, Array]]  # the sum of t over all classes but the top one, and the top one's
+    count: Any  # how many classes are there
+    mean_gap: Any
+
+    @property
+    def total(self) -> Array:
+        return self.weight + self.others
+
+    @property
+    def log_sum(self) -> Array:
+        return log1p(self.others / self.weight)
+
+
+def block_size(logits: LinearLogits) -> int:
+    """How many classes to take at a time, if the logits don't say it."""
+    classes = logits.classes
+    if logits.block_size is not None:
+        return min(logits.block_size, classes)
+    rows = max(1, math.prod(logits.shape[:-1]))
+    most = max(256, _BLOCK // rows // 128 * 128)
+    blocks = -(-classes // most)
+    return min(classes, -(-classes // (blocks * 128)) * 128)
+
+
+# ------------------------------------------------------------------------------------------------------------- one block
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _slice(x: Array, start: Array, size: int, axis: int) -> Array:
+    """A slice; of 16-bit floats by their bits, or XLA:CPU would widen the whole array to float32 before the loop."""
+    if x.dtype.itemsize != 2:
+        return lax.dynamic_slice_in_dim(x, start, size, axis)
+    bits = lax.dynamic_slice_in_dim(lax.bitcast_convert_type(x, jnp.uint16), start, size, axis)
+    return lax.bitcast_convert_type(bits, x.dtype)
+
+
+@_slice.defjvp
+def _(size: int, axis: int, primals: Any, tangents: Any) -> Any:
+    x, start = primals
+    return _slice(x, start, size, axis), lax.dynamic_slice_in_dim(tangents[0], start, size, axis)
+
+
+def _beside(values: Array, like: Array) -> Array:
+    """Values of a block's classes as an array with all of the logits' axes."""
+    return jnp.expand_dims(values, tuple(range(like.ndim - values.ndim)))
+
+
+class Block(NamedTuple):
+    """One block of logits."""
+
+    x: Array  # -inf where a class isn't there
+    there: Array | None  # which entries are not masked, and not in the block before; None for all
+    places: Array  # the classes' indices, [size]
+
+
+def _start(spec: Spec, classes: int, i: Array) -> tuple[Array, Array, Array | None]:
+    """Where block i starts, its classes, and which of them are new: the last block ends with the last class."""
+    start = jnp.minimum(i * spec.size, classes - spec.size)
+    places = start + jnp.arange(spec.size, dtype=start.dtype)
+    return start, places, None if classes % spec.size == 0 else places >= i * spec.size
+
+
+def _there(spec: Spec, op: Operands, start: Array, new: Array | None) -> Array | None:
+    mask = op.keep
+    if mask is not None and mask.shape[-1] != 1:
+        mask = lax.dynamic_slice_in_dim(mask, start, spec.size, -1)
+    if new is None:
+        return mask
+    new = jnp.expand_dims(new, tuple(range(len(op.shape) - 1)))
+    return new if mask is None else mask & new
+
+
+def _kernel_block(spec: Spec, op: Operands, start: Array, there: Array | None) -> Array:
+    """A block of the kernel. What a class holds that is masked in all rows must not be multiplied by anything."""
+    logits = op.logits
+    block = _slice(logits.kernel, start, spec.size, logits.class_axis % 2)
+    if there is None or op.keep is None or math.prod(op.keep.shape[:-1]) != 1:
+        return block
+    columns = jnp.broadcast_to(there, (*there.shape[:-1], spec.size)).reshape(-1)
+    return jnp.where(jnp.expand_dims(columns, 1 if logits.class_axis == 0 else 0), block, 0)
+
+
+def _products(spec: Spec, op: Operands, start: Array, there: Array | None) -> Array:
+    """hW + b of a block, 0 where it is not to be used."""
+    logits = op.logits
+    u = contract(logits.hidden, _kernel_block(spec, op, start, there), logits.class_axis, spec.half)
+    u = u.astype(spec.dtype)
+    if logits.bias is not None:
+        bias = _slice(logits.bias, start, spec.size, 0).astype(spec.dtype)
+        u = u + _beside(bias, u)
+    return u
+
+
+def _usable(u: Array, there: Array | None) -> Array:
+    usable = u > -jnp.inf
+    usable = usable | jnp.isnan(u)
+    return usable if there is None else usable & there
+
+
+def _block(spec: Spec, op: Operands, i: Array) -> Block:
+    start, places, new = _start(spec, op.shape[-1], i)
+    there = _there(spec, op, start, new)
+    if not isinstance(op.logits, LinearLogits):
+        x = _slice(op.logits, start, spec.size, op.logits.ndim - 1).astype(spec.dtype)
+        return Block(_finite(x if there is None else jnp.where(there, x, -jnp.inf)), there, places)
+    u = _products(spec, op, start, there)
+    if there is None and op.logits.bias is None:
+        x = shape_logits(u, op.logits.temperature, op.logits.soft_cap)
+    else:
+        usable = _usable(u, there)
+        x = shape_logits(jnp.where(usable, u, 0), op.logits.temperature, op.logits.soft_cap)
+        x = jnp.where(usable, x, -jnp.inf)
+    return Block(_finite(x), there, places)
+
+
+def _tangent_block(spec: Spec, op: Operands, dop: Operands, i: Array) -> tuple[Block, Array | None]:
+    """A block of logits with its tangent; None where nothing in the logits varies.
+
+    The tangents of hidden states and kernel come in float32 even where these are of half precision, so that a transpose
+    sums over the blocks in float32.
+    """
+    block = _block(spec, op, i)
+    logits, dlogits = op.logits, dop.logits
+    varies = [leaf for leaf in jax.tree.leaves(dlogits, is_leaf=_is_zero) if not _is_zero(leaf)]
+    if not varies:
+        return block, None
+    start, _, new = _start(spec, op.shape[-1], i)
+    there = _there(spec, op, start, new)
+    if not isinstance(logits, LinearLogits):
+        dx = lax.dynamic_slice_in_dim(dlogits, start, spec.size, -1)
+        return block, dx if there is None else jnp.where(there, dx, 0)
+    axis = logits.class_axis
+    u = _products(spec, op, start, there)
+    usable = None if there is None and logits.bias is None else _usable(u, there)
+    u = u if usable is None else jnp.where(usable, u, 0)
+    du = jnp.zeros_like(u)
+    w = _kernel_block(spec, op, start, there)
+    dh = None if _is_zero(dlogits.hidden) else dlogits.hidden
+    dw = None
+    if not _is_zero(dlogits.kernel):
+        dw = lax.dynamic_slice_in_dim(dlogits.kernel, start, spec.size, axis % 2)
+    if spec.half and (dh is not None or dw is not None):
+        du = du + contract_half_tangent(logits.hidden, w, dh, dw, axis).astype(spec.dtype)
+    else:
+        du = du if dh is None else du + contract(dh, w.astype(spec.dtype), axis, False)
+        du = du if dw is None else du + contract(logits.hidden.astype(spec.dtype), dw, axis, False)
+    if logits.bias is not None and not _is_zero(dlogits.bias):
+        du = du + _beside(lax.dynamic_slice_in_dim(dlogits.bias, start, spec.size, 0).astype(spec.dtype), u)
+    numbers = [n for n in ("temperature", "soft_cap") if getattr(logits, n) is not None]
+    values = [jnp.asarray(getattr(logits, n)).astype(spec.dtype) for n in numbers]
+    dvalues = [
+        jnp.zeros_like(v) if _is_zero(dv := getattr(dlogits, n)) else dv for n, v in zip(numbers, values, strict=True)
+    ]
+    if numbers:
+
+        def shape(u: Array, *values: Array) -> Array:
+            named = dict(zip(numbers, values, strict=True))
+            return shape_logits(u, named.get("temperature"), named.get("soft_cap"))
+
+        du = jax.jvp(shape, (u, *values), (du, *dvalues))[1]
+    return block, du if usable is None else jnp.where(usable, du, 0)
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+def _widened(spec: Spec, dop: Operands) -> Operands:
+    """The tangents of what the loop adds up, in the dtype to add up in."""
+
+    def widen(tangent: Any) -> Any:
+        if _is_zero(tangent) or tangent.dtype == jax.dtypes.float0:
+            return tangent
+        return tangent.astype(spec.dtype)
+
+    return jax.tree.map(widen, dop, is_leaf=_is_zero)
+
+
+def _sum_blocks(spec: Spec, classes: int, step: Callable[[Array], Any]) -> Any:
+    """The sum of step(i) over the blocks, as a loop that keeps nothing of a step for its transpose."""
+    step = jax.checkpoint(step, prevent_cse=False)
+    blocks = -(-classes // spec.size)
+    if blocks == 1:
+        return step(jnp.int32(0))
+    like = jax.eval_shape(step, jax.ShapeDtypeStruct((), jnp.int32))
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+
+    def body(total: Any, i: Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, step(i)), None
+
+    return lax.scan(body, zero, jnp.arange(blocks, dtype=jnp.int32))[0]
+
+
+def _with_derivative_of(value: Array, other: Array) -> Array:
+    """``value``, which stands for the same number as ``other`` with more of its digits, with the derivatives of that."""
+    return value + (other - lax.stop_gradient(other))
+
+
+# ------------------------------------------------------------------------------------------------------------- the pass
+
+
+def _targets(spec: Spec, op: Operands, block: Block, kind: str, count: Array | None = None) -> Array:
+    """t of the block's classes, by kind: what is given, or the uniform distribution; times the weights of the classes."""
+    start = block.places[0]
+    if kind == "given":
+        t = lax.dynamic_slice_in_dim(op.targets, start, spec.size, -1).astype(spec.dtype)
+    else:
+        t = (block.x > -jnp.inf).astype(spec.dtype)
+        t = t if count is None else t / jnp.maximum(count, 1)[..., None]
+    if op.weights is not None:
+        w = lax.dynamic_slice_in_dim(op.weights, start, spec.size, 0).astype(spec.dtype)
+        t = t * _beside(w, t)
+    return t if block.there is None else jnp.where(block.there, t, 0)
+
+
+def _kinds(spec: Spec, op: Operands) -> tuple[str, ...]:
+    return ("given",) * (op.targets is not None) + ("uniform",) * spec.uniform
+
+
+def _absent_is(value: float, x: Array, values: Array) -> Array:
+    return jnp.where(jnp.isneginf(x), value, values)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def measure(spec: Spec, op: Operands) -> tuple[dict[str, Array], Row]:
+    """The statistics of each row by name, which are differentiable, and what their derivatives need, which is not.
+
+    log_normalizer always; nll where there are labels; for each kind of targets the sums of t_k (g_k + L) and of t_k;
+    entropy.
+    """
+    classes, batch = op.shape[-1], op.shape[:-1]
+    zeros = jnp.zeros(batch, spec.dtype)
+    kinds = _kinds(spec, op)
+    state: dict[str, Any] = {
+        "maximum": jnp.full(batch, -jnp.inf, spec.dtype),
+        "top": jnp.zeros(batch, jnp.int32),
+        "others": zeros,
+        "label": None if op.labels is None else zeros,
+        "sums": {kind: (zeros, zeros, zeros) for kind in kinds},  # of t gap; of t but the top's; the top's
+        "count": zeros if "uniform" in kinds else None,
+        "gaps": zeros if spec.entropy else None,
+    }
+
+    def step(state: dict[str, Any], i: Array) -> tuple[dict[str, Any], None]:
+        block = _block(spec, op, i)
+        x, place = block.x, jnp.arange(spec.size, dtype=jnp.int32)
+        m1, mb = state["maximum"], jnp.max(x, -1)
+        top = jnp.min(jnp.where(x == mb[..., None], _beside(place, x), spec.size - 1), -1)
+        at_top = _beside(place, x) == top[..., None]
+        m = jnp.maximum(m1, mb)
+        wins = ~(mb <= m1)
+        c1, c = _anchor(m1, classes), _anchor(m, classes)
+        factor = jnp.where(m1 == -jnp.inf, 0, jnp.exp(c1 - c))
+        weights = jnp.exp(jnp.where(at_top, -jnp.inf, x) - c[..., None])
+        loser = jnp.exp(jnp.where(wins, m1, mb) - c)
+        new = dict(state)
+        new["maximum"] = m
+        new["top"] = jnp.where(wins, block.places[0] + top, state["top"])
+        new["others"] = state["others"] * factor + (jnp.sum(weights, -1) + loser)
+        if op.labels is not None:
+            y = op.labels - block.places[0].astype(op.labels.dtype)
+            inside = (y >= 0) & (y < spec.size)
+            taken = jnp.take_along_axis(x, y[..., None], -1, mode="clip")[..., 0]
+            new["label"] = jnp.where(inside, taken, state["label"])
+        rise = jnp.where(m > m1, m - m1, 0)
+        for kind in kinds:
+            gaps, rest, top_t = state["sums"][kind]
+            t = _targets(spec, op, block, kind)
+            gap = _absent_is(jnp.inf, x, m[..., None] - x)
+            before = rest + top_t
+            gaps = gaps + jnp.where(before == 0, 0, before * rise) + jnp.sum(jnp.where(t == 0, 0, t * gap), -1)
+            block_t = jnp.sum(jnp.where(at_top, t, 0), -1)
+            rest = rest + jnp.sum(jnp.where(at_top, 0, t), -1) + jnp.where(wins, top_t, block_t)
+            new["sums"] = {**new["sums"], kind: (gaps, rest, jnp.where(wins, block_t, top_t))}
+        if state["count"] is not None:
+            new["count"] = state["count"] + jnp.sum(_absent_is(0, x, jnp.ones_like(x)), -1)
+        if spec.entropy:
+            before = state["others"] + jnp.where(m1 == -jnp.inf, 0, jnp.exp(m1 - c1))
+            risen = jnp.where(before == 0, 0, before * rise)
+            terms = jnp.exp(x - c[..., None]) * _absent_is(0, x, m[..., None] - x)
+            new["gaps"] = (state["gaps"] + risen) * factor + jnp.sum(terms, -1)
+        return new, None
+
+    blocks = -(-classes // spec.size)
+    if blocks == 1:
+        state, _ = step(state, jnp.int32(0))
+    else:
+        state, _ = lax.scan(step, state, jnp.arange(blocks, dtype=jnp.int32))
+
+    m = state["maximum"]
+    present = m != -jnp.inf
+    anchor = _anchor(m, classes)
+    weight = jnp.where(present, jnp.exp(m - anchor), 1)
+    count = state["count"]
+    sums = {kind: (rest, top) for kind, (_, rest, top) in state["sums"].items()}
+    if count is not None:
+        sums["uniform"] = tuple(v / jnp.maximum(count, 1) for v in sums["uniform"])
+    row = Row(m, anchor, state["top"], weight, state["others"], present, state["label"], sums, count, None)
+    log_sum = row.log_sum
+    values = {"log_normalizer": m + log_sum}
+    if op.labels is not None:
+        valid = (op.labels >= 0) & (op.labels < classes)
+        nll = _absent_is(jnp.inf, state["label"], m - state["label"]) + log_sum
+        values["nll"] = jnp.where(present, jnp.where(valid, nll, jnp.nan), 0)
+    for kind, (gaps, _, _) in state["sums"].items():
+        gaps = gaps if count is None or kind == "given" else gaps / jnp.maximum(count, 1)
+        values[f"sum of {kind}"] = sum(sums[kind], jnp.zeros_like(m))
+        values[kind] = jnp.where(present, gaps + values[f"sum of {kind}"] * log_sum, 0)
+    if spec.entropy:
+        row = row._replace(mean_gap=state["gaps"] / row.total)
+        values["entropy"] = jnp.where(present, row.mean_gap + log_sum, 0)
+    return values, row
+
+
+@partial(measure.defjvp, symbolic_zeros=True)
+def _(spec: Spec, primals: Any, tangents: Any) -> Any:
+    (op,), (dop,) = primals, tangents
+    values, row = measure(spec, op)
+    dop = _widened(spec, dop)
+    classes = op.shape[-1]
+    shift = _shift(values, row)
+    total = _with_derivative_of(row.total, row.total * jnp.exp(shift))
+    at_label = jnp.zeros_like(row.total)  # the gradient there, p - 1, and NaN where it isn't a class
+    if op.labels is not None:
+        rest = row.total - jnp.exp(row.label_logit - row.anchor)
+        at_label = -jnp.where(row.label_logit == row.maximum, row.others, rest) / row.total
+        at_label = jnp.where((op.labels >= 0) & (op.labels < classes) | ~row.present, at_label, jnp.nan)
+
+    def step(i: Array) -> dict[str, Array]:
+        block, dx = _tangent_block(spec, op, dop, i)
+        x = block.x
+        p = jnp.exp(x - row.anchor[..., None]) / total[..., None]
+        gap = _absent_is(0, x, row.maximum[..., None] - x)
+        out: dict[str, Array] = {}
+
+        def along(coefficient: Array) -> Array:
+            return jnp.zeros(x.shape[:-1], x.dtype) if dx is None else jnp.sum(coefficient * dx, -1)
+
+        out["log_normalizer"] = along(p)
+        if "nll" in values:
+            is_label = _beside(block.places.astype(op.labels.dtype), x) == op.labels[..., None]
+            is_label = is_label | jnp.isnan(at_label)[..., None]
+            exact = jnp.where(is_label, at_label[..., None], lax.stop_gradient(p))
+            out["nll"] = along(_with_derivative_of(exact, p))
+        for kind in _kinds(spec, op):
+            t = _targets(spec, op, block, kind, row.count)
+            sum_t, (rest_t, top_t) = values[f"sum of {kind}"], row.sums[kind]
+            error = p * sum_t[..., None] - t
+            at_top = _beside(block.places, x) == row.top[..., None]
+            exact = ((row.weight * rest_t - row.others * top_t) / row.total)[..., None]
+            error = _with_derivative_of(jnp.where(at_top, exact, lax.stop_gradient(error)), error)
+            out[kind] = along(error)
+            if (dt := _target_tangents(spec, op, dop, block, kind, row.count)) is not None:
+                nll = gap + (row.log_sum + shift)[..., None]
+                nll = jnp.where(jnp.isneginf(x), jnp.where(t == 0, 0, jnp.inf), nll)
+                out[kind] += jnp.sum(nll * dt, -1)
+                out[f"sum of {kind}"] = jnp.sum(dt, -1)
+        if "entropy" in values:
+            difference = shift - (values["entropy"] - lax.stop_gradient(values["entropy"]))
+            out["entropy"] = along(p * ((gap - row.mean_gap[..., None]) + difference[..., None]))
+        return out
+
+    out = _sum_blocks(spec, classes, step)
+    zeros = {name: jnp.zeros_like(value) for name, value in values.items()}
+    return (values, row), (zeros | out, jax.tree.map(_no_tangent, row))
+
+
+def _shift(values: dict[str, Array], row: Row) -> Array:
+    """0 with the derivatives of the log-normalizer."""
+    value = jnp.where(row.present, values["log_normalizer"], 0)
+    return value - lax.stop_gradient(value)
+
+
+def _target_tangents(
+    spec: Spec, op: Operands, dop: Operands, block: Block, kind: str, count: Array | None
+) -> Array | None:
+    """The tangents of a block's targets; None where neither they nor the weights of the classes vary."""
+    given = {"targets": kind == "given" and op.targets is not None, "weights": op.weights is not None}
+    varies = {name: getattr(op, name) for name, there in given.items() if there and not _is_zero(getattr(dop, name))}
+    if not varies:
+        return None
+    tangents = tuple(getattr(dop, name) for name in varies)
+
+    def of(*values: Array) -> Array:
+        return _targets(spec, op._replace(**dict(zip(varies, values, strict=True))), block, kind, count)
+
+    return jax.jvp(of, tuple(v.astype(spec.dtype) for v in varies.values()), tangents)[1]
+
+
+def _no_tangent(value: Array) -> Any:
+    if jnp.issubdtype(value.dtype, jnp.floating):
+        return jnp.zeros_like(value)
+    return np.zeros(value.shape, jax.dtypes.float0)
+
+
+# ------------------------------------------------------------------------------- sums over the classes, of one or two rows
+
+
+def _log_probability(block: Block, values: dict[str, Array], row: Row) -> Array:
+    """log p of the block's classes, -inf where one isn't there."""
+    m = jnp.where(row.present, row.maximum, 0)
+    log_p = -((m[..., None] - block.x) + (row.log_sum + _shift(values, row))[..., None])
+    return jnp.where(jnp.isneginf(block.x), -jnp.inf, log_p)
+
+
+Known = tuple[dict[str, Array], Row]
+
+
+def sum_of_terms(
+    term: Callable[..., Array], specs: tuple[Spec, ...], operands: tuple[Operands, ...]
+) -> tuple[Array, tuple[Row, ...]]:
+    """sum_k term(log p_k, ...) with the log-probabilities of one or two kinds of logits, and their rows.
+
+    Where the first comes with targets, the term has t_k as its last argument.
+    """
+    known = tuple(measure(s, op._replace(targets=None)) for s, op in zip(specs, operands, strict=True))
+    return _sum_of_terms(term, specs, operands, known), tuple(row for _, row in known)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _sum_of_terms(
+    term: Callable[..., Array], specs: tuple[Spec, ...], operands: tuple[Operands, ...], known: tuple[Known, ...]
+) -> Array:
+    def step(i: Array) -> Array:
+        blocks = [_block(s, op, i) for s, op in zip(specs, operands, strict=True)]
+        inputs = [_log_probability(block, *k) for block, k in zip(blocks, known, strict=True)]
+        if operands[0].targets is not None:
+            inputs.append(_targets(specs[0], operands[0], blocks[0], "given"))
+        return jnp.sum(term(*inputs), -1)
+
+    return _sum_blocks(specs[0], operands[0].shape[-1], step)
+
+
+@partial(_sum_of_terms.defjvp, symbolic_zeros=True)
+def _(term: Callable[..., Array], specs: tuple[Spec, ...], primals: Any, tangents: Any) -> Any:
+    operands, known = primals
+    widened = [_widened(s, dop) for s, dop in zip(specs, tangents[0], strict=True)]
+    shifts = [dvalues["log_normalizer"] for dvalues, _ in tangents[1]]
+
+    def step(i: Array) -> Array:
+        inputs, directions = [], []
+        for s, op, dop, k, shift in zip(specs, operands, widened, known, shifts, strict=True):
+            block, dx = _tangent_block(s, op, dop, i)
+            log_p = _log_probability(block, *k)
+            change = jnp.zeros_like(log_p) if dx is None else dx
+            change = change if _is_zero(shift) else change - shift[..., None]
+            inputs.append(log_p)
+            directions.append(_absent_is(0, log_p, change))
+            if op.targets is not None:
+                inputs.append(_targets(s, op, block, "given"))
+                dt = _target_tangents(s, op, dop, block, "given", None)
+                directions.append(jnp.zeros_like(log_p) if dt is None else dt)
+        return jnp.sum(jax.jvp(term, tuple(inputs), tuple(directions))[1], -1)
+
+    value = _sum_of_terms(term, specs, operands, known)
+    return value, _sum_blocks(specs[0], operands[0].shape[-1], step)
+
+
+def _difference(log_p: Array, log_q: Array) -> Array:
+    """log p - log q, large but finite where only one is there, 0 where neither is."""
+    most = float(jnp.finfo(log_p.dtype).max) / 8
+    there_p, there_q = ~jnp.isneginf(log_p), ~jnp.isneginf(log_q)
+    both = there_p & there_q
+    difference = jnp.where(both, log_p, 0) - jnp.where(both, log_q, 0)
+    return jnp.where(both, difference, jnp.where(there_p, most, jnp.where(there_q, -most, 0)))
+
+
+def cross_entropy_term(log_p: Array, log_q: Array) -> Array:
+    """-p log q; 0 where p isn't there."""
+    absent = jnp.isneginf(log_p)
+    return jnp.where(absent, 0, jnp.exp(log_p) * jnp.where(absent, 0, -log_q))
+
+
+@jax.custom_jvp
+def relative_entropy_term(log_p: Array, log_q: Array) -> Array:
+    """p log(p/q) - p + q >= 0; +inf where only p is there."""
+    p, q, delta = jnp.exp(log_p), jnp.exp(log_q), _difference(log_p, log_q)
+    close = jnp.abs(delta) < 0.5
+    difference = jnp.where(close, q * jnp.expm1(jnp.where(close, delta, 0)), p - q)
+    hi, lo = bregman_pair(single(p), single(q), single(difference), single(delta))
+    value = jnp.where(p == 0, q, hi + lo)
+    return jnp.where(jnp.isneginf(log_q) & ~jnp.isneginf(log_p), jnp.inf, value)
+
+
+@relative_entropy_term.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    log_p, log_q = primals
+    p, q, delta = jnp.exp(log_p), jnp.exp(log_q), _difference(log_p, log_q)
+    return relative_entropy_term(log_p, log_q), p * delta * tangents[0] + (q - p) * tangents[1]
+
+
+@jax.custom_jvp
+def jensen_shannon_term(log_p: Array, log_q: Array) -> Array:
+    """(b(p, m) + b(q, m)) / 2 with m = (p + q) / 2 and b the term above."""
+    hi, lo = jensen_shannon(jnp.exp(log_p), jnp.exp(log_q))
+    return hi + lo
+
+
+@jensen_shannon_term.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    p, q, delta = jnp.exp(primals[0]), jnp.exp(primals[1]), _difference(*primals)
+    g = jnp.log1p(jnp.expm1(-jnp.abs(delta)) / 2)  # log m less the larger of log p and log q
+    a, b = jnp.where(delta >= 0, -g, delta - g), jnp.where(delta >= 0, -delta - g, -g)
+    return jensen_shannon_term(*primals), p * a / 2 * tangents[0] + q * b / 2 * tangents[1]
+
+
+def operands(
+    function: str, argument: str, logits: LinearLogits | Array, axis: _checks.Axis, where: Any
+) -> tuple[Operands, Array | None]:
+    """``logits`` past the door, with the mask of rows."""
+    axes = _checks.axes(function, axis, logits.ndim)
+    if axes != (logits.ndim - 1,):
+        raise ValueError(f"{function}: axis must be the last one where {argument} is computed by blocks, got {axis!r}")
+    rows, keep = None, None
+    if where is not None:
+        check = partial(_checks.where_mask, function, shape=logits.shape, class_axes=axes)
+        _, entries = jax.eval_shape(check, where)  # as it broadcasts the mask
+        if entries is None:
+            rows = jnp.asarray(where)
+        else:
+            keep = jnp.asarray(where)
+            keep = jnp.expand_dims(keep, tuple(range(logits.ndim - keep.ndim)))
+            rows = jnp.broadcast_to(jnp.any(keep, -1), logits.shape[:-1])
+    if rows is not None:
+        if isinstance(logits, LinearLogits):
+            logits = dataclasses.replace(logits, hidden=jnp.where(rows[..., None], logits.hidden, 0))
+        else:
+            logits = jnp.where(rows[..., None], logits, 0)
+    if isinstance(logits, LinearLogits):  # what is summed over the blocks is summed in float32
+        logits = dataclasses.replace(logits, hidden=_checks.upcast(logits.hidden)[0])
+    return Operands(logits, keep), rows

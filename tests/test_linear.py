@@ -1,0 +1,521 @@
+"""LinearLogits: in place of an array of logits they change no number, under any transformation, and hold no such array."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxce
+
+N, D, V = 3, 4, 11  # 11 is prime: no block but 1 divides it
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+LABELS = np.array([0, 10, 4], np.int32)
+WEIGHTS = np.array([1.0, 0.5, 2.0, 0.0, 1.0, 3.0, 0.25, 1.0, 1.0, 2.0, 1.5], np.float32)
+
+
+def softened(seed: int = 5) -> jax.Array:
+    """Targets with zeros among them."""
+    t = np.random.default_rng(seed).exponential(size=(N, V)) * (np.arange(V) % 3 > 0)
+    return jnp.asarray(t / t.sum(-1, keepdims=True), "float32")
+
+
+def other() -> jax.Array:
+    """An array of logits to compare with."""
+    return jnp.asarray(np.random.default_rng(6).normal(size=(N, V)), "float32")
+
+
+Function = Callable[..., Any]
+integer = jaxce.softmax_cross_entropy_with_integer_labels
+FUNCTIONS: dict[str, Function] = {  # of logits and the options axis and where, to results of the batch shape
+    "integer labels": lambda x, **k: integer(x, LABELS, **k),
+    "integer labels, modified": lambda x, **k: integer(
+        x, LABELS, label_smoothing=0.1, class_weights=WEIGHTS, z_loss=0.1, **k
+    ),
+    "integer labels, smoothing 1": lambda x, **k: integer(x, LABELS, label_smoothing=1.0, **k),
+    "dense labels": lambda x, **k: jaxce.softmax_cross_entropy(x, softened(), **k),
+    "dense labels, modified": lambda x, **k: jaxce.softmax_cross_entropy(
+        x, softened(), label_smoothing=0.1, class_weights=WEIGHTS, z_loss=0.1, **k
+    ),
+    "focal, integer": lambda x, **k: jaxce.softmax_focal_loss(x, LABELS, **k),
+    "focal, dense": lambda x, **k: jaxce.softmax_focal_loss(x, softened(), gamma=1.5, **k),
+    "poly, integer": lambda x, **k: jaxce.poly_loss_cross_entropy(x, LABELS, **k),
+    "poly, dense": lambda x, **k: jaxce.poly_loss_cross_entropy(x, softened(), **k),
+    "statistics": lambda x, **k: jaxce.softmax_statistics(x, LABELS, **k)[:3],
+    "logsumexp": lambda x, **k: jaxce.logsumexp(x, **k),
+    "log_softmax": lambda x, **k: jaxce.log_softmax(x, **k).sum(-1, where=jaxce.log_softmax(x, **k) > -jnp.inf),
+    "entropy": lambda x, **k: jaxce.entropy_with_logits(x, base=2, **k),
+    "cross-entropy, from": lambda x, **k: jaxce.cross_entropy_with_logits(x, other(), **k),
+    "cross-entropy, to": lambda x, **k: jaxce.cross_entropy_with_logits(other(), x, **k),
+    "relative entropy, from": lambda x, **k: jaxce.relative_entropy_with_logits(x, other(), **k),
+    "relative entropy, to": lambda x, **k: jaxce.relative_entropy_with_logits(other(), x, **k),
+    "Jensen-Shannon": lambda x, **k: jaxce.jensen_shannon_divergence_with_logits(x, other(), **k),
+}
+
+
+def some(*names: str) -> pytest.MarkDecorator:
+    """These functions, and the others on request: compiling each takes seconds."""
+    return pytest.mark.parametrize(
+        "name", [n if n in names else pytest.param(n, marks=pytest.mark.slow) for n in FUNCTIONS]
+    )
+
+
+def arguments(dtype: str = "float32", seed: int = 0, size: float = 1.0) -> dict[str, jax.Array]:
+    """Everything that varies."""
+    rng = np.random.default_rng(seed)
+    made = {
+        "hidden": size * rng.normal(size=(N, D)),
+        "kernel": rng.normal(size=(D, V)),
+        "bias": rng.normal(size=V),
+        "temperature": np.array(1.5),
+        "soft_cap": np.array(3.0),
+    }
+    return {name: jnp.asarray(value, dtype) for name, value in made.items()}
+
+
+def linear(a: dict[str, jax.Array], **options: Any) -> jaxce.LinearLogits:
+    rest = {name: value for name, value in a.items() if name not in ("hidden", "kernel")}
+    return jaxce.LinearLogits(a["hidden"], a["kernel"], **rest, **options)
+
+
+def scalar(function: Function, x: Any, **options: Any) -> jax.Array:
+    """One number in which every result counts, with weights that no symmetry cancels."""
+    leaves = jax.tree.leaves(function(x, **options))
+    return sum(
+        (jnp.sum(leaf * jnp.sin(1 + i + jnp.arange(leaf.size, dtype=leaf.dtype))) for i, leaf in enumerate(leaves)),
+        jnp.zeros((), leaves[0].dtype),
+    )
+
+
+def close(got: Any, expected: Any, rtol: float, atol: float) -> None:
+    got, expected = jax.tree.leaves(got), jax.tree.leaves(expected)
+    assert len(got) == len(expected) > 0
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=rtol, atol=atol)
+
+
+# --- the same numbers -------------------------------------------------------------------------------------------------
+
+
+@some("integer labels, modified", "focal, dense", "relative entropy, to")
+def test_value_and_gradient(name: str) -> None:
+    """In float64, where both sides are exact but for 1e-16 times the few operations of eleven classes."""
+    function = FUNCTIONS[name]
+    with jax.enable_x64(True):
+        a = arguments("float64")
+
+        @quick
+        def both(a: Any) -> Any:
+            return jax.value_and_grad(lambda a: scalar(function, linear(a, block_size=4)))(a)
+
+        @quick
+        def expected(a: Any) -> Any:
+            return jax.value_and_grad(lambda a: scalar(function, linear(a).materialize()))(a)
+
+        close(both(a), expected(a), rtol=1e-12, atol=1e-13)
+
+
+@some("statistics")
+def test_derivatives_in_all_modes_and_orders(name: str) -> None:
+    function = FUNCTIONS[name]
+    with jax.enable_x64(True):
+        a, directions = arguments("float64"), arguments("float64", seed=1)
+
+        def dot(a: Any, b: Any) -> Any:
+            return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+        def orders(make: Callable[..., Any]) -> Callable[[Any], Any]:
+            def f(a: Any) -> jax.Array:
+                return scalar(function, make(a))
+
+            def along(a: Any) -> Any:
+                return jax.jvp(f, (a,), (directions,))[1]
+
+            return quick(
+                lambda a: {
+                    "jvp": jax.jvp(lambda a: function(make(a)), (a,), (directions,))[1],
+                    "jacfwd": jax.jacfwd(f)(a),
+                    "jacrev": jax.jacrev(lambda a: function(make(a)))(a),
+                    "forward over reverse": jax.jvp(jax.grad(f), (a,), (directions,))[1],
+                    "reverse over forward": jax.grad(along)(a),
+                    "reverse over reverse": jax.grad(lambda a: dot(jax.grad(f)(a), directions))(a),
+                    "forward over forward": jax.jvp(along, (a,), (directions,))[1],
+                }
+            )
+
+        got = orders(lambda a: linear(a, block_size=4))(a)
+        expected = orders(lambda a: linear(a).materialize())(a)
+        for mode in got:
+            close(got[mode], expected[mode], rtol=1e-10, atol=1e-11)  # 100 times what is left of the cancelling sums
+
+
+@pytest.mark.parametrize("class_axis", [-1, 0])
+@pytest.mark.parametrize("block_size", [1, 4, 11, 64, None])
+def test_block_boundaries_never_show(block_size: int | None, class_axis: int) -> None:
+    """Both layouts, blocks that divide 11 classes, that don't, and that exceed them."""
+    a = arguments()
+    kernel = a["kernel"] if class_axis == -1 else a["kernel"].T
+    x = jaxce.LinearLogits(a["hidden"], kernel, bias=a["bias"], class_axis=class_axis, block_size=block_size)
+    whole = a["hidden"] @ a["kernel"] + jnp.broadcast_to(a["bias"], (N, V))
+    got, expected = jaxce.softmax_statistics(x, LABELS), jaxce.softmax_statistics(whole, LABELS)
+    close(got[:3], expected[:3], rtol=1e-6, atol=1e-6)  # 8 ulp: products of four terms, summed in another order
+    assert jnp.array_equal(got.prediction, expected.prediction)
+
+
+@pytest.mark.parametrize("offset", [0.0, -1e4, 1e4, -3e38, 3e38])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4, 1e-20])
+def test_zero_tiny_huge_and_very_negative_logits(scale: float, offset: float) -> None:
+    """No class is padded in: at logits that are all alike the loss is log 11 whatever they are."""
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(N, D)), "float32") * scale
+    kernel = jnp.asarray(np.random.default_rng(1).normal(size=(D, V)), "float32")
+    bias = jnp.full(V, offset)
+    x = jaxce.LinearLogits(hidden, kernel, bias=bias, block_size=4)
+    losses = integer(x, LABELS)
+    # The same product, block by block: a sum of four may round otherwise in another shape.
+    whole = jnp.concatenate([hidden @ kernel[:, i : i + 4] for i in (0, 4, 8)], 1) + offset
+    close(losses, integer(whole, LABELS), rtol=1e-5, atol=max(1.0, abs(offset), scale) * 1e-6)
+    if scale in (0.0, 1e-20):
+        np.testing.assert_allclose(losses, math.log(V), rtol=2e-7)
+
+
+def test_a_confident_row_keeps_its_digits() -> None:
+    """A loss of 1e-20 and its gradient, with the top class in the first, a middle and the last block."""
+    for top in (0, 6, 10):
+        kernel = jnp.zeros((1, V)).at[0, top].set(48.0)
+
+        def loss(hidden: jax.Array, kernel: jax.Array, top: int = top) -> jax.Array:
+            return integer(jaxce.LinearLogits(hidden, kernel, block_size=4), jnp.array([top]))[0]
+
+        exact = 10 * math.exp(-48.0)
+        np.testing.assert_allclose(loss(jnp.ones((1, 1)), kernel), exact, rtol=1e-6)
+        gradient = jax.grad(loss, 1)(jnp.ones((1, 1)), kernel)[0]
+        np.testing.assert_allclose(gradient, np.where(np.arange(V) == top, -exact, exact / 10), rtol=1e-6)
+    dense = jaxce.softmax_cross_entropy(
+        jaxce.LinearLogits(jnp.ones((1, 1)), kernel, block_size=4), jnp.zeros((1, V)).at[0, 10].set(1.0)
+    )
+    np.testing.assert_allclose(dense, exact, rtol=1e-6)
+
+
+# --- masks and labels -------------------------------------------------------------------------------------------------
+
+
+MASKS = {
+    "rows": np.array([True, False, True]),
+    "classes": np.arange(V) % 4 != 1,
+    "entries": np.random.default_rng(3).uniform(size=(N, V)) < 0.6,
+    "entries, one row empty": (np.random.default_rng(3).uniform(size=(N, V)) < 0.6) & (np.arange(N) != 1)[:, None],
+    "a column": np.array([[True], [False], [True]]),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@some("entropy")
+def test_masks(name: str, mask: str) -> None:
+    function, where = FUNCTIONS[name], jnp.asarray(MASKS[mask])
+    a = arguments()
+    got = quick(lambda a: function(linear(a, block_size=4), where=where))(a)
+    expected = quick(lambda a: function(linear(a).materialize(), where=where))(a)
+    close(got, expected, rtol=4e-6, atol=2e-6)  # logits up to 3 differ by an ulp or two, and one is squared
+
+
+@pytest.mark.parametrize("mask", ["rows", "entries, one row empty"])
+def test_a_masked_row_may_hold_anything(mask: str) -> None:
+    a = arguments()
+    a["hidden"] = a["hidden"].at[1].set(jnp.nan)
+    labels = jnp.array([0, -100, 4])
+    where = jnp.asarray(MASKS[mask]).at[..., 0].set(True) if mask == "rows" else jnp.asarray(MASKS[mask])
+
+    def loss(a: Any) -> jax.Array:
+        return jnp.sum(integer(linear(a, block_size=4), labels, where=where, label_smoothing=0.1, z_loss=0.1))
+
+    gradient = quick(jax.grad(lambda a: jnp.where(jnp.isfinite(loss(a)), loss(a), 0)))(a)
+    assert not any(np.any(np.isnan(g)) for g in jax.tree.leaves(gradient))
+    assert np.all(np.asarray(gradient["hidden"][1]) == 0)
+    assert np.asarray(integer(linear(a, block_size=4), labels, where=where))[1] == 0
+
+
+def test_a_masked_class_may_hold_anything() -> None:
+    a = arguments()
+    a["kernel"] = a["kernel"].at[:, 5].set(jnp.nan)
+    a["bias"] = a["bias"].at[5].set(jnp.nan)
+    where = jnp.arange(V) != 5
+
+    def loss(a: Any) -> jax.Array:
+        return jnp.sum(integer(linear(a, block_size=4), LABELS, where=where))
+
+    value, gradient = jax.value_and_grad(loss)(a)
+    assert np.isfinite(value) and all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradient))
+    assert np.all(np.asarray(gradient["kernel"][:, 5]) == 0)
+
+
+def test_absent_classes_and_wrong_labels() -> None:
+    a = arguments()
+    a["bias"] = a["bias"].at[4].set(-jnp.inf)
+    del a["soft_cap"]
+
+    def losses(a: Any, labels: Any) -> jax.Array:
+        return integer(linear(a, block_size=4), labels)
+
+    values = losses(a, jnp.array([4, 11, -1]))
+    assert values[0] == jnp.inf and np.all(np.isnan(values[1:]))
+    gradient = jax.grad(lambda a: jnp.sum(losses(a, jnp.array([0, 1, 2]))))(a)
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradient))
+    gradient = jax.grad(lambda a: jnp.sum(losses(a, jnp.array([0, 1, 11]))))(a)["hidden"]
+    assert np.all(np.isfinite(gradient[:2])) and np.all(np.isnan(gradient[2]))
+
+
+# --- transformations --------------------------------------------------------------------------------------------------
+
+
+def loss_of(hidden: jax.Array, kernel: jax.Array, labels: Any = LABELS, **options: Any) -> jax.Array:
+    return integer(jaxce.LinearLogits(hidden, kernel, block_size=4, **options), labels)
+
+
+def whole_loss(hidden: jax.Array, kernel: jax.Array, labels: Any = LABELS) -> jax.Array:
+    return integer(hidden @ kernel, labels)
+
+
+def test_vmap_over_tokens_kernels_and_both() -> None:
+    a = arguments()
+    hidden = jnp.stack([a["hidden"], 2 * a["hidden"]])
+    kernel = jnp.stack([a["kernel"], a["kernel"][:, ::-1]])
+    for axes, args in [
+        ((0, None), (hidden, a["kernel"])),
+        ((None, 0), (a["hidden"], kernel)),
+        ((0, 0), (hidden, kernel)),
+    ]:
+
+        def both(function: Function, axes: Any = axes) -> Function:
+            return quick(jax.vmap(jax.value_and_grad(lambda h, w: jnp.sum(function(h, w)), (0, 1)), axes))
+
+        close(both(loss_of)(*args), both(whole_loss)(*args), rtol=1e-5, atol=2e-6)  # sums of three rows' ulps
+    nested = jax.vmap(jax.vmap(loss_of, (0, None)), (None, 0))(hidden, kernel)
+    assert nested.shape == (2, 2, N)
+    close(nested[1, 0], whole_loss(hidden[0], kernel[1]), rtol=1e-5, atol=1e-6)
+
+
+def test_batch_axes_of_any_number() -> None:
+    a = arguments()
+    hidden = jnp.stack([a["hidden"], -a["hidden"]])
+    got = loss_of(hidden, a["kernel"], jnp.stack([LABELS, LABELS]))
+    close(got, jnp.stack([whole_loss(h, a["kernel"]) for h in hidden]), rtol=1e-5, atol=1e-6)
+    close(loss_of(hidden[0, 0], a["kernel"], LABELS[0]), got[0, 0], rtol=1e-6, atol=1e-6)
+
+
+def test_as_a_pytree() -> None:
+    """It goes in and out of jit, donated and as a carry, and comes back the same kind of thing."""
+    x = jaxce.LinearLogits(jnp.ones((N, D)), jnp.ones((D, V)), block_size=4, soft_cap=2.0)
+    doubled = jax.jit(lambda x: jax.tree.map(lambda leaf: 2 * leaf, x))(x)
+    assert isinstance(doubled, jaxce.LinearLogits) and doubled.block_size == 4 and doubled.soft_cap == 4.0
+    assert doubled.shape == (N, V) and doubled.ndim == 2 and doubled.dtype == jnp.float32
+
+    def step(x: jaxce.LinearLogits, _: Any) -> tuple[jaxce.LinearLogits, jax.Array]:
+        return jax.tree.map(lambda leaf: 0.5 * leaf, x), jnp.mean(integer(x, LABELS))
+
+    _, losses = jax.lax.scan(step, doubled, None, length=2)
+    close(losses[1], jnp.mean(integer(x, LABELS)), rtol=1e-6, atol=0)
+    gradient = jax.grad(lambda x: jnp.sum(integer(x, LABELS)))(x)
+    assert isinstance(gradient, jaxce.LinearLogits) and gradient.kernel.shape == (D, V)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(x)]
+    assert paths == [".hidden", ".kernel", ".soft_cap"]
+
+
+def test_inside_a_training_loop() -> None:
+    """Under scan, checkpoint and donation at once, the loss of each step is that of the array's."""
+    a = arguments()
+
+    def train(loss: Function) -> Function:
+        def step(kernel: jax.Array, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+            value, gradient = jax.value_and_grad(lambda w: jnp.mean(jax.checkpoint(loss)(hidden, w)))(kernel)
+            return kernel - gradient, value
+
+        return jax.jit(lambda kernel, batches: jax.lax.scan(step, kernel, batches), donate_argnums=0)
+
+    batches = jnp.stack([a["hidden"], -a["hidden"]])
+    got = train(loss_of)(a["kernel"].copy(), batches)
+    close(got, train(whole_loss)(a["kernel"].copy(), batches), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_export_linearize_cond_and_leaks() -> None:
+    from jax import export
+
+    a = arguments()
+    function = jax.jit(jax.value_and_grad(lambda h, w: jnp.sum(loss_of(h, w)), (0, 1)))
+    exported = export.deserialize(export.export(function)(a["hidden"], a["kernel"]).serialize())
+    close(exported.call(a["hidden"], a["kernel"]), function(a["hidden"], a["kernel"]), rtol=1e-6, atol=1e-6)
+    value, push = jax.linearize(loss_of, a["hidden"], a["kernel"])
+    directions = jnp.ones((N, D)), jnp.ones((D, V))
+    tangent = jax.jvp(loss_of, (a["hidden"], a["kernel"]), directions)[1]
+    close(push(*directions), tangent, rtol=1e-5, atol=1e-6)
+    pull = jax.linear_transpose(push, a["hidden"], a["kernel"])
+    close(pull(jnp.ones(N)), jax.vjp(loss_of, a["hidden"], a["kernel"])[1](jnp.ones(N)), rtol=1e-5, atol=1e-6)
+    chosen = jax.lax.cond(jnp.array(True), loss_of, lambda h, w: 2 * loss_of(h, w), a["hidden"], a["kernel"])
+    close(chosen, value, rtol=1e-6, atol=1e-6)
+    with jax.checking_leaks():
+        jax.jit(jax.grad(lambda h, w: jnp.sum(loss_of(h, w, soft_cap=3.0))))(a["hidden"], a["kernel"])
+    policy = jax.checkpoint_policies.everything_saveable
+    saved = jax.grad(jax.checkpoint(lambda h, w: jnp.sum(loss_of(h, w)), policy=policy), (0, 1))
+    close(saved(a["hidden"], a["kernel"]), function(a["hidden"], a["kernel"])[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype: str) -> None:
+    """Values are those of the exact products in float32; gradients are float32's, rounded once.
+
+    In bfloat16 the gradients of the logits are rounded before they are multiplied, by 2^-9 each: over eleven or three
+    terms of size up to 3 that is at most 0.03.
+    """
+    a = arguments(dtype)
+    wide = jax.tree.map(lambda leaf: leaf.astype("float32"), a)
+
+    def both(a: Any) -> Any:
+        return jax.value_and_grad(lambda a: jnp.sum(integer(linear(a, block_size=4), LABELS)))(a)
+
+    (value, gradient), (expected, wide_gradient) = jax.jit(both)(a), jax.jit(both)(wide)
+    assert value.dtype == "float32" and all(g.dtype == dtype for g in jax.tree.leaves(gradient))
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    rounded = jax.tree.map(lambda g: g.astype("float32"), gradient)
+    close(rounded, wide_gradient, rtol=2**-7, atol=0.03 if dtype == "bfloat16" else 1e-3)
+
+
+def test_bfloat16_gradients_are_summed_in_float32() -> None:
+    """Of 4096 blocks each adds 1/4096 to the gradient of a hidden state: in bfloat16 the sum stops near 2^8 such steps."""
+    classes, rows = 4096, 1
+    hidden, kernel = jnp.zeros((rows, 1), "bfloat16"), jnp.ones((1, classes), "bfloat16")
+    gradient = jax.jit(jax.grad(lambda h: jnp.sum(jaxce.logsumexp(jaxce.LinearLogits(h, kernel, block_size=1)))))(
+        hidden
+    )
+    np.testing.assert_array_equal(np.asarray(gradient, np.float32), 1.0)
+
+
+def test_mixed_precision_and_float64_targets() -> None:
+    a = arguments()
+    got = loss_of(a["hidden"].astype("bfloat16"), a["kernel"])
+    close(got, loss_of(a["hidden"].astype("bfloat16").astype("float32"), a["kernel"]), rtol=1e-6, atol=1e-6)
+    with jax.enable_x64(True):
+        x = jaxce.LinearLogits(jnp.asarray(a["hidden"]), jnp.asarray(a["kernel"]), block_size=4)
+        assert jaxce.softmax_cross_entropy(x, softened().astype("float64")).dtype == "float64"
+        assert integer(x, LABELS).dtype == "float32"
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def sizes(jaxpr: Any) -> Iterator[int]:
+    """The number of elements of every value inside, of the inner programs too."""
+    for equation in jaxpr.eqns:
+        yield from (math.prod(v.aval.shape) for v in equation.outvars if hasattr(v.aval, "shape"))
+        for parameter in jax.tree.leaves(
+            equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")
+        ):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from sizes(inner)
+
+
+ROWS, FEATURES, CLASSES, BLOCK = 512, 8, 4099, 64  # 4099 is prime
+
+
+@pytest.mark.parametrize("class_axis", [-1, 0])
+@pytest.mark.parametrize(
+    "mode", ["value", "gradient", "jvp", *(pytest.param(f"hvp {i}", marks=pytest.mark.slow) for i in range(3))]
+)
+def test_no_array_of_all_logits(mode: str, class_axis: int) -> None:
+    """A block and the kernel have 1/64 of the logits each: a derivative holds a few of either, a second one some more."""
+    hidden = jnp.ones((ROWS, FEATURES))
+    kernel = jnp.ones((FEATURES, CLASSES) if class_axis == -1 else (CLASSES, FEATURES))
+    labels = jnp.zeros(ROWS, "int32")
+
+    def loss(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        x = jaxce.LinearLogits(hidden, kernel, class_axis=class_axis, block_size=BLOCK)
+        where = jnp.arange(CLASSES) > 3
+        return jnp.sum(sum(jaxce.softmax_statistics(x, labels, where=where)[:3]))
+
+    gradient = jax.grad(loss, (0, 1))
+    args = (hidden, kernel)
+
+    def dot(pair: Any) -> jax.Array:
+        return sum((jnp.sum(g) for g in pair), jnp.zeros(()))
+
+    program = {
+        "value": loss,
+        "gradient": gradient,
+        "jvp": lambda *a: jax.jvp(loss, a, args)[1],
+        "hvp 0": lambda *a: jax.jvp(gradient, a, args)[1],
+        "hvp 1": lambda *a: jax.grad(lambda *a: jax.jvp(loss, a, args)[1], (0, 1))(*a),
+        "hvp 2": lambda *a: jax.grad(lambda *a: dot(gradient(*a)), (0, 1))(*a),
+    }[mode]
+    assert max(sizes(jax.make_jaxpr(program)(*args).jaxpr)) <= 2 * ROWS * BLOCK
+    temporary = jax.jit(program).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    assert temporary <= 4 * ROWS * CLASSES * (0.3 if mode.startswith("hvp") else 0.15)
+
+
+def test_losses_of_classes_that_fit_nowhere() -> None:
+    """2^18 rows of 2^18 classes would be 256 GiB of logits: it compiles into a program with less than 1/400 of it."""
+    shapes = jax.ShapeDtypeStruct((2**18, 8), "float32"), jax.ShapeDtypeStruct((8, 2**18), "float32")
+    labels = jax.ShapeDtypeStruct((2**18,), "int32")
+    program = jax.grad(lambda h, w, y: jnp.sum(integer(jaxce.LinearLogits(h, w), y)), (0, 1))
+    memory = quick(program).lower(*shapes, labels).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * 2**36 / 400
+
+
+# --- wrong arguments --------------------------------------------------------------------------------------------------
+
+
+H, W = jnp.ones((2, 3)), jnp.ones((3, 5))
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"hidden": jnp.ones((2, 3), "int32")}, TypeError, "hidden"),
+    ({"hidden": jnp.ones(())}, ValueError, "hidden"),
+    ({"kernel": jnp.ones((3, 5), "int32")}, TypeError, "kernel"),
+    ({"kernel": jnp.ones(3)}, ValueError, "kernel"),
+    ({"kernel": jnp.ones((5, 3))}, ValueError, "kernel"),
+    ({"kernel": jnp.ones((3, 0))}, ValueError, "kernel"),
+    ({"class_axis": 0}, ValueError, "kernel"),
+    ({"class_axis": 2}, ValueError, "class_axis"),
+    ({"bias": jnp.ones(3)}, ValueError, "bias"),
+    ({"bias": jnp.ones(5, "int32")}, TypeError, "bias"),
+    ({"soft_cap": 0.0}, ValueError, "soft_cap"),
+    ({"soft_cap": jnp.ones(2)}, ValueError, "soft_cap"),
+    ({"temperature": -1.0}, ValueError, "temperature"),
+    ({"temperature": "hot"}, TypeError, "temperature"),
+    ({"block_size": 0}, ValueError, "block_size"),
+    ({"block_size": 2.5}, ValueError, "block_size"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "argument"), WRONG, ids=lambda value: str(value)[:40])
+def test_wrong_arguments(wrong: dict[str, Any], error: type[Exception], argument: str) -> None:
+    with pytest.raises(error) as caught:
+        jaxce.LinearLogits(**({"hidden": H, "kernel": W} | wrong))
+    assert str(caught.value).startswith(f"LinearLogits: {argument} must ") and ", got " in str(caught.value)
+
+
+def test_wrong_arguments_of_losses() -> None:
+    x = jaxce.LinearLogits(H, W)
+    for call, start in [
+        (lambda: integer(x, jnp.zeros(3, "int32")), "softmax_cross_entropy_with_integer_labels: labels "),
+        (lambda: integer(x, jnp.zeros(2, "int32"), axis=0), "softmax_cross_entropy_with_integer_labels: axis "),
+        (lambda: jaxce.logsumexp(x, where=jnp.ones(3, bool)), "logsumexp: where "),
+        (lambda: jaxce.softmax_cross_entropy(x, W[:2, :4]), "softmax_cross_entropy: labels "),
+        (lambda: jaxce.relative_entropy_with_logits(x, W), "relative_entropy_with_logits: q_logits "),
+    ]:
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert str(caught.value).startswith(start)
+
+
+def test_repr() -> None:
+    x = jaxce.LinearLogits(H, W.T, class_axis=0, bias=jnp.zeros(5), soft_cap=30.0)
+    expected = (
+        "LinearLogits(float32[2,5] from hidden float32[2,3], kernel float32[5,3], bias, class_axis=0, soft_cap=30.0)"
+    )
+    assert repr(x) == expected
+    assert "LinearLogits" in repr(jax.tree.map(lambda _: None, x)) and "LinearLogits" in repr(jax.tree.structure(x))
