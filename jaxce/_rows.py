@@ -247,7 +247,7 @@ def _blocks(x: Array) -> _Read:
         near = jnp.where(_is_class(top_block, place), 0, _weights(top_block, anchor[..., None]))
         anchors = jnp.where(_is_class(maxima, block), jnp.inf, anchor[..., None])  # exp(x - inf) = 0
         far, anchors = lax.optimization_barrier((x, anchors))
-        return jnp.sum(near, -1) + _sum_of_blocks(lambda *a: _weights(*a, infinite), far, anchors)
+        return jnp.sum(near, -1) + _sum_of_blocks(lambda v, c: _weights(v, c, infinite), far, anchors)
 
     return maximum, block * length + place, others
 
