@@ -32,6 +32,7 @@ import jaxce
 
 WINDOW = 64  # tokens that the model sees at once
 WIDTH = 128
+BLOCK = 512  # classes whose logits are in memory at once
 LAYERS = 2
 HEADS = 4
 DROPOUT = 0.2
@@ -168,7 +169,7 @@ def dropout(x: Array, key: Array | None) -> Array:
     return jnp.where(jax.random.bernoulli(key, 1 - DROPOUT, x.shape), x / (1 - DROPOUT), 0)
 
 
-def logits_of(params: Params, tokens: Array, key: Array | None = None) -> Array:
+def logits_of(params: Params, tokens: Array, key: Array | None = None) -> jaxce.LinearLogits:
     """Logits of each next token, [B, T, V], from tokens [B, T]; with a ``key`` units are dropped, as for training."""
     keys = [None] * (2 * LAYERS + 2) if key is None else list(jax.random.split(key, 2 * LAYERS + 2))
     batch, length = tokens.shape
@@ -179,12 +180,14 @@ def logits_of(params: Params, tokens: Array, key: Array | None = None) -> Array:
         attended = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(batch, length, WIDTH)
         x = x + dropout(attended @ layer["out"], keys.pop())
         x = x + dropout(jax.nn.gelu(normalize(x) @ layer["up"]) @ layer["down"], keys.pop())
-    return dropout(normalize(x), keys.pop()) @ params["embedding"].T + params["bias"]
+    hidden = dropout(normalize(x), keys.pop())
+    return jaxce.LinearLogits(hidden, params["embedding"], bias=params["bias"], class_axis=0, block_size=BLOCK)
 
 
-def losses_of(params: Params, tokens: Array, key: Array | None = None) -> Array:
+def losses_of(params: Params, tokens: Array, key: Array | None = None, as_array: bool = False) -> Array:
     """What each prediction within tokens [B, T + 1] costs, in nats: [B, T]."""
-    return jaxce.softmax_cross_entropy_with_integer_labels(logits_of(params, tokens[:, :-1], key), tokens[:, 1:])
+    logits = logits_of(params, tokens[:, :-1], key)
+    return jaxce.softmax_cross_entropy_with_integer_labels(logits.materialize() if as_array else logits, tokens[:, 1:])
 
 
 # Training and judging
@@ -217,6 +220,21 @@ def train(params: Params, tokens: np.ndarray, options: argparse.Namespace) -> tu
             recent = losses[-((done - 1) % every + 1) :]
             print(f"{done:6d}  {np.mean(recent):6.3f}  {time.perf_counter() - start:7.1f}", flush=True)
     return params, losses
+
+
+def memory(params: Params, options: argparse.Namespace) -> str:
+    """What the loss's gradient needs in temporary memory, by the compiled programs' own account."""
+    batch = jax.ShapeDtypeStruct((options.batch, WINDOW + 1), jnp.int32)
+
+    def megabytes(as_array: bool) -> float:
+        gradient = jax.grad(lambda p, tokens: jaxce.weighted_mean(losses_of(p, tokens, None, as_array)))
+        analysis: Any = jax.jit(gradient).lower(params, batch).compile().memory_analysis()
+        return analysis.temp_size_in_bytes / 1e6
+
+    return (
+        f"temporary memory of a step's gradient: {megabytes(False):.1f} MB with LinearLogits, "
+        f"{megabytes(True):.1f} MB with the logits as an array"
+    )
 
 
 def held_out_windows(training: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -322,7 +340,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--steps", type=at_least(1), default=400, help="training steps")
+    parser.add_argument("--steps", type=at_least(1), default=300, help="training steps")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the weights, the batches and the dropout")
     parser.add_argument("--vocabulary", type=at_least(256), default=4096, help="classes: 256 bytes and merged tokens")
     parser.add_argument("--batch", type=at_least(1), default=16, help=f"windows of {WINDOW} tokens in a step")
@@ -354,6 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     counts = np.bincount(training, minlength=len(tokenizer.pieces)) + 1
     log_frequency = np.log(counts / counts.sum())
     params = jax.jit(init)(jax.random.key(options.seed), log_frequency)
+    print(memory(params, options), flush=True)
     params, losses = train(params, training, options)
 
     windows, where = held_out_windows(training, held_out)
@@ -377,7 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("token unigrams: frequencies of (count + 1) in the training text")
     print("byte unigrams: the entropy of the held-out text's own byte frequencies")
     print("zlib: by how much the held-out text lengthens the compressed training text, level 9")
-    logits = np.asarray(jax.jit(logits_of)(params, jnp.asarray(windows[:1, :-1]))[0])
+    logits = np.asarray(jax.jit(logits_of)(params, jnp.asarray(windows[:1, :-1])).materialize()[0])
     print(check_gradient(logits, windows[0, 1:]))
     if options.plot is not None:
         plot(options.plot, losses, float(unigram), float(nll))
