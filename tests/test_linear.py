@@ -185,6 +185,17 @@ def test_zero_tiny_huge_and_very_negative_logits(scale: float, offset: float) ->
         np.testing.assert_allclose(losses, math.log(V), rtol=2e-7)
 
 
+@pytest.mark.parametrize("offset", [-1000.0, 0.0, 500.0])
+@pytest.mark.parametrize("step", [0.5, -0.5])
+def test_a_maximum_that_moves_from_block_to_block(step: float, offset: float) -> None:
+    """What was summed from one anchor is carried to the next."""
+    row = offset + step * jnp.arange(11.0)
+    got = jaxce.softmax_statistics(jaxce.LinearLogits(jnp.ones((1, 1)), row[None], block_size=2), jnp.array([3]))
+    expected = jaxce.softmax_statistics(row[None], jnp.array([3]))
+    close(got[:3], expected[:3], rtol=5e-7, atol=0)  # the same logits: 4 ulp
+    assert jnp.array_equal(got.prediction, expected.prediction)
+
+
 def test_a_confident_row_keeps_its_digits() -> None:
     """A loss of 1e-20 and its gradient, with the top class in the first, a middle and the last block."""
     for top in (0, 6, 10):
