@@ -312,7 +312,7 @@ class Accuracy(_Ratio):
 @compiled("k")
 def _top_k(logits: ArrayLike, labels: ArrayLike, weights: Any, where: Any, k: int) -> tuple[Sum, Sum]:
     rows = _rows("TopKAccuracy", logits, labels, weights, where)
-    top = _in_top(jnp.asarray(logits), jnp.asarray(labels), k).astype(rows.nll.dtype)
+    top = _in_top(_checks.floating("TopKAccuracy", "logits", logits), jnp.asarray(labels), k).astype(rows.nll.dtype)
     return Sum.of(_weighted(_unless_nan(rows.nll, top), rows.weights)), Sum.of(rows.weights)
 
 
@@ -360,7 +360,7 @@ class TopKAccuracy(_Ratio):
 @compiled()
 def _brier_of(logits: ArrayLike, labels: ArrayLike, weights: Any, where: Any) -> tuple[Sum, Sum]:
     rows = _rows("Brier", logits, labels, weights, where)
-    score = _brier(jnp.asarray(logits), jnp.asarray(labels), rows.nll)
+    score = _brier(_checks.floating("Brier", "logits", logits), jnp.asarray(labels), rows.nll)
     return Sum.of(_weighted(score, rows.weights)), Sum.of(rows.weights)
 
 
@@ -526,7 +526,7 @@ def _evaluate(logits: Any, labels: ArrayLike, weights: Any, where: Any, units: A
 
     top = brier = None
     if options.per_class:
-        x, y = jnp.asarray(logits), jnp.asarray(labels)
+        x, y = _checks.floating("Evaluation", "logits", logits), jnp.asarray(labels)
         top = total(_unless_nan(nll, _in_top(x, y, options.k).astype(nll.dtype)))
         brier = total(_brier(x, y, nll))
     bins = Calibration(*_bin_sums(logits, rows, options.bins), options.bins)

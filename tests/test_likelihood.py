@@ -164,7 +164,7 @@ FAMILIES = {
         negative_binomial,
         negative_binomial_grid(),
         20,
-        24,
+        40,
         (lambda m, r, k: MILLI * k, lambda m, r, k: 1 + min(k, math.exp(r))),
     ),
 }
