@@ -13,7 +13,7 @@ another way when it compiles for another batch shape.
 A metric can be the carry of ``lax.scan``, goes through ``jax.jit`` and, over models, through ``jax.vmap``, and inside
 ``shard_map`` ``metric.psum(axis_name)`` is that of all devices. In a ``clu``-style loop write
 ``metrics = metrics.merge(Evaluation.from_batch(logits, labels))``; in Flax NNX hold ``metric = nnx.Variable(
-Evaluation.empty())`` and write ``metric.value = metric.value.update(logits, labels)``.
+Evaluation.empty())`` and write ``metric.set_value(metric.get_value().update(logits, labels))``.
 
 Classes are on the last axis. ``weights`` say how much an example counts; ``where`` says which take part. What has weight
 0 is selected away, so that NaN in padding leaves no trace; NaN, or an invalid label, in a row that counts makes the

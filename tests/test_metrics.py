@@ -345,8 +345,8 @@ def test_flax_nnx() -> None:
     nnx = pytest.importorskip("flax.nnx")
     logits, labels, *_ = data()
     metric = nnx.Variable(Evaluation.empty())
-    metric.value = metric.value.update(logits, labels)
-    same(metric.value.compute(), Evaluation.from_batch(logits, labels).compute())
+    metric.set_value(metric.get_value().update(logits, labels))
+    same(metric.get_value().compute(), Evaluation.from_batch(logits, labels).compute())
 
 
 @pytest.mark.slow
