@@ -332,7 +332,7 @@ def measure(spec: Spec, op: Operands) -> tuple[dict[str, Array], Row]:
         new["others"] = state["others"] * factor + (jnp.sum(weights, -1) + loser)
         if op.labels is not None:
             y = op.labels - block.places[0].astype(op.labels.dtype)
-            inside = (y >= 0) & (y < spec.size)
+            inside = (op.labels >= (i * spec.size).astype(op.labels.dtype)) & (y < spec.size)  # the last block overlaps
             taken = jnp.take_along_axis(x, y[..., None], -1, mode="clip")[..., 0]
             new["label"] = jnp.where(inside, taken, state["label"])
         rise = jnp.where(m > m1, m - m1, 0)

@@ -183,7 +183,7 @@ def row_pass(x: Array, rows: Array | None = None) -> Row:
     length = next(n for n in range(math.isqrt(classes - 1) + 1, classes + 1) if classes % n == 0)
     if classes <= _FEW:
         maximum, top, others = _few(x)
-    elif classes // length >= 8:
+    elif classes // length >= 4:
         maximum, top, others = _blocks(x.reshape(*x.shape[:-1], -1, length))
     else:
         maximum, top, others = _whole(x)

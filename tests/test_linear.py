@@ -266,6 +266,24 @@ def test_a_masked_class_may_hold_anything() -> None:
     assert np.all(np.asarray(gradient["kernel"][:, 5]) == 0)
 
 
+@pytest.mark.parametrize("block_size", [3, 4, 5])
+def test_every_class_may_be_the_label(block_size: int) -> None:
+    """Also one that the last block, which ends with the last class, shares with the block before it."""
+    rng = np.random.default_rng(0)
+    hidden, kernel = jnp.asarray(rng.normal(size=(7, 2)), "float32"), jnp.asarray(rng.normal(size=(2, 7)), "float32")
+    labels = jnp.arange(7)
+
+    def loss(hidden: jax.Array, kernel: jax.Array, size: int | None) -> jax.Array:
+        logits = jaxce.LinearLogits(hidden, kernel, block_size=size)
+        return jnp.sum(integer(logits if size else logits.materialize(), labels))
+
+    got, expected = (
+        jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)(hidden, kernel, size) for size in (block_size, None)
+    )
+    # A few ulp of float32, in sums of 7 numbers of about 1.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), got, expected)
+
+
 def test_absent_classes_and_wrong_labels() -> None:
     a = arguments()
     a["bias"] = a["bias"].at[4].set(-jnp.inf)
