@@ -32,8 +32,13 @@ def close(got: Any, expected: Any, rtol: float = 2e-6, atol: float = 0.0) -> Non
 # --- the plain definitions of helpers.py ---
 
 
-@pytest.mark.parametrize("axis", [-1, 0, (0, 1), (1, 0)])
-@pytest.mark.parametrize("masked", [False, True])
+PLACES = [(axis, masked) for axis in (-1, 0, (0, 1), (1, 0)) for masked in (False, True)]
+QUICK = [(-1, False), ((1, 0), True)]  # to run; the others on request
+
+
+@pytest.mark.parametrize(
+    ("axis", "masked"), [p if p in QUICK else pytest.param(*p, marks=pytest.mark.slow) for p in PLACES]
+)
 def test_plain_definitions(axis: Any, masked: bool) -> None:
     where = KEEP if masked else None
     classes = X.size if isinstance(axis, tuple) else X.shape[axis]
