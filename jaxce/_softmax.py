@@ -95,7 +95,7 @@ def softmax_cross_entropy(
     .. math:: \ell = -\sum_k t_k \log \frac{e^{x_k}}{\sum_j e^{x_j}} = \sum_k t_k (g_k + L)
 
     with the gaps and :math:`L` of `softmax_cross_entropy_with_integer_labels`, where a class with :math:`t_k = 0` adds
-    nothing, also if it is absent. Modifiers, masks, dtypes and accuracy (gradients: 5 ulp) are that function's, with
+    nothing, also if it is absent. Modifiers, masks, dtypes and accuracy are that function's, with
     :math:`t` in place of the label; smoothing replaces :math:`t` by :math:`(1 - \alpha) t + \alpha / n`. Differentiable by
     the labels too: the derivative by :math:`t_k` is :math:`-\log p_k`.
 
