@@ -161,7 +161,7 @@ def _sum_without(x: Array, index: Array) -> Array:
     if x.shape[-1] <= _FEW:
         return _add_up([jnp.where(index == k, 0, v) for k, v in enumerate(_columns(x))])
     distance = jnp.abs(_places(x, x.dtype) - index[..., None].astype(x.dtype))
-    return jnp.sum(x * jnp.minimum(1, distance), -1)
+    return _sum(lambda term: term, x * jnp.minimum(1, distance))
 
 
 def _is_class(x: Array, index: Array) -> Array:
