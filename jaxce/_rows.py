@@ -184,7 +184,7 @@ def row_pass(x: Array, rows: Array | None = None) -> Row:
     if classes <= _FEW:
         maximum, top, others = _few(x)
     elif classes // length >= 4:
-        maximum, top, others = _blocks(x.reshape(*x.shape[:-1], -1, length))
+        maximum, top, others = _blocks(x.reshape(*x.shape[:-1], classes // length, length))
     else:
         maximum, top, others = _whole(x)
 
@@ -263,7 +263,8 @@ def _sum_of_blocks(term: Callable[[Array, Array], Array], x: Array, anchors: Arr
             if count * length <= 512
             else jnp.sum(terms, (-2, -1))
         )
-    x, anchors = x.reshape(*batch, parts, -1, length), anchors.reshape(*batch, parts, -1)
+    some = count // parts
+    x, anchors = x.reshape(*batch, parts, some, length), anchors.reshape(*batch, parts, some)
     return jnp.sum(lax.optimization_barrier(_sum_of_blocks(term, x, anchors)), -1)
 
 

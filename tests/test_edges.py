@@ -311,7 +311,7 @@ def test_classes_on_any_axes_in_any_order(axis: Any) -> None:
     np.testing.assert_allclose(flat, np.eye(classes)[labels], atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(0, 4), (3, 0, 4), (1,), (1, 1), (2, 1)])
+@pytest.mark.parametrize("shape", [(0, 4), (0, 64), (0, 2**17), (3, 0, 4), (1,), (1, 1), (2, 1)])
 def test_nothing_and_one(shape: tuple[int, ...]) -> None:
     """An empty batch gives an empty answer; a single class is certain."""
     x, labels = jnp.ones(shape), jnp.zeros(shape[:-1], "int32")
