@@ -340,7 +340,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--steps", type=at_least(1), default=300, help="training steps")
+    parser.add_argument("--steps", type=at_least(1), default=200, help="training steps")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the weights, the batches and the dropout")
     parser.add_argument("--vocabulary", type=at_least(256), default=4096, help="classes: 256 bytes and merged tokens")
     parser.add_argument("--batch", type=at_least(1), default=16, help=f"windows of {WINDOW} tokens in a step")
