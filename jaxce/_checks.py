@@ -27,7 +27,8 @@ def compiled(*options: str) -> Callable[[_F], _F]:
     return cast(Callable[[_F], _F], functools.partial(jax.jit, static_argnames=options))
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """``value`` as errors show it: dtype and shape of an array."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     return f"{value!r}"
@@ -39,7 +40,7 @@ def _array(function: str, argument: str, value: ArrayLike, kind: Any, expected: 
     except (TypeError, ValueError) as error:
         raise TypeError(f"{function}: {argument} must be {expected}, got {type(value).__name__}") from error
     if not jnp.issubdtype(array.dtype, kind):
-        raise TypeError(f"{function}: {argument} must be {expected}, got {_describe(array)}")
+        raise TypeError(f"{function}: {argument} must be {expected}, got {describe(array)}")
     return array
 
 
@@ -49,7 +50,7 @@ def floating(function: str, argument: str, value: ArrayLike) -> Array:
     if (
         array.dtype.itemsize == 1
     ):  # 8-bit floats have neither range nor an exact path to float32 arithmetic on every device
-        raise TypeError(f"{function}: {argument} must be float16, bfloat16, float32 or float64, got {_describe(array)}")
+        raise TypeError(f"{function}: {argument} must be float16, bfloat16, float32 or float64, got {describe(array)}")
     return array
 
 
@@ -94,7 +95,7 @@ def axes(function: str, axis: Axis, ndim: int) -> tuple[int, ...]:
 def same_shape(function: str, argument: str, array: Array, shape: tuple[int, ...], of: str) -> None:
     """Demand exactly ``shape``, which is ``of`` something that the message can name: labels are never broadcast."""
     if array.shape != shape:
-        raise ValueError(f"{function}: {argument} must have {of}, {shape}, got {_describe(array)}")
+        raise ValueError(f"{function}: {argument} must have {of}, {shape}, got {describe(array)}")
 
 
 def number(
@@ -104,7 +105,7 @@ def number(
     try:
         result = float(value)
     except (TypeError, ValueError, jax.errors.ConcretizationTypeError) as error:
-        raise TypeError(f"{function}: {argument} must be {expected}, got {_describe(value)}") from error
+        raise TypeError(f"{function}: {argument} must be {expected}, got {describe(value)}") from error
     if isinstance(value, bool) or not valid(result):
         raise ValueError(f"{function}: {argument} must be {expected}, got {value!r}")
     return result
@@ -150,7 +151,7 @@ def where_mask(
     except ValueError:
         raise ValueError(
             f"{function}: where must have the batch shape, {batch_shape(shape, class_axes)}, or broadcast to the full "
-            f"shape, {shape}, got {_describe(mask)}"
+            f"shape, {shape}, got {describe(mask)}"
         ) from None
     return None, classes_last(full, class_axes)
 

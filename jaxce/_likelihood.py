@@ -53,8 +53,9 @@ def _broadcast(function: str, **arrays: Array) -> list[Array]:
         try:
             shape = jnp.broadcast_shapes(shape, array.shape)
         except ValueError:
-            got = f"{array.dtype}[{','.join(map(str, array.shape))}]"
-            raise ValueError(f"{function}: {name} must broadcast with what precedes it, {shape}, got {got}") from None
+            raise ValueError(
+                f"{function}: {name} must broadcast with what precedes it, {shape}, got {_checks.describe(array)}"
+            ) from None
     return [jnp.broadcast_to(array, shape) for array in _checks.upcast(*arrays.values())]
 
 

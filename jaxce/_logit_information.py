@@ -128,6 +128,24 @@ def _by_blocks(
     return _numerics.in_units(_numerics.single(value), log_base)
 
 
+def _divergence(
+    function: str,
+    p_logits: ArrayLike | LinearLogits,
+    q_logits: ArrayLike | LinearLogits,
+    axis: Axis,
+    where: ArrayLike | None,
+    base: float | None,
+    of_arrays: Callable[[Array, Array], Pair],
+    term: Callable[[Array, Array], Array],
+) -> Array:
+    """A divergence: of two arrays as a pair, and otherwise the sum of its terms, block by block."""
+    log_base = _checks.log_base(function, base)
+    if isinstance(p_logits, LinearLogits) or isinstance(q_logits, LinearLogits):
+        return _by_blocks(function, p_logits, q_logits, axis, where, term, log_base)
+    p, q = classes_of(function, axis, where, -math.inf, p_logits=p_logits, q_logits=q_logits)
+    return _numerics.in_units(of_arrays(p, q), log_base)
+
+
 def _gaps(x: Array) -> tuple[Array, Pair]:
     """Which classes are there, and each logit less the largest, exactly; 0 for classes that aren't."""
     there = x != -jnp.inf
@@ -288,11 +306,7 @@ def relative_entropy_with_logits(
     Source: S. Kullback and R. A. Leibler, On information and sufficiency, 1951.
     """
     name = "relative_entropy_with_logits"
-    log_base = _checks.log_base(name, base)
-    if isinstance(p_logits, LinearLogits) or isinstance(q_logits, LinearLogits):
-        return _by_blocks(name, p_logits, q_logits, axis, where, _blocks.relative_entropy_term, log_base)
-    a, b = classes_of(name, axis, where, -math.inf, p_logits=p_logits, q_logits=q_logits)
-    return _numerics.in_units(_relative_entropy(a, b), log_base)
+    return _divergence(name, p_logits, q_logits, axis, where, base, _relative_entropy, _blocks.relative_entropy_term)
 
 
 @jax.custom_jvp
@@ -367,8 +381,4 @@ def jensen_shannon_divergence_with_logits(
     Source: J. Lin, Divergence measures based on the Shannon entropy, 1991.
     """
     name = "jensen_shannon_divergence_with_logits"
-    log_base = _checks.log_base(name, base)
-    if isinstance(p_logits, LinearLogits) or isinstance(q_logits, LinearLogits):
-        return _by_blocks(name, p_logits, q_logits, axis, where, _blocks.jensen_shannon_term, log_base)
-    a, b = classes_of(name, axis, where, -math.inf, p_logits=p_logits, q_logits=q_logits)
-    return _numerics.in_units(_jensen_shannon(a, b), log_base)
+    return _divergence(name, p_logits, q_logits, axis, where, base, _jensen_shannon, _blocks.jensen_shannon_term)

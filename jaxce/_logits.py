@@ -152,7 +152,7 @@ class LinearLogits:
 
     def __repr__(self) -> str:
         try:
-            parts = [f"from hidden {_describe(self.hidden)}, kernel {_describe(self.kernel)}"]
+            parts = [f"from hidden {_checks.describe(self.hidden)}, kernel {_checks.describe(self.kernel)}"]
             whole = f"{np.dtype(self.dtype).name}[{','.join(map(str, self.shape))}] "
         except (AttributeError, TypeError, IndexError):  # other leaves, as JAX's transformations put there
             parts, whole = [f"hidden={self.hidden!r}, kernel={self.kernel!r}"], ""
@@ -166,10 +166,6 @@ class LinearLogits:
 
 
 _CHILDREN = ("hidden", "kernel", "bias", "soft_cap", "temperature")
-
-
-def _describe(array: Any) -> str:
-    return f"{array.dtype}[{','.join(map(str, array.shape))}]"
 
 
 def _positive(function: str, argument: str, value: Any) -> Any:

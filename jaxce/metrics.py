@@ -55,6 +55,11 @@ class Sum:
     """What rounding has left out."""
 
     @classmethod
+    def empty(cls, dtype: DTypeLike, bins: int | None = None) -> Sum:
+        """Of nothing; one for each of ``bins``."""
+        return cls(*[jnp.zeros(() if bins is None else bins, dtype)] * 2)
+
+    @classmethod
     def of(cls, terms: Array, bins: int | None = None) -> Sum:
         """The sum over all axes, or over all but the last if there are ``bins`` there."""
         flat = terms.reshape(-1) if bins is None else terms.reshape(-1, bins).T
@@ -88,7 +93,7 @@ class Metric:
     @classmethod
     def empty(cls: type[_M], *, dtype: DTypeLike = jnp.float32) -> _M:
         """The metric of no data, to start from; ``dtype`` is that of the losses: float32 for half precision."""
-        return cls(**{field.name: Sum(*[jnp.zeros((), dtype)] * 2) for field in dataclasses.fields(cls)})  # type: ignore
+        return cls(**{field.name: Sum.empty(dtype) for field in dataclasses.fields(cls)})  # type: ignore
 
     @classmethod
     def from_batch(cls: type[_M], *args: Any, **kwargs: Any) -> _M:
@@ -336,7 +341,7 @@ class TopKAccuracy(_Ratio):
     @classmethod
     def empty(cls, *, k: int = 5, dtype: DTypeLike = jnp.float32) -> TopKAccuracy:
         """The metric of no data."""
-        zero = Sum(*[jnp.zeros((), dtype)] * 2)
+        zero = Sum.empty(dtype)
         return cls(zero, zero, _positive("TopKAccuracy", "k", k))
 
     @classmethod
@@ -448,7 +453,7 @@ class Calibration(Metric):
     def empty(cls, *, bins: int = 15, dtype: DTypeLike = jnp.float32) -> Calibration:
         """The metric of no data."""
         bins = _positive("Calibration", "bins", bins)
-        zeros = Sum(*[jnp.zeros(bins, dtype)] * 2)
+        zeros = Sum.empty(dtype, bins)
         return cls(zeros, zeros, zeros, bins)
 
     @classmethod
@@ -569,7 +574,7 @@ class Evaluation(Metric):
     def empty(cls, *, k: int = 5, bins: int = 15, per_class: bool = True, dtype: DTypeLike = jnp.float32) -> Evaluation:
         """The evaluation of no data."""
         options = _options_of(k, bins, per_class)
-        zero = Sum(*[jnp.zeros((), dtype)] * 2)
+        zero = Sum.empty(dtype)
         rest = (zero, zero) if per_class else (None, None)
         return cls(zero, zero, zero, zero, Calibration.empty(bins=options.bins, dtype=dtype), *rest, options)
 
