@@ -349,9 +349,10 @@ def measure(spec: Spec, op: Operands) -> tuple[dict[str, Array], Row]:
             new["count"] = state["count"] + jnp.sum(_absent_is(0, x, jnp.ones_like(x)), -1)
         if spec.entropy:
             before = state["others"] + jnp.where(m1 == -jnp.inf, 0, jnp.exp(m1 - c1))
+            before = before * factor  # first, since before times the rise may overflow
             risen = jnp.where(before == 0, 0, before * rise)
             terms = jnp.exp(x - c[..., None]) * _absent_is(0, x, m[..., None] - x)
-            new["gaps"] = (state["gaps"] + risen) * factor + jnp.sum(terms, -1)
+            new["gaps"] = state["gaps"] * factor + risen + jnp.sum(terms, -1)
         return new, None
 
     blocks = -(-classes // spec.size)

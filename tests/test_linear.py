@@ -266,6 +266,17 @@ def test_a_masked_class_may_hold_anything() -> None:
     assert np.all(np.asarray(gradient["kernel"][:, 5]) == 0)
 
 
+def test_entropy_of_huge_logits_in_blocks() -> None:
+    """A maximum that rises by thousands from block to block: what came before it weighs nothing, and isn't NaN."""
+    hidden, kernel = jnp.array([[1.0], [-1.0]]), jnp.arange(7.0)[None] * 1e4
+    logits = jaxce.LinearLogits(hidden, kernel, block_size=3)
+    entropy, gradient = jax.value_and_grad(
+        lambda h: jnp.sum(jaxce.entropy_with_logits(jaxce.LinearLogits(h, kernel, block_size=3)))
+    )(hidden)
+    assert entropy == 0 and np.all(np.asarray(gradient) == 0)
+    np.testing.assert_array_equal(jaxce.softmax_statistics(logits).entropy, [0, 0])
+
+
 @pytest.mark.parametrize("block_size", [3, 4, 5])
 def test_every_class_may_be_the_label(block_size: int) -> None:
     """Also one that the last block, which ends with the last class, shares with the block before it."""
