@@ -28,7 +28,7 @@ from jaxce._logit_information import (
     jensen_shannon_divergence_with_logits,
     relative_entropy_with_logits,
 )
-from jaxce._logits import LinearLogits
+from jaxce._logits import LinearLogits, ShardedLogits
 from jaxce._probability import (
     binary_cross_entropy,
     categorical_cross_entropy,
@@ -55,6 +55,7 @@ __version__ = "0.1.0"
 __all__ = [
     # logits
     "LinearLogits",
+    "ShardedLogits",
     "SoftmaxStatistics",
     "log_softmax",
     "logsumexp",
