@@ -54,11 +54,16 @@ def collectives(hlo: str) -> list[Collective]:
                 continue
             result, kind = operation[1], operation[2].removesuffix("-start")
             if kind in KINDS:
-                arrays = [(t, tuple(map(int, filter(None, s.split(","))))) for t, s in re.findall(r"(\w+)\[([\d,]*)\]", result)]
+                arrays = [
+                    (t, tuple(map(int, filter(None, s.split(",")))))
+                    for t, s in re.findall(r"(\w+)\[([\d,]*)\]", result)
+                ]
                 size = sum(BYTES[t] * math.prod(s) for t, s in arrays)
                 yield Collective(kind, tuple(s for _, s in arrays), size, times)
             turns = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-            for called in re.findall(r"(?:body|to_apply|calls|computation|true_computation|false_computation)=%?([\w.\-]+)", line):
+            for called in re.findall(
+                r"(?:body|to_apply|calls|computation|true_computation|false_computation)=%?([\w.\-]+)", line
+            ):
                 yield from of(called, times * (int(turns[1]) if turns and kind == "while" else 1))
             if branches := re.search(r"branch_computations=\{([^}]*)\}", line):
                 for called in branches[1].replace("%", "").split(", "):

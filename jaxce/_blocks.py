@@ -43,6 +43,7 @@ class Spec(NamedTuple):
     """What is fixed while tracing."""
 
     size: int  # classes in a block
+    strips: int  # in how many places a block is, evenly over the classes
     dtype: Any  # to compute in
     entropy: bool = False
     uniform: bool = False
@@ -107,26 +108,36 @@ def spec_of(logits: LinearLogits | ShardedLogits | Array, op: Operands, *others:
     ]
     dtype = _checks.compute_dtype(*arrays)
     if isinstance(logits, LinearLogits):
-        return Spec(block_size(logits), dtype, half=logits.half, axis_name=logits.axis_name)
-    return Spec(op.shape[-1], dtype, axis_name=logits.axis_name if isinstance(logits, ShardedLogits) else None)
+        strips = _mesh.strips(logits.classes)
+        size = -(-block_size(logits) // strips) * strips
+        return Spec(size, strips, dtype, half=logits.half, axis_name=logits.axis_name)
+    return Spec(op.shape[-1], 1, dtype, axis_name=logits.axis_name if isinstance(logits, ShardedLogits) else None)
 
 
 # ------------------------------------------------------------------------------------------------------------- one block
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _slice(x: Array, start: Array, size: int, axis: int) -> Array:
-    """A slice; of 16-bit floats by their bits, or XLA:CPU would widen the whole array to float32 before the loop."""
+def _cut(spec: Spec, x: Array, start: Array, axis: int) -> Array:
+    """A block of an axis of classes, from the same place in each strip."""
+    axis %= x.ndim
+    strips = x.reshape(*x.shape[:axis], spec.strips, x.shape[axis] // spec.strips, *x.shape[axis + 1 :])
+    block = lax.dynamic_slice_in_dim(strips, start, spec.size // spec.strips, axis + 1)
+    return block.reshape(*x.shape[:axis], spec.size, *x.shape[axis + 1 :])
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 3))
+def _slice(spec: Spec, x: Array, start: Array, axis: int) -> Array:
+    """`_cut`; of 16-bit floats by their bits, or XLA:CPU would widen the whole array to float32 before the loop."""
     if x.dtype.itemsize != 2:
-        return lax.dynamic_slice_in_dim(x, start, size, axis)
-    bits = lax.dynamic_slice_in_dim(lax.bitcast_convert_type(x, jnp.uint16), start, size, axis)
+        return _cut(spec, x, start, axis)
+    bits = _cut(spec, lax.bitcast_convert_type(x, jnp.uint16), start, axis)
     return lax.bitcast_convert_type(bits, x.dtype)
 
 
 @_slice.defjvp
-def _(size: int, axis: int, primals: Any, tangents: Any) -> Any:
+def _(spec: Spec, axis: int, primals: Any, tangents: Any) -> Any:
     x, start = primals
-    return _slice(x, start, size, axis), lax.dynamic_slice_in_dim(tangents[0], start, size, axis)
+    return _slice(spec, x, start, axis), _cut(spec, tangents[0], start, axis)
 
 
 def _beside(values: Array, like: Array) -> Array:
@@ -140,14 +151,17 @@ class Block(NamedTuple):
     x: Array  # -inf where a class isn't there
     there: Array | None  # which entries are not masked, and not in the block before; None for all
     places: Array  # the classes' indices, [size], counted over all devices
-    start: Array  # where the block starts in the arrays of this device
+    start: Array  # where in each strip it starts
 
 
 def _start(spec: Spec, classes: int, i: Array) -> tuple[Array, Array, Array | None]:
     """Where block i starts, its classes, and which of them are new: the last block ends with the last class."""
-    start = jnp.minimum(i * spec.size, classes - spec.size)
-    here = start + jnp.arange(spec.size, dtype=start.dtype)
-    return start, here + _offset(spec, classes), None if classes % spec.size == 0 else here >= i * spec.size
+    length, size = classes // spec.strips, spec.size // spec.strips
+    start = jnp.minimum(i * size, length - size)
+    here = start + jnp.arange(size, dtype=start.dtype)
+    new = None if length % size == 0 else jnp.tile(here >= i * size, spec.strips)
+    first = _offset(spec, classes) + length * jnp.arange(spec.strips, dtype=start.dtype)
+    return start, (first[:, None] + here[None]).reshape(-1), new
 
 
 def _offset(spec: Spec, classes: int) -> Array | int:
@@ -174,7 +188,7 @@ def over_devices(axis_name: _checks.AxisName | None, sums: Any) -> Any:
 def _there(spec: Spec, op: Operands, start: Array, new: Array | None) -> Array | None:
     mask = op.keep
     if mask is not None and mask.shape[-1] != 1:
-        mask = lax.dynamic_slice_in_dim(mask, start, spec.size, -1)
+        mask = _cut(spec, mask, start, -1)
     if new is None:
         return mask
     new = jnp.expand_dims(new, tuple(range(len(op.shape) - 1)))
@@ -184,7 +198,7 @@ def _there(spec: Spec, op: Operands, start: Array, new: Array | None) -> Array |
 def _kernel_block(spec: Spec, op: Operands, start: Array, there: Array | None) -> Array:
     """A block of the kernel. What a class holds that is masked in all rows must not be multiplied by anything."""
     logits = op.logits
-    block = _slice(logits.kernel, start, spec.size, logits.class_axis % 2)
+    block = _slice(spec, logits.kernel, start, logits.class_axis % 2)
     if there is None or op.keep is None or math.prod(op.keep.shape[:-1]) != 1:
         return block
     columns = jnp.broadcast_to(there, (*there.shape[:-1], spec.size)).reshape(-1)
@@ -197,7 +211,7 @@ def _products(spec: Spec, op: Operands, start: Array, there: Array | None) -> Ar
     u = contract(logits.hidden, _kernel_block(spec, op, start, there), logits.class_axis, spec.half)
     u = u.astype(spec.dtype)
     if logits.bias is not None:
-        bias = _slice(logits.bias, start, spec.size, 0).astype(spec.dtype)
+        bias = _slice(spec, logits.bias, start, 0).astype(spec.dtype)
         u = u + _beside(bias, u)
     return u
 
@@ -212,7 +226,7 @@ def _block(spec: Spec, op: Operands, i: Array) -> Block:
     start, places, new = _start(spec, op.shape[-1], i)
     there = _there(spec, op, start, new)
     if not isinstance(op.logits, LinearLogits):
-        x = _slice(op.logits, start, spec.size, op.logits.ndim - 1).astype(spec.dtype)
+        x = _slice(spec, op.logits, start, op.logits.ndim - 1).astype(spec.dtype)
         return Block(_finite(x if there is None else jnp.where(there, x, -jnp.inf)), there, places, start)
     u = _products(spec, op, start, there)
     if there is None and op.logits.bias is None:
@@ -238,7 +252,7 @@ def _tangent_block(spec: Spec, op: Operands, dop: Operands, i: Array) -> tuple[B
     start, _, new = _start(spec, op.shape[-1], i)
     there = _there(spec, op, start, new)
     if not isinstance(logits, LinearLogits):
-        dx = lax.dynamic_slice_in_dim(dlogits, start, spec.size, -1)
+        dx = _cut(spec, dlogits, start, -1)
         return block, dx if there is None else jnp.where(there, dx, 0)
     axis = logits.class_axis
     u = _products(spec, op, start, there)
@@ -249,14 +263,14 @@ def _tangent_block(spec: Spec, op: Operands, dop: Operands, i: Array) -> tuple[B
     dh = None if _is_zero(dlogits.hidden) else dlogits.hidden
     dw = None
     if not _is_zero(dlogits.kernel):
-        dw = lax.dynamic_slice_in_dim(dlogits.kernel, start, spec.size, axis % 2)
+        dw = _cut(spec, dlogits.kernel, start, axis % 2)
     if spec.half and (dh is not None or dw is not None):
         du = du + contract_half_tangent(logits.hidden, w, dh, dw, axis).astype(spec.dtype)
     else:
         du = du if dh is None else du + contract(dh, w.astype(spec.dtype), axis, False)
         du = du if dw is None else du + contract(logits.hidden.astype(spec.dtype), dw, axis, False)
     if logits.bias is not None and not _is_zero(dlogits.bias):
-        du = du + _beside(lax.dynamic_slice_in_dim(dlogits.bias, start, spec.size, 0).astype(spec.dtype), u)
+        du = du + _beside(_cut(spec, dlogits.bias, start, 0).astype(spec.dtype), u)
     numbers = [n for n in ("temperature", "soft_cap") if getattr(logits, n) is not None]
     values = [jnp.asarray(getattr(logits, n)).astype(spec.dtype) for n in numbers]
     dvalues = [
@@ -311,15 +325,25 @@ def _with_derivative_of(value: Array, other: Array) -> Array:
 # ------------------------------------------------------------------------------------------------------------- the pass
 
 
+def _place_in_block(spec: Spec, op: Operands, block: Block, i: Array) -> tuple[Array, Array]:
+    """Where in block i the labels are, and which of them are there, and not in the block before."""
+    length, size = op.shape[-1] // spec.strips, spec.size // spec.strips
+    dtype = op.labels.dtype
+    here = op.labels - jnp.asarray(_offset(spec, op.shape[-1])).astype(dtype)
+    strip, y = here // length, here % length
+    inside = (here >= 0) & (here < op.shape[-1]) & (y >= (i * size).astype(dtype)) & (y < (i * size + size).astype(dtype))
+    return strip * size + y - block.start.astype(dtype), inside
+
+
 def _targets(spec: Spec, op: Operands, block: Block, kind: str, count: Array | None = None) -> Array:
     """t of the block's classes, by kind: what is given, or the uniform distribution; times the weights of the classes."""
     if kind == "given":
-        t = lax.dynamic_slice_in_dim(op.targets, block.start, spec.size, -1).astype(spec.dtype)
+        t = _cut(spec, op.targets, block.start, -1).astype(spec.dtype)
     else:
         t = (block.x > -jnp.inf).astype(spec.dtype)
         t = t if count is None else t / jnp.maximum(count, 1)[..., None]
     if op.weights is not None:
-        w = lax.dynamic_slice_in_dim(op.weights, block.start, spec.size, 0).astype(spec.dtype)
+        w = _cut(spec, op.weights, block.start, 0).astype(spec.dtype)
         t = t * _beside(w, t)
     return t if block.there is None else jnp.where(block.there, t, 0)
 
@@ -359,24 +383,22 @@ def _measure(spec: Spec, op: Operands) -> tuple[dict[str, Array], Row]:
 
     def step(state: dict[str, Any], i: Array) -> tuple[dict[str, Any], None]:
         block = _block(spec, op, i)
-        x, place = block.x, jnp.arange(spec.size, dtype=jnp.int32)
+        x, place = block.x, _beside(block.places, block.x)
         m1, mb = state["maximum"], jnp.max(x, -1)
-        top = jnp.min(jnp.where(x == mb[..., None], _beside(place, x), spec.size - 1), -1)
-        at_top = _beside(place, x) == top[..., None]
+        top = jnp.min(jnp.where(x == mb[..., None], place, block.places[-1]), -1)
+        at_top = place == top[..., None]
         m = jnp.maximum(m1, mb)
-        wins = ~(mb <= m1)
+        wins = ~(mb <= m1) | (mb == m1) & (top < state["top"])
         c1, c = _anchor(m1, classes), _anchor(m, classes)
         factor = jnp.where(m1 == -jnp.inf, 0, jnp.exp(c1 - c))
         weights = jnp.exp(jnp.where(at_top, -jnp.inf, x) - c[..., None])
         loser = jnp.exp(jnp.where(wins, m1, mb) - c)
         new = dict(state)
         new["maximum"] = m
-        new["top"] = jnp.where(wins, block.places[0] + top, state["top"])
+        new["top"] = jnp.where(wins, top, state["top"])
         new["others"] = state["others"] * factor + (jnp.sum(weights, -1) + loser)
         if op.labels is not None:
-            y = op.labels - block.places[0].astype(op.labels.dtype)
-            new_from = (i * spec.size - block.start).astype(op.labels.dtype)  # as the last block overlaps
-            inside = (y >= new_from) & (y < spec.size)
+            y, inside = _place_in_block(spec, op, block, i)
             taken = jnp.take_along_axis(x, y[..., None], -1, mode="clip")[..., 0]
             new["label"] = jnp.where(inside, taken, state["label"])
         rise = jnp.where(m > m1, m - m1, 0)
@@ -692,6 +714,8 @@ def operands(
     if not isinstance(logits, LinearLogits):
         rows, keep = _checks.where_mask(function, where, logits.shape, axes)
         x = _checks.classes_last(logits.logits if isinstance(logits, ShardedLogits) else logits, axes)
+        if x.shape[-1] == 0:
+            raise ValueError(f"{function}: {argument} must have at least one class, got shape {logits.shape}")
     elif axes != (logits.ndim - 1,):
         raise ValueError(f"{function}: axis must be the last one where {argument} is computed by blocks, got {axis!r}")
     else:

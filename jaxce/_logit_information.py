@@ -18,11 +18,13 @@ from jaxce import _blocks, _checks, _numerics, _rows
 from jaxce._checks import Axis, compiled
 from jaxce._information import classes_of
 from jaxce._logits import AnyLogits, LinearLogits, ShardedLogits
+from jaxce._mesh import on_each_device
 from jaxce._numerics import Pair
 from jaxce._statistics import Logits, read_logits
 
 
 @compiled("axis", "base")
+@on_each_device("batch")
 def entropy_with_logits(
     logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None, *, base: float | None = None
 ) -> Array:
@@ -59,6 +61,7 @@ def entropy_with_logits(
 
 
 @compiled("axis", "base")
+@on_each_device("batch")
 def cross_entropy_with_logits(
     p_logits: AnyLogits,
     q_logits: AnyLogits,
@@ -128,8 +131,8 @@ def _by_blocks(
         )
     p, q = (_blocks.operands(function, n, x, axis, where) for n, x in zip(given, read, strict=True))
     specs = [_blocks.spec_of(x, operands, *read) for x, (operands, _) in zip(read, (p, q), strict=True)]
-    size = min(spec.size for spec in specs)
-    p_spec, q_spec = (spec._replace(size=size) for spec in specs)
+    size, strips = min(spec.size for spec in specs), max(spec.strips for spec in specs)
+    p_spec, q_spec = (spec._replace(size=size, strips=strips) for spec in specs)
     value, (p_row, q_row) = _blocks.sum_of_terms(term, (p_spec, q_spec), (p[0], q[0]))
     rows = p_row.present if term is _blocks.relative_entropy_term else p_row.present & q_row.present
     value = jnp.where(rows if p[1] is None else rows & p[1], value, 0)
@@ -282,6 +285,7 @@ def _relative_entropy_jvp(primals: tuple[Array, Array], tangents: tuple[Array, A
 
 
 @compiled("axis", "base")
+@on_each_device("batch")
 def relative_entropy_with_logits(
     p_logits: AnyLogits,
     q_logits: AnyLogits,
@@ -358,6 +362,7 @@ def _jensen_shannon_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Arr
 
 
 @compiled("axis", "base")
+@on_each_device("batch")
 def jensen_shannon_divergence_with_logits(
     p_logits: AnyLogits,
     q_logits: AnyLogits,

@@ -203,7 +203,7 @@ class ShardedLogits:
     Example:
       >>> import jax, jax.numpy as jnp, jaxce
       >>> from jax.sharding import PartitionSpec as P
-      >>> mesh = jax.make_mesh((jax.device_count(),), ("model",))
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
       >>> def loss(x, labels):
       ...     logits = jaxce.ShardedLogits(x, axis_name="model")
       ...     return jaxce.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -221,8 +221,8 @@ class ShardedLogits:
     def __post_init__(self) -> None:
         name = "ShardedLogits"
         logits = _checks.floating(name, "logits", self.logits)
-        if logits.ndim < 1 or logits.shape[-1] == 0:
-            raise ValueError(f"{name}: logits must have an axis with at least one class, got shape {logits.shape}")
+        if logits.ndim < 1:
+            raise ValueError(f"{name}: logits must have an axis of classes, got shape {logits.shape}")
         object.__setattr__(self, "logits", logits)
         object.__setattr__(self, "axis_name", _checks.axis_name(name, self.axis_name))
 

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from jaxce import _mesh
 from jaxce._checks import upcast
 from jaxce._numerics import exp_pair, log1p, single
 
@@ -180,7 +181,9 @@ def row_pass(x: Array, rows: Array | None = None) -> Row:
     """Goes over the classes twice: for the maximum, and for the sum of the others' weights."""
     x = lax.stop_gradient(x)
     classes = x.shape[-1]
+    strips = _mesh.strips(classes)  # no block may lie on two devices
     length = next(n for n in range(math.isqrt(classes - 1) + 1, classes + 1) if classes % n == 0)
+    length = next((n for n in range(length, classes // strips + 1) if classes % (n * strips) == 0), length)
     if classes <= _FEW:
         maximum, top, others = _few(x)
     elif classes // length >= 4:

@@ -11,10 +11,12 @@ from jax.typing import ArrayLike
 from jaxce import _checks
 from jaxce._checks import Axis, compiled
 from jaxce._logits import AnyLogits
+from jaxce._mesh import on_each_device
 from jaxce._statistics import BlockLogits, Logits, Measures, read_logits
 
 
 @compiled("axis", "label_smoothing", "z_loss")
+@on_each_device("batch")
 def softmax_cross_entropy_with_integer_labels(
     logits: AnyLogits,
     labels: ArrayLike,
@@ -78,6 +80,7 @@ def softmax_cross_entropy_with_integer_labels(
 
 
 @compiled("axis", "label_smoothing", "z_loss")
+@on_each_device("batch")
 def softmax_cross_entropy(
     logits: AnyLogits,
     labels: ArrayLike,
@@ -135,6 +138,7 @@ safe_softmax_cross_entropy = softmax_cross_entropy
 
 
 @compiled("axis", "gamma")
+@on_each_device("batch")
 def softmax_focal_loss(
     logits: AnyLogits,
     labels: ArrayLike,
@@ -174,6 +178,7 @@ def softmax_focal_loss(
 
 
 @compiled("axis", "epsilon")
+@on_each_device("batch")
 def poly_loss_cross_entropy(
     logits: AnyLogits,
     labels: ArrayLike,

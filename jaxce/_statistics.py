@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxce import _blocks, _checks, _rows
 from jaxce._checks import Axis, compiled
 from jaxce._logits import AnyLogits, LinearLogits, ShardedLogits
+from jaxce._mesh import on_each_device
 
 
 class Measures(NamedTuple):
@@ -238,6 +239,7 @@ class SoftmaxStatistics(NamedTuple):
 
 
 @compiled("axis")
+@on_each_device("batch")
 def softmax_statistics(
     logits: AnyLogits,
     labels: ArrayLike | None = None,
@@ -276,6 +278,7 @@ def softmax_statistics(
 
 
 @compiled("axis")
+@on_each_device("batch")
 def logsumexp(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
     r"""The logarithm of a sum of exponentials, :math:`\log \sum_k e^{x_k} = m + L`.
 
@@ -300,6 +303,7 @@ def logsumexp(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None
 
 
 @compiled("axis")
+@on_each_device("logits")
 def log_softmax(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
     r"""Logarithms of the softmax probabilities, :math:`\log p_k = -(g_k + L)`, never positive.
 
