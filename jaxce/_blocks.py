@@ -19,6 +19,7 @@ followed by one over the devices.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -264,11 +265,10 @@ def _tangent_block(spec: Spec, op: Operands, dop: Operands, i: Array) -> tuple[B
     dw = None
     if not _is_zero(dlogits.kernel):
         dw = _cut(spec, dlogits.kernel, start, axis % 2)
-    if spec.half and (dh is not None or dw is not None):
-        du = du + contract_half_tangent(logits.hidden, w, dh, dw, axis).astype(spec.dtype)
-    else:
-        du = du if dh is None else du + contract(dh, w.astype(spec.dtype), axis, False)
-        du = du if dw is None else du + contract(logits.hidden.astype(spec.dtype), dw, axis, False)
+    if dh is not None:
+        du = du + _by_strip(spec, lambda dh, w: _product_tangent(spec, logits, w, dh, None), dh, w, axis % 2)
+    if dw is not None:
+        du = du + _product_tangent(spec, logits, w, None, dw)
     if logits.bias is not None and not _is_zero(dlogits.bias):
         du = du + _beside(_cut(spec, dlogits.bias, start, 0).astype(spec.dtype), u)
     numbers = [n for n in ("temperature", "soft_cap") if getattr(logits, n) is not None]
@@ -286,19 +286,46 @@ def _tangent_block(spec: Spec, op: Operands, dop: Operands, i: Array) -> tuple[B
     return block, du if usable is None else jnp.where(usable, du, 0)
 
 
+def _product_tangent(spec: Spec, logits: LinearLogits, w: Array, dh: Array | None, dw: Array | None) -> Array:
+    """The tangent of the product of the hidden states with a block w of the kernel, along one of the two."""
+    if spec.half:
+        return contract_half_tangent(logits.hidden, w, dh, dw, logits.class_axis).astype(spec.dtype)
+    if dh is not None:
+        return contract(dh, w.astype(spec.dtype), logits.class_axis, False)
+    return contract(logits.hidden.astype(spec.dtype), dw, logits.class_axis, False)
+
+
+def _by_strip(spec: Spec, product: Callable[[Array, Array], Array], dh: Array, w: Array, axis: int) -> Array:
+    """The product with each strip of a block of the kernel of a dh of its own.
+
+    So a transpose adds up the gradient of the hidden states strip by strip, and XLA has no reason to add up over the
+    devices before the loop has ended.
+    """
+    if spec.strips == 1:
+        return product(dh, w)
+    strips = w.reshape(*w.shape[:axis], spec.strips, -1, *w.shape[axis + 1 :])
+    du = jax.vmap(product, (0, axis), -2)(dh, strips)
+    return du.reshape(*du.shape[:-2], spec.size)
+
+
 def _is_zero(tangent: Any) -> bool:
     return isinstance(tangent, SymbolicZero)
 
 
 def _widened(spec: Spec, dop: Operands) -> Operands:
-    """The tangents of what the loop adds up, in the dtype to add up in."""
+    """The tangents of what the loop adds up, in the dtype to add up in; that of the hidden states once for each strip."""
 
     def widen(tangent: Any) -> Any:
         if _is_zero(tangent) or tangent.dtype == jax.dtypes.float0:
             return tangent
         return tangent.astype(spec.dtype)
 
-    return jax.tree.map(widen, dop, is_leaf=_is_zero)
+    dop = jax.tree.map(widen, dop, is_leaf=_is_zero)
+    if spec.strips == 1 or not isinstance(dop.logits, LinearLogits) or _is_zero(dop.logits.hidden):
+        return dop
+    dlogits = copy.copy(dop.logits)
+    dlogits._set({"hidden": jnp.broadcast_to(dlogits.hidden, (spec.strips, *dlogits.hidden.shape))})
+    return dop._replace(logits=dlogits)
 
 
 def _sum_blocks(spec: Spec, classes: int, step: Callable[[Array], Any]) -> Any:
@@ -331,7 +358,9 @@ def _place_in_block(spec: Spec, op: Operands, block: Block, i: Array) -> tuple[A
     dtype = op.labels.dtype
     here = op.labels - jnp.asarray(_offset(spec, op.shape[-1])).astype(dtype)
     strip, y = here // length, here % length
-    inside = (here >= 0) & (here < op.shape[-1]) & (y >= (i * size).astype(dtype)) & (y < (i * size + size).astype(dtype))
+    inside = (
+        (here >= 0) & (here < op.shape[-1]) & (y >= (i * size).astype(dtype)) & (y < (i * size + size).astype(dtype))
+    )
     return strip * size + y - block.start.astype(dtype), inside
 
 
@@ -385,7 +414,7 @@ def _measure(spec: Spec, op: Operands) -> tuple[dict[str, Array], Row]:
         block = _block(spec, op, i)
         x, place = block.x, _beside(block.places, block.x)
         m1, mb = state["maximum"], jnp.max(x, -1)
-        top = jnp.min(jnp.where(x == mb[..., None], place, block.places[-1]), -1)
+        top = jnp.min(jnp.where(x == mb[..., None], place, classes - 1), -1)
         at_top = place == top[..., None]
         m = jnp.maximum(m1, mb)
         wins = ~(mb <= m1) | (mb == m1) & (top < state["top"])

@@ -101,8 +101,10 @@ def _run_on_each_device(function: Callable[..., Any], given: dict[str, Any], res
     axes = _checks.axes(function.__name__, given["axis"], len(shape))
     batch = [a for a in range(len(shape)) if a not in axes]
     places = [place for name, x in sorted(arrays.items()) for place in _places(name, x, shape, batch, axes[0])]
-    if None in places:
-        return function(**given)  # which will say what doesn't fit
+    mesh = next(jax.typeof(leaf).sharding.mesh for leaf in leaves if any(_spec(leaf)))
+    if None in places:  # the function will say what doesn't fit
+        whole = [reshard(leaf, NamedSharding(mesh, PartitionSpec())) for leaf in leaves]
+        return function(**given | jax.tree.unflatten(tree, whole))
 
     # Each axis of the logits is sharded as some array's is, and over each axis of the mesh only one: the batch comes first.
     parts: dict[Any, Any] = {}
@@ -115,7 +117,6 @@ def _run_on_each_device(function: Callable[..., Any], given: dict[str, Any], res
                 parts[axis] = part
                 taken |= names
 
-    mesh = next(jax.typeof(leaf).sharding.mesh for leaf in leaves if any(_spec(leaf)))
     specs = [PartitionSpec(*map(parts.get, place)) for place in places]
     leaves = [reshard(leaf, NamedSharding(mesh, spec)) for leaf, spec in zip(leaves, specs, strict=True)]
     name = parts.get(axes[0])

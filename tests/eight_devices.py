@@ -115,8 +115,7 @@ def results(names: tuple[str, ...], kind: str, a: Arrays, axis_name: Any = None)
 
 def on_mesh(function: Callable[[Arrays], Any], check_vma: bool = True, out_specs: Any = BY_ROWS) -> Any:
     """A function of each device's part as one of the whole."""
-    specs = ({name: SPECS[name] for name in arrays()},)
-    return jax.shard_map(function, mesh=mesh(), in_specs=specs, out_specs=out_specs, check_vma=check_vma)
+    return jax.shard_map(function, mesh=mesh(), in_specs=(SPECS,), out_specs=out_specs, check_vma=check_vma)
 
 
 def close(got: Any, expected: Any, rtol: float = 1e-12, atol: float = 1e-13) -> None:
@@ -143,11 +142,7 @@ def some(*chosen: tuple[Any, ...]) -> Any:
     """Kinds of logits with and without account of what varies; the others on request."""
     return pytest.mark.parametrize(
         ("kind", "check_vma"),
-        [
-            pytest.param(k, c, marks=() if (k, c) in chosen else pytest.mark.slow)
-            for k in KINDS
-            for c in (True, False)
-        ],
+        [pytest.param(k, c, marks=() if (k, c) in chosen else pytest.mark.slow) for k in KINDS for c in (True, False)],
     )
 
 
@@ -205,7 +200,11 @@ def test_higher_orders(kind: str, check_vma: bool) -> None:
 
             def all_orders(floats: Arrays) -> Any:
                 twice = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), floats)
-                return jax.jvp(jax.grad(value), (floats,), (directions,)), jax.grad(along)(floats), jax.vmap(value)(twice)
+                return (
+                    jax.jvp(jax.grad(value), (floats,), (directions,)),
+                    jax.grad(along)(floats),
+                    jax.vmap(value)(twice),
+                )
 
             return quick(all_orders)(floats)
 
@@ -249,7 +248,7 @@ def test_padded_classes_do_not_count(kind: str) -> None:
         }
 
         def part(a: Arrays) -> Any:
-            place = jax.lax.axis_index("model") * (V // MODEL) + jnp.arange(V // MODEL)
+            place = jax.lax.axis_index("model") * (V // MODEL) + jnp.arange(V // MODEL, dtype="int32")
             return loss(a, place < V - 1, "model")
 
         close(quick(on_mesh(part))(padded), loss(a))
@@ -281,7 +280,10 @@ def test_masks_and_labels() -> None:
     assert np.isnan(got.nll[2]) and got.prediction[3] == 2
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(sharded(a | {"logits": x}, rows).entropy)))(a["logits"])
     np.testing.assert_allclose(
-        gradient, jax.grad(lambda x: jnp.sum(jaxce.entropy_with_logits(x, where=rows)))(a["logits"]), rtol=3e-6, atol=1e-7
+        gradient,
+        jax.grad(lambda x: jnp.sum(jaxce.entropy_with_logits(x, where=rows)))(a["logits"]),
+        rtol=3e-6,
+        atol=1e-7,
     )
 
 
@@ -344,7 +346,9 @@ def test_metrics_of_sharded_logits() -> None:
         return jaxce.metrics.Evaluation.from_batch(x, a["labels"], k=2).psum("data").compute()
 
     whole = jaxce.metrics.Evaluation.from_batch(a["logits"], a["labels"], k=2).compute()
-    for got, right in zip(jax.tree.leaves(jax.jit(on_mesh(part, out_specs=P()))(a)), jax.tree.leaves(whole), strict=True):
+    for got, right in zip(
+        jax.tree.leaves(jax.jit(on_mesh(part, out_specs=P()))(a)), jax.tree.leaves(whole), strict=True
+    ):
         np.testing.assert_allclose(got, right, rtol=2e-6)  # a handful of float32 operations
 
 
@@ -368,7 +372,9 @@ def table() -> list[Any]:
                         continue
                     quickly = (types, layout, name, kind) in DEFAULT
                     marks = () if quickly else pytest.mark.slow
-                    rows.append(pytest.param(types, layout, name, kind, marks=marks, id=f"{types.name}-{layout}-{name}-{kind}"))
+                    rows.append(
+                        pytest.param(types, layout, name, kind, marks=marks, id=f"{types.name}-{layout}-{name}-{kind}")
+                    )
     return rows
 
 
@@ -387,7 +393,10 @@ DEFAULT = [
 def test_arrays_sharded_under_jit(types: AxisType, layout: str, name: str, kind: str) -> None:
     with jax.enable_x64(True):
         a = arrays()
-        a |= {"hidden": jnp.pad(a["hidden"], ((0, 0), (0, 1))), "kernel": jnp.pad(a["kernel"], ((0, 1), (0, 0)))}  # 4 features
+        a |= {
+            "hidden": jnp.pad(a["hidden"], ((0, 0), (0, 1))),
+            "kernel": jnp.pad(a["kernel"], ((0, 1), (0, 0))),
+        }  # 4 features
         m = mesh(types)
         placed = {n: jax.device_put(v, NamedSharding(m, LAYOUTS[layout][n])) for n, v in a.items()}
 
@@ -488,15 +497,21 @@ def refused(message: str, function: Callable[[Arrays], Any], a: Arrays | None = 
 
 def test_what_is_refused() -> None:
     part = lambda a: jaxce.ShardedLogits(a["logits"], "model")
-    refused("axis_name must be an axis that is mapped", lambda a: jaxce.logsumexp(jaxce.ShardedLogits(a["logits"], "mode")))
+    refused(
+        "axis_name must be an axis that is mapped", lambda a: jaxce.logsumexp(jaxce.ShardedLogits(a["logits"], "mode"))
+    )
     refused("labels must have the shape of the logits without", lambda a: integer(part(a), a["labels"][:1]))
     whole = lambda a: jax.lax.all_gather(a["soft"], "model", axis=1, tiled=True)
-    refused("labels must have the shape of the logits on each", lambda a: jaxce.softmax_cross_entropy(part(a), whole(a)))
+    refused(
+        "labels must have the shape of the logits on each", lambda a: jaxce.softmax_cross_entropy(part(a), whole(a))
+    )
     refused("class_weights must have one number", lambda a: integer(part(a), a["labels"], class_weights=jnp.ones(V)))
     compare = jaxce.relative_entropy_with_logits
     refused("q_logits must be sharded over", lambda a: compare(part(a), a["other"]))
     refused("q_logits must be sharded over", lambda a: compare(part(a), jaxce.ShardedLogits(a["other"], "data")))
     refused("q_logits must have the shape", lambda a: compare(part(a), jaxce.ShardedLogits(a["other"][:, :2], "model")))
-    refused("kernel must have as many features", lambda a: jaxce.LinearLogits(a["logits"], a["kernel"], axis_name="model"))
+    refused(
+        "kernel must have as many features", lambda a: jaxce.LinearLogits(a["logits"], a["kernel"], axis_name="model")
+    )
     same = lambda a: jaxce.LinearLogits(a["hidden"], jnp.zeros((D, V)), axis_name="model")
     refused("logits must be sharded over 'model'", lambda a: jaxce.logsumexp(same(a)))

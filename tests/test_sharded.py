@@ -1,20 +1,58 @@
-"""Losses on a mesh: eight simulated devices and two processes, each in processes of their own; and what is refused."""
+"""Losses on a mesh: eight simulated devices, and two processes, in processes of their own.
+
+XLA has as many devices as it is told before it starts, and all other tests run on one.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 HERE = Path(__file__).parent
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
+
+
+def start(*command: Any, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=ENVIRONMENT | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def outputs(processes: list[subprocess.Popen[str]], timeout: float) -> list[str]:
+    """What they print; none of them is left behind."""
+    try:
+        printed = [p.communicate(timeout=timeout) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    for p, (out, err) in zip(processes, printed, strict=True):
+        assert p.returncode == 0, out[-10_000:] + err[-4_000:]
+    return [out for out, _ in printed]
 
 
 def test_on_eight_devices() -> None:
-    """XLA has as many devices as it is told before it starts, and all other tests run on one."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "eight_devices.py")]
-    done = subprocess.run(
-        command, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
+    command = "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "eight_devices.py"
+    outputs([start(*command, XLA_FLAGS="--xla_force_host_platform_device_count=8")], timeout=1200)
+
+
+def test_two_processes_train_as_one() -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    script = HERE / "two_processes.py"
+    pair = outputs([start(script, process, 2, port) for process in (0, 1)], timeout=300)
+    (alone,) = outputs([start(script, 0, 1, port)], timeout=300)
+    first, second, one = (json.loads(out.splitlines()[-1]) for out in (*pair, alone))
+    assert first == second and len(one) == 5 and all(np.isfinite(one))
+    np.testing.assert_allclose(first, one, rtol=1e-6)  # the sum over processes is in another order
