@@ -18,8 +18,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +103,11 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
     args = parser.parse_args()
-    shapes = ((args.rows, args.features), "float32"), ((args.features, args.classes), "float32"), ((args.rows,), "int32")
+    shapes = (
+        ((args.rows, args.features), "float32"),
+        ((args.features, args.classes), "float32"),
+        ((args.rows,), "int32"),
+    )
     print(f"jax {jax.__version__}, rows {args.rows}, features {args.features}, classes {args.classes}, float32\n")
     print("| program | devices | arguments MB | temporary MB | network MB | collectives |\n|---|---|---|---|---|---|")
     rows = []
@@ -119,8 +122,9 @@ def main() -> None:
             for name, program in programs(mesh).items():
                 step = jax.jit(jax.value_and_grad(program, (0, 1)), out_shardings=(None, (places[0], places[1])))
                 compiled = step.lower(*structs).compile()
-                analysis = compiled.memory_analysis()
-                found = collectives(compiled.as_text())
+                analysis, text = compiled.memory_analysis(), compiled.as_text()
+                assert analysis is not None and text is not None
+                found = collectives(text)
                 rows.append((name, devices, analysis.argument_size_in_bytes, analysis.temp_size_in_bytes, found))
     for name, devices, held, temporary, found in sorted(rows, key=lambda row: row[0]):
         network = sum(c.bytes * c.times for c in found)

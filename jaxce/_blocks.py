@@ -290,9 +290,10 @@ def _product_tangent(spec: Spec, logits: LinearLogits, w: Array, dh: Array | Non
     """The tangent of the product of the hidden states with a block w of the kernel, along one of the two."""
     if spec.half:
         return contract_half_tangent(logits.hidden, w, dh, dw, logits.class_axis).astype(spec.dtype)
-    if dh is not None:
-        return contract(dh, w.astype(spec.dtype), logits.class_axis, False)
-    return contract(logits.hidden.astype(spec.dtype), dw, logits.class_axis, False)
+    if dw is not None:
+        return contract(logits.hidden.astype(spec.dtype), dw, logits.class_axis, False)
+    assert dh is not None
+    return contract(dh, w.astype(spec.dtype), logits.class_axis, False)
 
 
 def _by_strip(spec: Spec, product: Callable[[Array, Array], Array], dh: Array, w: Array, axis: int) -> Array:
@@ -731,7 +732,7 @@ def operands(
 ) -> tuple[Operands, Array | None]:
     """``logits`` past the door, with the mask of rows."""
     axes = _checks.axes(function, axis, logits.ndim)
-    name = None if isinstance(logits, jax.Array) else logits.axis_name
+    name = logits.axis_name if isinstance(logits, LinearLogits | ShardedLogits) else None
     if name is not None:
         here = _mesh.index(function, name)
         whole = logits.kernel if isinstance(logits, LinearLogits) else logits

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from jaxce import _blocks, _checks, _numerics, _rows
 from jaxce._checks import Axis, compiled
 from jaxce._information import classes_of
-from jaxce._logits import AnyLogits, LinearLogits, ShardedLogits
+from jaxce._logits import AnyLogits, NotArray
 from jaxce._mesh import on_each_device
 from jaxce._numerics import Pair
 from jaxce._statistics import Logits, read_logits
@@ -94,7 +94,7 @@ def cross_entropy_with_logits(
     """
     name = "cross_entropy_with_logits"
     log_base = _checks.log_base(name, base)
-    if not _are_arrays(p_logits, q_logits):
+    if isinstance(p_logits, NotArray) or isinstance(q_logits, NotArray):
         return _by_blocks(name, p_logits, q_logits, axis, where, _blocks.cross_entropy_term, log_base)
     given = [_checks.floating(name, "p_logits", p_logits), _checks.floating(name, "q_logits", q_logits)]
     _checks.same_shape(name, "q_logits", given[1], given[0].shape, "the shape of p_logits")
@@ -102,10 +102,6 @@ def cross_entropy_with_logits(
     q = read_logits(name, "q_logits", given[1], axis, where, given[0])
     assert isinstance(p, Logits) and isinstance(q, Logits)
     return _numerics.in_units(_numerics.single(_rows.dense_nll(q.x, q.row, _rows.probabilities(p.x, p.row))), log_base)
-
-
-def _are_arrays(*logits: AnyLogits) -> bool:
-    return not any(isinstance(x, LinearLogits | ShardedLogits) for x in logits)
 
 
 def _by_blocks(
@@ -119,8 +115,8 @@ def _by_blocks(
 ) -> Array:
     """sum_k term(log p_k, log q_k) where at least one of the two is computed block by block."""
     given = {"p_logits": p_logits, "q_logits": q_logits}
-    read = [_checks.floating(function, n, x) if _are_arrays(x) else x for n, x in given.items()]
-    names = [None if isinstance(x, Array) else x.axis_name for x in read]
+    read = [x if isinstance(x, NotArray) else _checks.floating(function, n, x) for n, x in given.items()]
+    names = [x.axis_name if isinstance(x, NotArray) else None for x in read]
     if names[0] != names[1]:
         raise ValueError(
             f"{function}: q_logits must be sharded over the axis_name of p_logits, {names[0]!r}, got {names[1]!r}"
@@ -151,7 +147,7 @@ def _divergence(
 ) -> Array:
     """A divergence: of two arrays as a pair, and otherwise the sum of its terms, block by block."""
     log_base = _checks.log_base(function, base)
-    if not _are_arrays(p_logits, q_logits):
+    if isinstance(p_logits, NotArray) or isinstance(q_logits, NotArray):
         return _by_blocks(function, p_logits, q_logits, axis, where, term, log_base)
     p, q = classes_of(function, axis, where, -math.inf, p_logits=p_logits, q_logits=q_logits)
     return _numerics.in_units(of_arrays(p, q), log_base)

@@ -179,7 +179,7 @@ _STATIC = ("class_axis", "block_size", "axis_name")
 class ShardedLogits:
     r"""One device's part of logits whose classes are sharded over a mesh, for use inside `jax.shard_map`.
 
-    .. math:: x = (x^{(0)}, x^{(1)}, \dots), \qquad k = i\, n + j \text{ for class } j \text{ of the } n \text{ of device } i .
+    .. math:: k = i\, n + j \quad \text{ for class } j \text{ of the } n \text{ classes of device } i .
 
     Every function of jaxce that takes logits takes this in their place, and gives each device the numbers, and the
     derivatives, that the whole logits have. What crosses the network is a few numbers per row. What has an axis of classes
@@ -257,6 +257,7 @@ class ShardedLogits:
         return f"ShardedLogits({_checks.describe(self.logits)} of each device, axis_name={self.axis_name!r})"
 
 
+NotArray = LinearLogits | ShardedLogits
 AnyLogits = ArrayLike | LinearLogits | ShardedLogits
 """What every function of logits takes."""
 

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxce import _blocks, _checks, _rows
 from jaxce._checks import Axis, compiled
-from jaxce._logits import AnyLogits, LinearLogits, ShardedLogits
+from jaxce._logits import AnyLogits, LinearLogits, NotArray, ShardedLogits
 from jaxce._mesh import on_each_device
 
 
@@ -208,7 +208,7 @@ def read_logits(
     *others: Array,
 ) -> Logits | BlockLogits:
     """``logits`` past the door. They are computed with in the widest dtype of them, ``others`` and float32."""
-    if isinstance(logits, LinearLogits | ShardedLogits):
+    if isinstance(logits, NotArray):
         operands, rows = _blocks.operands(function, argument, logits, axis, where)
         axes = _checks.axes(function, axis, logits.ndim)
         return BlockLogits(operands, rows, _blocks.spec_of(logits, operands, *others), axes, logits.shape)

@@ -11,7 +11,8 @@ sizes, hence the result by no more than its last digit. That is for given terms:
 another way when it compiles for another batch shape.
 
 A metric can be the carry of ``lax.scan``, goes through ``jax.jit`` and, over models, through ``jax.vmap``, and inside
-``shard_map`` ``metric.psum(axis_name)`` is that of all devices' examples; `ShardedLogits` take the place of logits. In a ``clu``-style loop write
+``shard_map`` ``metric.psum(axis_name)`` is that of all devices' examples, where `ShardedLogits` may take the place of
+logits: their metric is that of all classes. In a ``clu``-style loop write
 ``metrics = metrics.merge(Evaluation.from_batch(logits, labels))``; in Flax NNX hold ``metric = nnx.Variable(
 Evaluation.empty())`` and write ``metric.set_value(metric.get_value().update(logits, labels))``.
 

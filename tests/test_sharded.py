@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
+DEVICES = "--xla_force_host_platform_device_count={}"
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
 
 
@@ -43,7 +44,7 @@ def outputs(processes: list[subprocess.Popen[str]], timeout: float) -> list[str]
 
 def test_on_eight_devices() -> None:
     command = "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "eight_devices.py"
-    outputs([start(*command, XLA_FLAGS="--xla_force_host_platform_device_count=8")], timeout=1200)
+    outputs([start(*command, XLA_FLAGS=DEVICES.format(8))], timeout=1200)
 
 
 def test_two_processes_train_as_one() -> None:
@@ -51,8 +52,8 @@ def test_two_processes_train_as_one() -> None:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     script = HERE / "two_processes.py"
-    pair = outputs([start(script, process, 2, port) for process in (0, 1)], timeout=300)
-    (alone,) = outputs([start(script, 0, 1, port)], timeout=300)
+    pair = outputs([start(script, process, 2, port, XLA_FLAGS=DEVICES.format(4)) for process in (0, 1)], timeout=300)
+    (alone,) = outputs([start(script, 0, 1, port, XLA_FLAGS=DEVICES.format(8))], timeout=300)
     first, second, one = (json.loads(out.splitlines()[-1]) for out in (*pair, alone))
     assert first == second and len(one) == 5 and all(np.isfinite(one))
     np.testing.assert_allclose(first, one, rtol=1e-6)  # the sum over processes is in another order

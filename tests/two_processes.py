@@ -1,20 +1,14 @@
-"""A small language model on two processes of four devices each, or on one of eight: prints the losses of some steps.
+"""A small language model whose batch is sharded over processes, and its classes over devices: the losses of some steps.
 
-    python tests/two_processes.py PROCESS PROCESSES PORT
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 python tests/two_processes.py PROCESS 2 PORT
 
-The batch is sharded over the processes and the classes over each one's devices.
+prints them on each of two processes, and with eight devices and ``0 1 0`` a process prints them alone.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-
-PROCESS, PROCESSES, PORT = map(int, sys.argv[1:]) if __name__ == "__main__" else (0, 1, 0)
-if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // PROCESSES}"
-    os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +19,10 @@ from jax.sharding import PartitionSpec as P
 import jaxce
 
 
-def main() -> None:
-    if PROCESSES > 1:
+def main(process: int, processes: int, port: int) -> None:
+    if processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"localhost:{PORT}", PROCESSES, PROCESS)
+        jax.distributed.initialize(f"localhost:{port}", processes, process)
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     # The classes are 57, which 4 devices don't divide: three are padding.
     rng = np.random.default_rng(0)
@@ -73,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))
