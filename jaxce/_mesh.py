@@ -51,15 +51,20 @@ def vary(tree: _T, axes: frozenset[str]) -> _T:
     return jax.tree.map(cast, tree)
 
 
+def devices() -> int:
+    """On how many devices an array may lie; inside of `jax.shard_map` that is one."""
+    types = jax.sharding.get_abstract_mesh().axis_types
+    manual = bool(types) and all(t == AxisType.Manual for t in types)
+    return 1 if manual else jax.device_count()
+
+
 def strips(classes: int) -> int:
     """In how many equal strips to see the classes, so that a block with a bit of each strip is a bit of each device's part.
 
     How a mesh with automatic axis types shards the classes isn't known while tracing, but into no more parts than there
-    are devices; XLA would gather what is cut otherwise. Inside of `jax.shard_map` all arrays are those of one device.
+    are devices; XLA would gather what is cut otherwise.
     """
-    types = jax.sharding.get_abstract_mesh().axis_types
-    manual = bool(types) and all(t == AxisType.Manual for t in types)
-    return 1 if manual else math.gcd(classes, jax.device_count())
+    return math.gcd(classes, devices())
 
 
 # Arrays on a mesh with explicit axis types show in their types how they are sharded. There each device runs a function of
