@@ -121,7 +121,8 @@ def main() -> None:
             ]
             for name, program in programs(mesh).items():
                 step = jax.jit(jax.value_and_grad(program, (0, 1)), out_shardings=(None, (places[0], places[1])))
-                compiled = step.lower(*structs).compile()
+                with jax.set_mesh(mesh):
+                    compiled = step.lower(*structs).compile()
                 analysis, text = compiled.memory_analysis(), compiled.as_text()
                 assert analysis is not None and text is not None
                 found = collectives(text)

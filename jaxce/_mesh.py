@@ -52,10 +52,11 @@ def vary(tree: _T, axes: frozenset[str]) -> _T:
 
 
 def devices() -> int:
-    """On how many devices an array may lie; inside of `jax.shard_map` that is one."""
-    types = jax.sharding.get_abstract_mesh().axis_types
-    manual = bool(types) and all(t == AxisType.Manual for t in types)
-    return 1 if manual else jax.device_count()
+    """On how many devices an array may lie: those of the mesh in use, if one is set; inside of `jax.shard_map`, one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count()
+    return math.prod(n for n, t in zip(mesh.axis_sizes, mesh.axis_types, strict=True) if t != AxisType.Manual)
 
 
 def strips(classes: int) -> int:
