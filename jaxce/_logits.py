@@ -177,7 +177,7 @@ _STATIC = ("class_axis", "block_size", "axis_name")
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ShardedLogits:
-    r"""One device's part of logits whose classes are sharded over a mesh, for use inside `jax.shard_map`.
+    r"""One device's part of logits whose classes are sharded over a mesh, for use inside `jax.shard_map` (or `jax.vmap`).
 
     .. math:: k = i\, n + j \quad \text{ for class } j \text{ of the } n \text{ classes of device } i .
 

@@ -365,6 +365,7 @@ LAYOUTS: dict[str, dict[str, P]] = {
     "class": {n: P(*(None if part == "data" else part for part in s)) for n, s in SPECS.items()},
     "both": SPECS,
     "features": SPECS | {"hidden": P("data"), "kernel": P("data", "model")},
+    "one axis for batch and classes": SPECS | {"kernel": P(None, "data"), "bias": P("data")},
 }
 
 
@@ -374,7 +375,7 @@ def table() -> list[Any]:
         for layout in LAYOUTS:
             for name in WITH_LOG_SOFTMAX:
                 for kind in ("array", "linear, blocks"):
-                    if layout == "features" and kind == "array":
+                    if layout not in ("batch", "class", "both") and kind == "array":
                         continue
                     quickly = (types, layout, name, kind) in DEFAULT
                     marks = () if quickly else pytest.mark.slow
@@ -386,7 +387,9 @@ def table() -> list[Any]:
 
 WITH_LOG_SOFTMAX = FUNCTIONS | {"log_softmax": lambda x, a: jaxce.log_softmax(x)}
 DEFAULT = [
+    (AxisType.Explicit, "batch", "entropy", "array"),
     (AxisType.Explicit, "both", "log_softmax", "array"),
+    (AxisType.Explicit, "one axis for batch and classes", "integer labels", "linear, blocks"),
     (AxisType.Explicit, "both", "cross-entropy, to", "array"),
     (AxisType.Explicit, "features", "integer labels, modified", "linear, blocks"),
     (AxisType.Auto, "both", "dense labels", "array"),
@@ -425,6 +428,16 @@ def test_vmap_over_an_axis_sharded_explicitly() -> None:
     got = jax.jit(jax.vmap(integer))(x, y)
     assert jax.typeof(got).sharding.spec == P("data")
     np.testing.assert_allclose(got, integer(a["logits"], a["labels"]), rtol=1e-6)  # twelve classes in float32
+
+
+def test_a_mesh_of_automatic_and_explicit_axes() -> None:
+    a = arrays("float32")
+    m = jax.make_mesh((DATA, MODEL), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Explicit))
+    x = jax.device_put(a["logits"], NamedSharding(m, P("data", "model")))
+    y = jax.device_put(a["labels"], NamedSharding(m, P("data")))
+    got = jax.jit(jax.grad(lambda x: jnp.sum(integer(x, y))))(x)
+    expected = jax.grad(lambda x: jnp.sum(integer(x, a["labels"])))(a["logits"])
+    np.testing.assert_allclose(got, expected, rtol=2e-6, atol=1e-7)  # twelve classes in float32
 
 
 def test_bad_shapes_are_refused_on_an_explicit_mesh() -> None:
