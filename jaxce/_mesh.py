@@ -112,16 +112,19 @@ def _run_on_each_device(function: Callable[..., Any], given: dict[str, Any], res
         whole = [reshard(leaf, NamedSharding(mesh, PartitionSpec())) for leaf in leaves]
         return function(**given | jax.tree.unflatten(tree, whole))
 
-    # Each axis of the logits is sharded as some array's is, and over each axis of the mesh only one: the batch comes first.
+    # Each axis of the logits is sharded as they are, or else as what comes with them; and over each axis of the mesh only
+    # one: the batch comes before the classes.
     parts: dict[Any, Any] = {}
     taken: set[str] = set()
-    for axis in (*batch, axes[0]):
-        for leaf, place in zip(leaves, places, strict=True):
-            part = _spec(leaf)[place.index(axis)] if axis in place else None
-            names = {part} if isinstance(part, str) else set(part or ())
-            if axis not in parts and names and not names & taken:
-                parts[axis] = part
-                taken |= names
+    owners = [name for name, x in sorted(arrays.items()) for _ in jax.tree.leaves(x)]
+    for is_logits in (True, False):
+        for axis in (*batch, axes[0]):
+            for owner, leaf, place in zip(owners, leaves, places, strict=True):
+                part = _spec(leaf)[place.index(axis)] if axis in place else None
+                names = {part} if isinstance(part, str) else set(part or ())
+                if owner.endswith("logits") == is_logits and axis not in parts and names and not names & taken:
+                    parts[axis] = part
+                    taken |= names
 
     specs = [PartitionSpec(*map(parts.get, place)) for place in places]
     leaves = [reshard(leaf, NamedSharding(mesh, spec)) for leaf, spec in zip(leaves, specs, strict=True)]
