@@ -22,6 +22,7 @@ from jaxce._likelihood import (
     poisson_nll,
     student_t_nll,
 )
+from jaxce._linear import linear_cross_entropy
 from jaxce._logit_information import (
     cross_entropy_with_logits,
     entropy_with_logits,
@@ -61,6 +62,7 @@ __all__ = [
     "logsumexp",
     "softmax_statistics",
     # losses on logits
+    "linear_cross_entropy",
     "poly_loss_cross_entropy",
     "safe_softmax_cross_entropy",
     "sigmoid_binary_cross_entropy",

@@ -311,10 +311,14 @@ def contract_half_tangent(hidden: Array, kernel: Array, dh: Array | None, dw: Ar
 
 
 def shape_logits(x: Array, temperature: Any, soft_cap: Any) -> Array:
-    """The logits of the products: divided by the temperature and capped."""
+    """The logits of the products: divided by the temperature and capped, but for -inf, which a bias may be: no class."""
+    if temperature is None and soft_cap is None:
+        return x
+    absent = jnp.isneginf(x)
+    x = jnp.where(absent, 0, x)
     if temperature is not None:
         x = x / jnp.asarray(temperature).astype(x.dtype)
     if soft_cap is not None:
         cap = jnp.asarray(soft_cap).astype(x.dtype)
         x = cap * jnp.tanh(x / cap)
-    return x
+    return jnp.where(absent, -jnp.inf, x)

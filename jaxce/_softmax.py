@@ -253,7 +253,9 @@ def _smoothing(function: str, argument: str, value: float) -> float:
     return _checks.number(function, argument, value, "a number in [0, 1]", lambda a: 0 <= a <= 1)
 
 
-def _class_weights(function: str, class_weights: ArrayLike | None, z: Logits | BlockLogits) -> Array | None:
+def _class_weights(
+    function: str, class_weights: ArrayLike | None, z: Logits | BlockLogits | LinearLogits
+) -> Array | None:
     if class_weights is None:
         return None
     weights = _checks.floating(function, "class_weights", class_weights)
