@@ -22,7 +22,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jaxce import _checks
+from jaxce import _checks, _mesh
 from jaxce._checks import compiled
 from jaxce._logits import LinearLogits, contract, shape_logits
 from jaxce._reduction import weighted_mean
@@ -55,6 +55,10 @@ def linear_cross_entropy(
     derivatives, to any order and in both modes. Where a gradient is asked for, the logits are computed once rather than
     twice: three matrix products in place of four, for the memory of a chunk of examples with all their classes in
     place of a block. Without a gradient it takes no more than the losses.
+
+    On a mesh the losses are computed by themselves, as each chunk's part of the kernel's gradient would cross the network:
+    where the classes are sharded, and under `jax.jit` alone wherever arrays may lie on several devices. Inside of a
+    `jax.shard_map` over the batch a device's mean is its own; take that of all with their normalizer.
 
     A row of weight 0 takes no part, whatever it holds: its loss is 0. So for a padding label of -100 give
     ``weights=labels != -100``. In half precision the kernel's gradient is summed in float32.
@@ -93,6 +97,12 @@ def linear_cross_entropy(
     w = w.astype(logits.dtype)
     if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"{_NAME}: chunk_size must be None or a positive integer, got {chunk_size!r}")
+
+    if logits.axis_name is not None or _mesh.devices() > 1:
+        losses = softmax_cross_entropy_with_integer_labels(
+            logits, y, where=w != 0, label_smoothing=label_smoothing, class_weights=class_weights, z_loss=z_loss
+        )
+        return weighted_mean(losses, w, normalizer=normalizer)
 
     options = _Options(
         label_smoothing=_smoothing(_NAME, "label_smoothing", label_smoothing),

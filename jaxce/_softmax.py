@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxce import _checks
 from jaxce._checks import Axis, compiled
-from jaxce._logits import AnyLogits
+from jaxce._logits import AnyLogits, LinearLogits
 from jaxce._mesh import on_each_device
 from jaxce._statistics import BlockLogits, Logits, Measures, read_logits
 

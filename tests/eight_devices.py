@@ -265,6 +265,32 @@ def test_padded_classes_do_not_count(kind: str) -> None:
         assert not got[:, -1].any()
 
 
+def test_mean_loss_of_a_part() -> None:
+    """It is weighted_mean of the losses, of whose classes a device has some; and the same under jit alone."""
+
+    def mean(a: Arrays, axis_name: Any = None) -> Any:
+        weights = (a["labels"] != 4).astype(a["hidden"].dtype)
+        options = {"label_smoothing": 0.1, "class_weights": a["weights"], "normalizer": 3.0}
+        total = jaxce.linear_cross_entropy(logits_of("linear, blocks", a, axis_name), a["labels"], weights, **options)
+        return total if axis_name is None else jax.lax.psum(total, "data")
+
+    with jax.enable_x64(True):
+        floats, labels = split(arrays())
+        sharded = on_mesh(lambda a: mean(a, "model"), out_specs=P())
+        slopes = [quick(jax.value_and_grad(lambda x, f=f: f(x | labels)))(floats) for f in (sharded, mean)]
+        expected = jaxce.softmax_cross_entropy_with_integer_labels(
+            logits_of("linear", floats).materialize(),
+            labels["labels"],
+            label_smoothing=0.1,
+            class_weights=floats["weights"],
+        )
+        close(slopes[0], slopes[1])
+        np.testing.assert_allclose(slopes[1][0], (expected[0] + expected[2] + expected[3]) / 3, rtol=1e-12)
+        m = mesh(AxisType.Explicit)
+        placed = {n: jax.device_put(v, NamedSharding(m, SPECS[n])) for n, v in (floats | labels).items()}
+        np.testing.assert_allclose(quick(mean)(placed), slopes[1][0], rtol=1e-12)
+
+
 def test_masks_and_labels() -> None:
     """Rows that don't count lie on one device, a device has no class in some row, and labels are anywhere or nowhere."""
     x = np.array(arrays("float32")["logits"])
