@@ -34,12 +34,14 @@ def test_parts_of_a_vmap() -> None:
     def in_parts(hidden: Any, kernel: Any) -> Any:
         def part(kernel: Any) -> Any:
             x = jaxce.LinearLogits(hidden, kernel, axis_name="parts", block_size=2)
-            return integer(x, labels) + jaxce.entropy_with_logits(jaxce.ShardedLogits(x.materialize(), "parts"))
+            entropies = jaxce.entropy_with_logits(jaxce.ShardedLogits(x.materialize(), "parts"))
+            return integer(x, labels) + entropies + jaxce.linear_cross_entropy(x, labels)
 
         return jax.vmap(part, in_axes=1, out_axes=None, axis_name="parts")(kernel.reshape(3, 4, 3))
 
     def whole(hidden: Any, kernel: Any) -> Any:
-        return integer(hidden @ kernel, labels) + jaxce.entropy_with_logits(hidden @ kernel)
+        losses = integer(hidden @ kernel, labels)
+        return losses + jaxce.entropy_with_logits(hidden @ kernel) + jnp.mean(losses)
 
     np.testing.assert_allclose(jax.jit(in_parts)(hidden, kernel), whole(hidden, kernel), rtol=1e-6)  # another order
     got = jax.jit(jax.grad(lambda *a: jnp.sum(in_parts(*a)), (0, 1)))(hidden, kernel)
