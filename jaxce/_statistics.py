@@ -66,7 +66,11 @@ class Logits(NamedTuple):
         if labels is not None:
             loss = _label_loss(_rows.label_nll(self.x, self.row, labels), labels, weights)
             if smoothing:
-                loss = _mix(loss, _rows.dense_nll(self.x, self.row, _weighted(weights, self._uniform())), smoothing)
+                if weights is None:
+                    uniform = _rows.uniform_nll(self.x, self.row)
+                else:
+                    uniform = _rows.dense_nll(self.x, self.row, _weighted(weights, self._uniform()))
+                loss = _mix(loss, uniform, smoothing)
         if targets is not None:
             if smoothing:
                 targets = (1 - smoothing) * targets + smoothing * self._uniform()
