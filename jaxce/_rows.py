@@ -403,7 +403,8 @@ def _dense_error(x: Array, row: Row, targets: Array) -> Array:
     at_top = (row.weight * rest - row.others * top_target) / row.total
     x, anchor, total, sum_, at_top = lax.optimization_barrier((x, row.anchor, row.total, rest + top_target, at_top))
     error = _weights(x, anchor[..., None]) * sum_[..., None] / total[..., None] - targets
-    return row.select(jnp.where(_is_class(x, row.top), at_top[..., None], error))
+    error = jnp.where(_is_class(x, row.top), at_top[..., None], error)
+    return jnp.where(row.present[..., None], error, 0)
 
 
 @partial(_dense_error.defjvp, symbolic_zeros=True)
@@ -417,6 +418,67 @@ def _(primals: Any, tangents: Any) -> Any:
     if not isinstance(dt, jax.custom_derivatives.SymbolicZero):
         tangent += p * jnp.sum(dt, -1)[..., None] - row.select(dt)
     return _dense_error(x, row, targets), tangent
+
+
+@jax.custom_jvp
+def uniform_nll(x: Array, row: Row) -> Array:
+    """The mean of g_k + L over the classes that are there: dense_nll with uniform targets, which are not written down."""
+    gap = _even_gap(x, row)[0]
+    gap = jnp.where(jnp.isposinf(row.maximum) & (gap > 0), jnp.inf, gap)
+    return jnp.where(row.present, gap + row.log_sum, 0)
+
+
+def _even_gap(x: Array, row: Row) -> tuple[Array, Array]:
+    """The mean of g_k over the classes that are there, and how many these are (at least 1)."""
+
+    def plain(x: Array, m: Array) -> Array:
+        return m - x.astype(m.dtype)
+
+    # Quarters, so that -inf can be told from the least finite number. Numbers come as rows: XLA:CPU would write out more
+    # than a few constants as arrays of the size of x.
+    def there(x: Array, one: Array, least: Array, quarter: Array) -> Array:
+        return jnp.minimum(jnp.maximum(quarter * x.astype(one.dtype), least) - least, one)
+
+    def careful(x: Array, m: Array, most: Array, share: Array, *numbers: Array) -> Array:
+        _, least, quarter = numbers
+        inside = jnp.minimum(jnp.maximum(quarter * x.astype(m.dtype), least), most)
+        return (m - inside) * share * there(x, *numbers)
+
+    classes, largest = x.shape[-1], float(jnp.finfo(row.maximum.dtype).max)
+    m = jnp.where(row.present, row.peak, 0)
+    most, share, *numbers = (jnp.full_like(m, n) for n in (largest / 4, 1 / classes, 1.0, -0.3 * largest, 0.25))
+
+    def some_absent() -> tuple[Array, Array]:
+        count = jnp.maximum(_sum(there, x, rows=tuple(numbers)), 1)
+        return _sum(careful, x, rows=(m / 4, most, share, *numbers)) * (4 * classes / count), count
+
+    total = _sum(plain, x, rows=(m,))
+    return lax.cond(all_finite(total), lambda: (total / classes, jnp.full_like(total, classes)), some_absent)
+
+
+@uniform_nll.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    x, row = primals
+    error = _uniform_error(x, row)
+    return uniform_nll(x, row), _dot(error, tangents[0].astype(error.dtype))
+
+
+@jax.custom_jvp
+def _uniform_error(x: Array, row: Row) -> Array:
+    """p_j - 1/n, and 0 where a class is absent; at the top class as in `_dense_error`."""
+    share = 1 / _even_gap(x, row)[1]
+    at_top = (row.weight * (1 - share) - row.others * share) / row.total
+    x, anchor, total, share, at_top = lax.optimization_barrier((x, row.anchor, row.total, share, at_top))
+    error = jnp.where(jnp.isneginf(x), 0, _weights(x, anchor[..., None]) / total[..., None] - share[..., None])
+    error = jnp.where(_is_class(x, row.top), at_top[..., None], error)
+    return jnp.where(row.present[..., None], error, 0)
+
+
+@_uniform_error.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    x, row = primals
+    p = probabilities(x, row)
+    return _uniform_error(x, row), _less_mean(p, tangents[0].astype(p.dtype), row)
 
 
 @jax.custom_jvp

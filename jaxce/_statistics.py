@@ -68,7 +68,11 @@ class Logits(NamedTuple):
             weight = None if weights is None else jnp.take(weights, labels, mode="clip")
             loss = _label_loss(_rows.label_nll(self.x, self.row, labels), weight)
             if smoothing:
-                loss = _mix(loss, _rows.dense_nll(self.x, self.row, _weighted(weights, self._uniform())), smoothing)
+                if weights is None:
+                    uniform = _rows.uniform_nll(self.x, self.row)
+                else:
+                    uniform = _rows.dense_nll(self.x, self.row, _weighted(weights, self._uniform()))
+                loss = _mix(loss, uniform, smoothing)
         if targets is not None:
             if smoothing:
                 targets = (1 - smoothing) * targets + smoothing * self._uniform()

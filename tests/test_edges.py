@@ -348,6 +348,39 @@ def test_statistics() -> None:
     np.testing.assert_array_equal(masked.prediction, [2, 2])
 
 
+# --- label smoothing ---
+
+
+@pytest.mark.parametrize("classes", [3, 37, 40])
+def test_smoothing_of_integer_labels_is_that_of_their_one_hot_rows(classes: int) -> None:
+    """Absent, infinite, huge and least logits; 3, a prime and a number that divides into blocks are read in three ways."""
+    rng = np.random.default_rng(classes)
+    x = 3 * rng.normal(size=(6, classes)).astype("float32")
+    largest = float(np.finfo("float32").max)
+    x[0, 0] = -np.inf
+    x[1] = -np.inf
+    x[2, 1] = np.inf
+    x[3] = np.clip(x[3] * 1e37, -largest / 2, largest / 2)
+    x[4, 0] = -largest
+    y = rng.integers(1, classes, size=6)
+    uniform = np.isfinite(x) | (x > 0)
+    uniform = uniform / np.maximum(uniform.sum(-1, keepdims=True), 1)
+    targets = jnp.asarray(0.9 * np.eye(classes)[y] + 0.1 * uniform, "float32")
+
+    def both(loss: Callable[..., jax.Array]) -> tuple[jax.Array, jax.Array]:
+        losses = loss(jnp.asarray(x))
+        gradient = jax.grad(lambda x: jnp.where(jnp.isfinite(losses), loss(x), 0).sum())(jnp.asarray(x))
+        return losses, gradient
+
+    got, got_gradient = both(lambda x: integer(x, jnp.asarray(y), label_smoothing=0.1))
+    expected, expected_gradient = both(lambda x: jaxce.softmax_cross_entropy(x, targets))
+    assert got[1] == 0 and got[2] == np.inf and jnp.isfinite(got[3]) and got[4] > largest / 1000
+    # float32: sums of up to 40 terms in another order; the targets above are rounded too
+    np.testing.assert_allclose(got, expected, rtol=2e-6)
+    np.testing.assert_allclose(got_gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+    assert not jnp.any(got_gradient[1]), "a row without classes has gradient 0"
+
+
 # --- memory ---
 
 
@@ -357,7 +390,7 @@ def test_statistics() -> None:
     [
         "integer",
         "integer, masked",
-        pytest.param("integer, smoothed", marks=pytest.mark.xfail(reason="XLA:CPU writes out the uniform targets")),
+        "integer, smoothed",
     ],
 )
 def test_value_and_gradient_need_little_beyond_the_gradient(dtype: str, form: str) -> None:
