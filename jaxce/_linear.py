@@ -121,6 +121,7 @@ def linear_cross_entropy(
         "class_weights": _class_weights(_NAME, class_weights, logits),
     }
     inputs = {name: jnp.asarray(value) for name, value in inputs.items() if value is not None}
+    inputs = _mesh.vary(inputs, _mesh.varying(inputs, y))
     total = _weighted_sum(options, y.reshape(y.size), inputs)
     return weighted_mean(total, normalizer=jnp.sum(w) if normalizer is None else normalizer)
 
@@ -224,7 +225,8 @@ def _sum_and_gradient(options: _Options, names: tuple[str, ...], labels: Array, 
         return (total + value, sums), {name: of_examples[name] for name in of_examples if name in names}
 
     chunked = cut(inputs["hidden"]), cut(inputs["weights"]), cut(labels)
-    (total, sums), of_examples = lax.scan(step, (jnp.zeros((), dtype), sums), chunked)
+    start = _mesh.vary((jnp.zeros((), dtype), sums), _mesh.varying(inputs))
+    (total, sums), of_examples = lax.scan(step, start, chunked)
     return total, sums | {name: join(value) for name, value in of_examples.items()}
 
 

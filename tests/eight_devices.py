@@ -263,6 +263,20 @@ def test_padded_classes_do_not_count(kind: str) -> None:
         assert not got[:, -1].any()
 
 
+def test_mean_loss_of_a_part_of_the_batch() -> None:
+    """Data-parallel alone: each device's mean formed in one pass, with its gradient."""
+    a = arrays("float32")
+
+    def part(a: Arrays) -> Any:
+        return jax.lax.pmean(jaxce.linear_cross_entropy(logits_of("linear", a), a["labels"], chunk_size=1), "data")
+
+    by_rows = jax.shard_map(part, mesh=mesh(), in_specs=(LAYOUTS["batch"],), out_specs=P())
+    got = quick(jax.value_and_grad(lambda w: by_rows(a | {"kernel": w})))(a["kernel"])
+    right = jax.value_and_grad(lambda w: jnp.mean(integer(logits_of("linear", a | {"kernel": w}), a["labels"])))
+    for value, expected in zip(got, right(a["kernel"]), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)  # float32, sums in another order
+
+
 @pytest.mark.slow
 def test_mean_loss_of_a_part() -> None:
     """It is weighted_mean of the losses, of whose classes a device has some; and the same under jit alone."""
