@@ -49,6 +49,10 @@ def _jaxce(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array
     return jnp.mean(jaxce.softmax_cross_entropy_with_integer_labels(jaxce.LinearLogits(hidden, kernel), labels))
 
 
+def _one_pass(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+    return jaxce.linear_cross_entropy(jaxce.LinearLogits(hidden, kernel), labels)
+
+
 def _matmuls(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, gradient: bool, size: int = 4096) -> Any:
     size = min(size, kernel.shape[1])
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
@@ -97,7 +101,7 @@ def programs(
     """Name, call and temporary MB of each version."""
     args = jnp.asarray(inputs[0], dtype), jnp.asarray(inputs[1], dtype), jnp.asarray(inputs[2])
     losses: dict[str, Callable[..., Any]] = {"optax": _optax, "optax, checkpoint": jax.checkpoint(_optax)}
-    losses["jaxce"] = _jaxce
+    losses |= {"jaxce": _jaxce, "jaxce, one pass": _one_pass}
     on_jax = {n: jax.value_and_grad(f, (0, 1)) if gradient else f for n, f in losses.items()}
     on_jax["matmuls"] = functools.partial(_matmuls, gradient=gradient)
     for name, function in on_jax.items():

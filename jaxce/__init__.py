@@ -22,13 +22,14 @@ from jaxce._likelihood import (
     poisson_nll,
     student_t_nll,
 )
+from jaxce._linear import linear_cross_entropy
 from jaxce._logit_information import (
     cross_entropy_with_logits,
     entropy_with_logits,
     jensen_shannon_divergence_with_logits,
     relative_entropy_with_logits,
 )
-from jaxce._logits import LinearLogits
+from jaxce._logits import LinearLogits, ShardedLogits
 from jaxce._probability import (
     binary_cross_entropy,
     categorical_cross_entropy,
@@ -55,11 +56,13 @@ __version__ = "0.1.0"
 __all__ = [
     # logits
     "LinearLogits",
+    "ShardedLogits",
     "SoftmaxStatistics",
     "log_softmax",
     "logsumexp",
     "softmax_statistics",
     # losses on logits
+    "linear_cross_entropy",
     "poly_loss_cross_entropy",
     "safe_softmax_cross_entropy",
     "sigmoid_binary_cross_entropy",

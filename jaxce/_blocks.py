@@ -12,10 +12,14 @@ The derivative of each statistic is a sum over the classes of a coefficient time
 by block too, and as the body of that loop is a checkpoint, its transpose computes a block's logits once more rather than
 keep them. The coefficients are functions of a block's logits and of the statistics, both of which have derivatives: so
 all orders and both modes work.
+
+Where the classes are sharded, each device goes over its own, and devices meet as blocks do; each sum over the blocks is
+followed by one over the devices.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -24,12 +28,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
-from jaxce import _checks
-from jaxce._logits import LinearLogits, contract, contract_half_tangent, shape_logits
+from jaxce import _checks, _mesh
+from jaxce._logits import LinearLogits, ShardedLogits, contract, contract_half_tangent, shape_logits
 from jaxce._numerics import bregman_pair, jensen_shannon, log1p, single
 from jaxce._rows import _anchor, _finite
 
@@ -41,10 +44,12 @@ class Spec(NamedTuple):
     """What is fixed while tracing."""
 
     size: int  # classes in a block
+    strips: int  # in how many places a block is, evenly over the classes
     dtype: Any  # to compute in
     entropy: bool = False
     uniform: bool = False
     half: bool = False  # whether hidden and kernel are bfloat16
+    axis_name: _checks.AxisName | None = None  # of the mesh, over which the classes are sharded
 
 
 class Operands(NamedTuple):
@@ -95,22 +100,45 @@ def block_size(logits: LinearLogits) -> int:
     return min(classes, -(-classes // (blocks * 128)) * 128)
 
 
+def spec_of(logits: LinearLogits | ShardedLogits | Array, op: Operands, *others: Any) -> Spec:
+    """How to go over the classes: in the widest dtype of the logits, ``others`` and float32."""
+    arrays = [
+        leaf
+        for x in (logits, *others)
+        for leaf in ((x.hidden, x.kernel) if isinstance(x, LinearLogits) else jax.tree.leaves(x))
+    ]
+    dtype = _checks.compute_dtype(*arrays)
+    if isinstance(logits, LinearLogits):
+        strips = _mesh.strips(logits.classes)
+        size = -(-block_size(logits) // strips) * strips
+        return Spec(size, strips, dtype, half=logits.half, axis_name=logits.axis_name)
+    return Spec(op.shape[-1], 1, dtype, axis_name=logits.axis_name if isinstance(logits, ShardedLogits) else None)
+
+
 # ------------------------------------------------------------------------------------------------------------- one block
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _slice(x: Array, start: Array, size: int, axis: int) -> Array:
-    """A slice; of 16-bit floats by their bits, or XLA:CPU would widen the whole array to float32 before the loop."""
+def _cut(spec: Spec, x: Array, start: Array, axis: int) -> Array:
+    """A block of an axis of classes, from the same place in each strip."""
+    axis %= x.ndim
+    strips = x.reshape(*x.shape[:axis], spec.strips, x.shape[axis] // spec.strips, *x.shape[axis + 1 :])
+    block = lax.dynamic_slice_in_dim(strips, start, spec.size // spec.strips, axis + 1)
+    return block.reshape(*x.shape[:axis], spec.size, *x.shape[axis + 1 :])
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 3))
+def _slice(spec: Spec, x: Array, start: Array, axis: int) -> Array:
+    """`_cut`; of 16-bit floats by their bits, or XLA:CPU would widen the whole array to float32 before the loop."""
     if x.dtype.itemsize != 2:
-        return lax.dynamic_slice_in_dim(x, start, size, axis)
-    bits = lax.dynamic_slice_in_dim(lax.bitcast_convert_type(x, jnp.uint16), start, size, axis)
+        return _cut(spec, x, start, axis)
+    bits = _cut(spec, lax.bitcast_convert_type(x, jnp.uint16), start, axis)
     return lax.bitcast_convert_type(bits, x.dtype)
 
 
 @_slice.defjvp
-def _(size: int, axis: int, primals: Any, tangents: Any) -> Any:
+def _(spec: Spec, axis: int, primals: Any, tangents: Any) -> Any:
     x, start = primals
-    return _slice(x, start, size, axis), lax.dynamic_slice_in_dim(tangents[0], start, size, axis)
+    return _slice(spec, x, start, axis), _cut(spec, tangents[0], start, axis)
 
 
 def _beside(values: Array, like: Array) -> Array:
@@ -123,20 +151,45 @@ class Block(NamedTuple):
 
     x: Array  # -inf where a class isn't there
     there: Array | None  # which entries are not masked, and not in the block before; None for all
-    places: Array  # the classes' indices, [size]
+    places: Array  # the classes' indices, [size], counted over all devices
+    start: Array  # where in each strip it starts
 
 
 def _start(spec: Spec, classes: int, i: Array) -> tuple[Array, Array, Array | None]:
     """Where block i starts, its classes, and which of them are new: the last block ends with the last class."""
-    start = jnp.minimum(i * spec.size, classes - spec.size)
-    places = start + jnp.arange(spec.size, dtype=start.dtype)
-    return start, places, None if classes % spec.size == 0 else places >= i * spec.size
+    length, size = classes // spec.strips, spec.size // spec.strips
+    start = jnp.minimum(i * size, length - size)
+    here = start + jnp.arange(size, dtype=start.dtype)
+    new = None if length % size == 0 else jnp.tile(here >= i * size, spec.strips)
+    first = _offset(spec, classes) + length * jnp.arange(spec.strips, dtype=start.dtype)
+    return start, (first[:, None] + here[None]).reshape(-1), new
+
+
+def _offset(spec: Spec, classes: int) -> Array | int:
+    """The first of this device's classes."""
+    return 0 if spec.axis_name is None else lax.axis_index(spec.axis_name) * classes
+
+
+def _all_classes(spec: Spec, classes: int) -> int:
+    """How many classes all devices have."""
+    return classes if spec.axis_name is None else classes * lax.psum(1, spec.axis_name)
+
+
+def _axes(spec: Spec, *operands: Operands) -> frozenset[str]:
+    """The axes of the mesh over which a block of logits differs."""
+    here = () if spec.axis_name is None else lax.axis_index(spec.axis_name)
+    return _mesh.varying(operands, here)
+
+
+def over_devices(axis_name: _checks.AxisName | None, sums: Any) -> Any:
+    """Sums over this device's classes, added up over the devices."""
+    return sums if axis_name is None else lax.psum(sums, axis_name)
 
 
 def _there(spec: Spec, op: Operands, start: Array, new: Array | None) -> Array | None:
     mask = op.keep
     if mask is not None and mask.shape[-1] != 1:
-        mask = lax.dynamic_slice_in_dim(mask, start, spec.size, -1)
+        mask = _cut(spec, mask, start, -1)
     if new is None:
         return mask
     new = jnp.expand_dims(new, tuple(range(len(op.shape) - 1)))
@@ -146,7 +199,7 @@ def _there(spec: Spec, op: Operands, start: Array, new: Array | None) -> Array |
 def _kernel_block(spec: Spec, op: Operands, start: Array, there: Array | None) -> Array:
     """A block of the kernel. What a class holds that is masked in all rows must not be multiplied by anything."""
     logits = op.logits
-    block = _slice(logits.kernel, start, spec.size, logits.class_axis % 2)
+    block = _slice(spec, logits.kernel, start, logits.class_axis % 2)
     if there is None or op.keep is None or math.prod(op.keep.shape[:-1]) != 1:
         return block
     columns = jnp.broadcast_to(there, (*there.shape[:-1], spec.size)).reshape(-1)
@@ -159,7 +212,7 @@ def _products(spec: Spec, op: Operands, start: Array, there: Array | None) -> Ar
     u = contract(logits.hidden, _kernel_block(spec, op, start, there), logits.class_axis, spec.half)
     u = u.astype(spec.dtype)
     if logits.bias is not None:
-        bias = _slice(logits.bias, start, spec.size, 0).astype(spec.dtype)
+        bias = _slice(spec, logits.bias, start, 0).astype(spec.dtype)
         u = u + _beside(bias, u)
     return u
 
@@ -174,8 +227,8 @@ def _block(spec: Spec, op: Operands, i: Array) -> Block:
     start, places, new = _start(spec, op.shape[-1], i)
     there = _there(spec, op, start, new)
     if not isinstance(op.logits, LinearLogits):
-        x = _slice(op.logits, start, spec.size, op.logits.ndim - 1).astype(spec.dtype)
-        return Block(_finite(x if there is None else jnp.where(there, x, -jnp.inf)), there, places)
+        x = _slice(spec, op.logits, start, op.logits.ndim - 1).astype(spec.dtype)
+        return Block(_finite(x if there is None else jnp.where(there, x, -jnp.inf)), there, places, start)
     u = _products(spec, op, start, there)
     if there is None and op.logits.bias is None:
         x = shape_logits(u, op.logits.temperature, op.logits.soft_cap)
@@ -183,7 +236,7 @@ def _block(spec: Spec, op: Operands, i: Array) -> Block:
         usable = _usable(u, there)
         x = shape_logits(jnp.where(usable, u, 0), op.logits.temperature, op.logits.soft_cap)
         x = jnp.where(usable, x, -jnp.inf)
-    return Block(_finite(x), there, places)
+    return Block(_finite(x), there, places, start)
 
 
 def _tangent_block(spec: Spec, op: Operands, dop: Operands, i: Array) -> tuple[Block, Array | None]:
@@ -200,7 +253,7 @@ def _tangent_block(spec: Spec, op: Operands, dop: Operands, i: Array) -> tuple[B
     start, _, new = _start(spec, op.shape[-1], i)
     there = _there(spec, op, start, new)
     if not isinstance(logits, LinearLogits):
-        dx = lax.dynamic_slice_in_dim(dlogits, start, spec.size, -1)
+        dx = _cut(spec, dlogits, start, -1)
         return block, dx if there is None else jnp.where(there, dx, 0)
     axis = logits.class_axis
     u = _products(spec, op, start, there)
@@ -211,14 +264,13 @@ def _tangent_block(spec: Spec, op: Operands, dop: Operands, i: Array) -> tuple[B
     dh = None if _is_zero(dlogits.hidden) else dlogits.hidden
     dw = None
     if not _is_zero(dlogits.kernel):
-        dw = lax.dynamic_slice_in_dim(dlogits.kernel, start, spec.size, axis % 2)
-    if spec.half and (dh is not None or dw is not None):
-        du = du + contract_half_tangent(logits.hidden, w, dh, dw, axis).astype(spec.dtype)
-    else:
-        du = du if dh is None else du + contract(dh, w.astype(spec.dtype), axis, False)
-        du = du if dw is None else du + contract(logits.hidden.astype(spec.dtype), dw, axis, False)
+        dw = _cut(spec, dlogits.kernel, start, axis % 2)
+    if dh is not None:
+        du = du + _by_strip(spec, lambda dh, w: _product_tangent(spec, logits, w, dh, None), dh, w, axis % 2)
+    if dw is not None:
+        du = du + _product_tangent(spec, logits, w, None, dw)
     if logits.bias is not None and not _is_zero(dlogits.bias):
-        du = du + _beside(lax.dynamic_slice_in_dim(dlogits.bias, start, spec.size, 0).astype(spec.dtype), u)
+        du = du + _beside(_cut(spec, dlogits.bias, start, 0).astype(spec.dtype), u)
     numbers = [n for n in ("temperature", "soft_cap") if getattr(logits, n) is not None]
     values = [jnp.asarray(getattr(logits, n)).astype(spec.dtype) for n in numbers]
     dvalues = [
@@ -234,34 +286,63 @@ def _tangent_block(spec: Spec, op: Operands, dop: Operands, i: Array) -> tuple[B
     return block, du if usable is None else jnp.where(usable, du, 0)
 
 
+def _product_tangent(spec: Spec, logits: LinearLogits, w: Array, dh: Array | None, dw: Array | None) -> Array:
+    """The tangent of the product of the hidden states with a block w of the kernel, along one of the two."""
+    if spec.half:
+        return contract_half_tangent(logits.hidden, w, dh, dw, logits.class_axis).astype(spec.dtype)
+    if dw is not None:
+        return contract(logits.hidden.astype(spec.dtype), dw, logits.class_axis, False)
+    assert dh is not None
+    return contract(dh, w.astype(spec.dtype), logits.class_axis, False)
+
+
+def _by_strip(spec: Spec, product: Callable[[Array, Array], Array], dh: Array, w: Array, axis: int) -> Array:
+    """The product with each strip of a block of the kernel of a dh of its own.
+
+    So a transpose adds up the gradient of the hidden states strip by strip, and XLA has no reason to add up over the
+    devices before the loop has ended.
+    """
+    if spec.strips == 1:
+        return product(dh, w)
+    strips = w.reshape(*w.shape[:axis], spec.strips, -1, *w.shape[axis + 1 :])
+    du = jax.vmap(product, (0, axis), -2)(dh, strips)
+    return du.reshape(*du.shape[:-2], spec.size)
+
+
 def _is_zero(tangent: Any) -> bool:
     return isinstance(tangent, SymbolicZero)
 
 
 def _widened(spec: Spec, dop: Operands) -> Operands:
-    """The tangents of what the loop adds up, in the dtype to add up in."""
+    """The tangents of what the loop adds up, in the dtype to add up in; that of the hidden states once for each strip."""
 
     def widen(tangent: Any) -> Any:
         if _is_zero(tangent) or tangent.dtype == jax.dtypes.float0:
             return tangent
         return tangent.astype(spec.dtype)
 
-    return jax.tree.map(widen, dop, is_leaf=_is_zero)
+    dop = jax.tree.map(widen, dop, is_leaf=_is_zero)
+    if spec.strips == 1 or not isinstance(dop.logits, LinearLogits) or _is_zero(dop.logits.hidden):
+        return dop
+    dlogits = copy.copy(dop.logits)
+    dlogits._set({"hidden": jnp.broadcast_to(dlogits.hidden, (spec.strips, *dlogits.hidden.shape))})
+    return dop._replace(logits=dlogits)
 
 
 def _sum_blocks(spec: Spec, classes: int, step: Callable[[Array], Any]) -> Any:
-    """The sum of step(i) over the blocks, as a loop that keeps nothing of a step for its transpose."""
+    """The sum of step(i) over the blocks of all devices, as a loop that keeps nothing of a step for its transpose."""
     step = jax.checkpoint(step, prevent_cse=False)
     blocks = -(-classes // spec.size)
     if blocks == 1:
-        return step(jnp.int32(0))
+        return over_devices(spec.axis_name, step(jnp.int32(0)))
     like = jax.eval_shape(step, jax.ShapeDtypeStruct((), jnp.int32))
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+    axes = _mesh.varying(jax.tree.leaves(like))
 
     def body(total: Any, i: Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, step(i)), None
+        return _mesh.vary(jax.tree.map(jnp.add, total, step(i)), axes), None
 
-    return lax.scan(body, zero, jnp.arange(blocks, dtype=jnp.int32))[0]
+    return over_devices(spec.axis_name, lax.scan(body, _mesh.vary(zero, axes), jnp.arange(blocks, dtype=jnp.int32))[0])
 
 
 def _with_derivative_of(value: Array, other: Array) -> Array:
@@ -272,16 +353,27 @@ def _with_derivative_of(value: Array, other: Array) -> Array:
 # ------------------------------------------------------------------------------------------------------------- the pass
 
 
+def _place_in_block(spec: Spec, op: Operands, block: Block, i: Array) -> tuple[Array, Array]:
+    """Where in block i the labels are, and which of them are there, and not in the block before."""
+    length, size = op.shape[-1] // spec.strips, spec.size // spec.strips
+    dtype = op.labels.dtype
+    here = op.labels - jnp.asarray(_offset(spec, op.shape[-1])).astype(dtype)
+    strip, y = here // length, here % length
+    inside = (
+        (here >= 0) & (here < op.shape[-1]) & (y >= (i * size).astype(dtype)) & (y < (i * size + size).astype(dtype))
+    )
+    return strip * size + y - block.start.astype(dtype), inside
+
+
 def _targets(spec: Spec, op: Operands, block: Block, kind: str, count: Array | None = None) -> Array:
     """t of the block's classes, by kind: what is given, or the uniform distribution; times the weights of the classes."""
-    start = block.places[0]
     if kind == "given":
-        t = lax.dynamic_slice_in_dim(op.targets, start, spec.size, -1).astype(spec.dtype)
+        t = _cut(spec, op.targets, block.start, -1).astype(spec.dtype)
     else:
         t = (block.x > -jnp.inf).astype(spec.dtype)
         t = t if count is None else t / jnp.maximum(count, 1)[..., None]
     if op.weights is not None:
-        w = lax.dynamic_slice_in_dim(op.weights, start, spec.size, 0).astype(spec.dtype)
+        w = _cut(spec, op.weights, block.start, 0).astype(spec.dtype)
         t = t * _beside(w, t)
     return t if block.there is None else jnp.where(block.there, t, 0)
 
@@ -294,21 +386,26 @@ def _absent_is(value: float, x: Array, values: Array) -> Array:
     return jnp.where(jnp.isneginf(x), value, values)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def measure(spec: Spec, op: Operands) -> tuple[dict[str, Array], Row]:
     """The statistics of each row by name, which are differentiable, and what their derivatives need, which is not.
 
     log_normalizer always; nll where there are labels; for each kind of targets the sums of t_k (g_k + L) and of t_k;
     entropy.
     """
-    classes, batch = op.shape[-1], op.shape[:-1]
+    return _measure(spec, _mesh.vary(op, _axes(spec, op)))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _measure(spec: Spec, op: Operands) -> tuple[dict[str, Array], Row]:
+    batch, here = op.shape[:-1], op.shape[-1]
+    classes = _all_classes(spec, here)
     zeros = jnp.zeros(batch, spec.dtype)
     kinds = _kinds(spec, op)
     state: dict[str, Any] = {
         "maximum": jnp.full(batch, -jnp.inf, spec.dtype),
         "top": jnp.zeros(batch, jnp.int32),
         "others": zeros,
-        "label": None if op.labels is None else zeros,
+        "label": None if op.labels is None else zeros + jnp.nan,  # until it is found
         "sums": {kind: (zeros, zeros, zeros) for kind in kinds},  # of t gap; of t but the top's; the top's
         "count": zeros if "uniform" in kinds else None,
         "gaps": zeros if spec.entropy else None,
@@ -316,23 +413,22 @@ def measure(spec: Spec, op: Operands) -> tuple[dict[str, Array], Row]:
 
     def step(state: dict[str, Any], i: Array) -> tuple[dict[str, Any], None]:
         block = _block(spec, op, i)
-        x, place = block.x, jnp.arange(spec.size, dtype=jnp.int32)
+        x, place = block.x, _beside(block.places, block.x)
         m1, mb = state["maximum"], jnp.max(x, -1)
-        top = jnp.min(jnp.where(x == mb[..., None], _beside(place, x), spec.size - 1), -1)
-        at_top = _beside(place, x) == top[..., None]
+        top = jnp.min(jnp.where(x == mb[..., None], place, classes - 1), -1)
+        at_top = place == top[..., None]
         m = jnp.maximum(m1, mb)
-        wins = ~(mb <= m1)
+        wins = ~(mb <= m1) | (mb == m1) & (top < state["top"])
         c1, c = _anchor(m1, classes), _anchor(m, classes)
         factor = jnp.where(m1 == -jnp.inf, 0, jnp.exp(c1 - c))
         weights = jnp.exp(jnp.where(at_top, -jnp.inf, x) - c[..., None])
         loser = jnp.exp(jnp.where(wins, m1, mb) - c)
         new = dict(state)
         new["maximum"] = m
-        new["top"] = jnp.where(wins, block.places[0] + top, state["top"])
+        new["top"] = jnp.where(wins, top, state["top"])
         new["others"] = state["others"] * factor + (jnp.sum(weights, -1) + loser)
         if op.labels is not None:
-            y = op.labels - block.places[0].astype(op.labels.dtype)
-            inside = (op.labels >= (i * spec.size).astype(op.labels.dtype)) & (y < spec.size)  # the last block overlaps
+            y, inside = _place_in_block(spec, op, block, i)
             taken = jnp.take_along_axis(x, y[..., None], -1, mode="clip")[..., 0]
             new["label"] = jnp.where(inside, taken, state["label"])
         rise = jnp.where(m > m1, m - m1, 0)
@@ -355,11 +451,14 @@ def measure(spec: Spec, op: Operands) -> tuple[dict[str, Array], Row]:
             new["gaps"] = state["gaps"] * factor + risen + jnp.sum(terms, -1)
         return new, None
 
-    blocks = -(-classes // spec.size)
+    blocks = -(-here // spec.size)
     if blocks == 1:
         state, _ = step(state, jnp.int32(0))
     else:
+        state = _mesh.vary(state, _axes(spec, op))
         state, _ = lax.scan(step, state, jnp.arange(blocks, dtype=jnp.int32))
+    if spec.axis_name is not None:
+        state = _meet(spec, op, state, classes)
 
     m = state["maximum"]
     present = m != -jnp.inf
@@ -373,9 +472,8 @@ def measure(spec: Spec, op: Operands) -> tuple[dict[str, Array], Row]:
     log_sum = row.log_sum
     values = {"log_normalizer": m + log_sum}
     if op.labels is not None:
-        valid = (op.labels >= 0) & (op.labels < classes)
         nll = _absent_is(jnp.inf, state["label"], m - state["label"]) + log_sum
-        values["nll"] = jnp.where(present, jnp.where(valid, nll, jnp.nan), 0)
+        values["nll"] = jnp.where(present, nll, 0)
     for kind, (gaps, _, _) in state["sums"].items():
         gaps = gaps if count is None or kind == "given" else gaps / jnp.maximum(count, 1)
         values[f"sum of {kind}"] = sum(sums[kind], jnp.zeros_like(m))
@@ -386,10 +484,48 @@ def measure(spec: Spec, op: Operands) -> tuple[dict[str, Array], Row]:
     return values, row
 
 
-@partial(measure.defjvp, symbolic_zeros=True)
+def _meet(spec: Spec, op: Operands, state: dict[str, Any], classes: int) -> dict[str, Any]:
+    """What all devices know, from what each does of its classes; they meet as two blocks do in `_measure`."""
+    m1, m = state["maximum"], lax.pmax(state["maximum"], spec.axis_name)
+    top = lax.pmin(jnp.where(m1 == m, state["top"], classes - 1), spec.axis_name)
+    wins = (m1 == m) & (state["top"] == top)
+    c1, c = _anchor(m1, classes), _anchor(m, classes)
+    factor = jnp.where(m1 == -jnp.inf, 0, jnp.exp(c1 - c))
+    rise = jnp.where(m > m1, m - m1, 0)
+
+    def risen(gaps: Array, weight: Array) -> Array:
+        return gaps + jnp.where(weight == 0, 0, weight * rise)
+
+    new: dict[str, Any] = {
+        "others": state["others"] * factor + jnp.where(wins, 0, jnp.exp(m1 - c)),
+        "sums": {
+            kind: (risen(gaps, rest + top_t), rest + jnp.where(wins, 0, top_t), jnp.where(wins, top_t, 0))
+            for kind, (gaps, rest, top_t) in state["sums"].items()
+        },
+        "count": state["count"],
+        "gaps": None,
+        "label": None,
+    }
+    if state["gaps"] is not None:
+        weight = (state["others"] + jnp.where(m1 == -jnp.inf, 0, jnp.exp(m1 - c1))) * factor
+        new["gaps"] = risen(state["gaps"] * factor, weight)
+    if state["label"] is not None:
+        y = op.labels - jnp.asarray(_offset(spec, op.shape[-1])).astype(op.labels.dtype)
+        mine = (y >= 0) & (y < op.shape[-1])
+        new["label"] = jnp.where(mine, state["label"], 0), mine.astype(jnp.int32)
+    new = lax.psum(new, spec.axis_name)
+    if state["label"] is not None:
+        label, found = new["label"]
+        new["label"] = jnp.where(found > 0, label, jnp.nan)
+    m = jnp.where(jnp.isnan(new["others"]), jnp.nan, m)  # not every network's maximum keeps NaN
+    return new | {"maximum": m, "top": top}
+
+
+@partial(_measure.defjvp, symbolic_zeros=True)
 def _(spec: Spec, primals: Any, tangents: Any) -> Any:
     (op,), (dop,) = primals, tangents
-    values, row = measure(spec, op)
+    known = _measure(spec, op)
+    values, row = _mesh.vary(known, _axes(spec, op))
     dop = _widened(spec, dop)
     classes = op.shape[-1]
     shift = _shift(values, row)
@@ -398,7 +534,7 @@ def _(spec: Spec, primals: Any, tangents: Any) -> Any:
     if op.labels is not None:
         rest = row.total - jnp.exp(row.label_logit - row.anchor)
         at_label = -jnp.where(row.label_logit == row.maximum, row.others, rest) / row.total
-        at_label = jnp.where((op.labels >= 0) & (op.labels < classes) | ~row.present, at_label, jnp.nan)
+        at_label = jnp.where(row.present, at_label, 0)
 
     def step(i: Array) -> dict[str, Array]:
         block, dx = _tangent_block(spec, op, dop, i)
@@ -435,8 +571,8 @@ def _(spec: Spec, primals: Any, tangents: Any) -> Any:
         return out
 
     out = _sum_blocks(spec, classes, step)
-    zeros = {name: jnp.zeros_like(value) for name, value in values.items()}
-    return (values, row), (zeros | out, jax.tree.map(_no_tangent, row))
+    zeros = {name: jnp.zeros_like(value) for name, value in known[0].items()}
+    return known, (zeros | out, zero_from_primal(known[1], symbolic_zeros=True))
 
 
 def _shift(values: dict[str, Array], row: Row) -> Array:
@@ -461,12 +597,6 @@ def _target_tangents(
     return jax.jvp(of, tuple(v.astype(spec.dtype) for v in varies.values()), tangents)[1]
 
 
-def _no_tangent(value: Array) -> Any:
-    if jnp.issubdtype(value.dtype, jnp.floating):
-        return jnp.zeros_like(value)
-    return np.zeros(value.shape, jax.dtypes.float0)
-
-
 # ------------------------------------------------------------------------------- sums over the classes, of one or two rows
 
 
@@ -480,6 +610,23 @@ def _log_probability(block: Block, values: dict[str, Array], row: Row) -> Array:
 Known = tuple[dict[str, Array], Row]
 
 
+def log_probabilities(spec: Spec, op: Operands) -> Array:
+    """log p of all classes of an array, -inf where one isn't there."""
+    axes = _axes(spec, op)
+    op = _mesh.vary(op, axes)
+    known = _mesh.vary(_measure(spec, op), axes)
+    return _log_probability(_block(spec, op, jnp.int32(0)), *known)
+
+
+def at_label(spec: Spec, weights: Array, labels: Array) -> Array:
+    """The weight of each row's label."""
+    y = labels - jnp.asarray(_offset(spec, weights.size)).astype(labels.dtype)
+    weight = jnp.take(weights, y, mode="clip")
+    if spec.axis_name is None:
+        return weight
+    return lax.psum(jnp.where((y >= 0) & (y < weights.size), weight, 0), spec.axis_name)
+
+
 def sum_of_terms(
     term: Callable[..., Array], specs: tuple[Spec, ...], operands: tuple[Operands, ...]
 ) -> tuple[Array, tuple[Row, ...]]:
@@ -487,8 +634,10 @@ def sum_of_terms(
 
     Where the first comes with targets, the term has t_k as its last argument.
     """
-    known = tuple(measure(s, op._replace(targets=None)) for s, op in zip(specs, operands, strict=True))
-    return _sum_of_terms(term, specs, operands, known), tuple(row for _, row in known)
+    axes = _axes(specs[0], *operands)
+    operands = _mesh.vary(operands, axes)
+    known = tuple(_measure(s, op._replace(targets=None)) for s, op in zip(specs, operands, strict=True))
+    return _sum_of_terms(term, specs, operands, _mesh.vary(known, axes)), tuple(row for _, row in known)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -579,27 +728,47 @@ def _(primals: Any, tangents: Any) -> Any:
 
 
 def operands(
-    function: str, argument: str, logits: LinearLogits | Array, axis: _checks.Axis, where: Any
+    function: str, argument: str, logits: LinearLogits | ShardedLogits | Array, axis: _checks.Axis, where: Any
 ) -> tuple[Operands, Array | None]:
     """``logits`` past the door, with the mask of rows."""
     axes = _checks.axes(function, axis, logits.ndim)
-    if axes != (logits.ndim - 1,):
+    name = logits.axis_name if isinstance(logits, LinearLogits | ShardedLogits) else None
+    if name is not None:
+        here = _mesh.index(function, name)
+        whole = logits.kernel if isinstance(logits, LinearLogits) else logits
+        if not _mesh.varying(here) <= _mesh.varying(whole):
+            raise ValueError(
+                f"{function}: {argument} must be sharded over {name!r}, which is their axis_name, "
+                f"got the same {_checks.describe(whole)} on all of its devices"
+            )
+    if not isinstance(logits, LinearLogits):
+        rows, keep = _checks.where_mask(function, where, logits.shape, axes)
+        x = _checks.classes_last(logits.logits if isinstance(logits, ShardedLogits) else logits, axes)
+        if x.shape[-1] == 0:
+            raise ValueError(f"{function}: {argument} must have at least one class, got shape {logits.shape}")
+    elif axes != (logits.ndim - 1,):
         raise ValueError(f"{function}: axis must be the last one where {argument} is computed by blocks, got {axis!r}")
-    rows, keep = None, None
-    if where is not None:
-        check = partial(_checks.where_mask, function, shape=logits.shape, class_axes=axes)
-        _, entries = jax.eval_shape(check, where)  # as it broadcasts the mask
-        if entries is None:
-            rows = jnp.asarray(where)
-        else:
-            keep = jnp.asarray(where)
-            keep = jnp.expand_dims(keep, tuple(range(logits.ndim - keep.ndim)))
-            rows = jnp.broadcast_to(jnp.any(keep, -1), logits.shape[:-1])
+    else:
+        rows, keep = _mask(function, logits, where)
+        x = logits
+    if keep is not None:
+        count = over_devices(name, jnp.sum(keep, -1, dtype=jnp.int32))
+        rows = jnp.broadcast_to(count > 0, x.shape[:-1])
     if rows is not None:
-        if isinstance(logits, LinearLogits):
-            logits = dataclasses.replace(logits, hidden=jnp.where(rows[..., None], logits.hidden, 0))
+        if isinstance(x, LinearLogits):
+            x = dataclasses.replace(x, hidden=jnp.where(rows[..., None], x.hidden, 0))
         else:
-            logits = jnp.where(rows[..., None], logits, 0)
-    if isinstance(logits, LinearLogits):  # what is summed over the blocks is summed in float32
-        logits = dataclasses.replace(logits, hidden=_checks.upcast(logits.hidden)[0])
-    return Operands(logits, keep), rows
+            x = jnp.where(rows[..., None], x, 0)
+    if isinstance(x, LinearLogits):  # what is summed over the blocks is summed in float32
+        x = dataclasses.replace(x, hidden=_checks.upcast(x.hidden)[0])
+    return Operands(x, keep), rows
+
+
+def _mask(function: str, logits: LinearLogits, where: Any) -> tuple[Array | None, Array | None]:
+    """``where`` as `_checks.where_mask` has it, but not broadcast."""
+    if where is None:
+        return None, None
+    check = partial(_checks.where_mask, function, shape=logits.shape, class_axes=(logits.ndim - 1,))
+    rows, _ = jax.eval_shape(check, where)
+    mask = jnp.asarray(where)
+    return (mask, None) if rows is not None else (None, jnp.expand_dims(mask, tuple(range(logits.ndim - mask.ndim))))

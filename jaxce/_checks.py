@@ -19,6 +19,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 Axis = int | Sequence[int]
+AxisName = str | tuple[str, ...]
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -90,6 +91,14 @@ def axes(function: str, axis: Axis, ndim: int) -> tuple[int, ...]:
     if len(set(result)) != len(result):
         raise ValueError(f"{function}: axis must name each axis once, got {axis!r}")
     return result
+
+
+def axis_name(function: str, names: Any) -> AxisName:
+    """Names of mesh axes, each once."""
+    given = names if isinstance(names, tuple) else (names,)
+    if not given or any(not isinstance(name, str) for name in given) or len(set(given)) != len(given):
+        raise ValueError(f"{function}: axis_name must be the name of a mesh axis or a tuple of names, got {names!r}")
+    return names
 
 
 def same_shape(function: str, argument: str, array: Array, shape: tuple[int, ...], of: str) -> None:

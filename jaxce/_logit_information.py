@@ -17,14 +17,16 @@ from jax.typing import ArrayLike
 from jaxce import _blocks, _checks, _numerics, _rows
 from jaxce._checks import Axis, compiled
 from jaxce._information import classes_of
-from jaxce._logits import LinearLogits
+from jaxce._logits import AnyLogits, NotArray
+from jaxce._mesh import on_each_device
 from jaxce._numerics import Pair
 from jaxce._statistics import Logits, read_logits
 
 
 @compiled("axis", "base")
+@on_each_device("batch")
 def entropy_with_logits(
-    logits: ArrayLike | LinearLogits, axis: Axis = -1, where: ArrayLike | None = None, *, base: float | None = None
+    logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None, *, base: float | None = None
 ) -> Array:
     r"""Entropy of softmax(logits), the mean surprisal of a class drawn from it.
 
@@ -38,7 +40,7 @@ def entropy_with_logits(
     within 5.5 ulp of its largest part (6.9 in float64).
 
     Args:
-      logits: scores, of shape [..., classes], an array or `LinearLogits`.
+      logits: scores, of shape [..., classes], an array, `LinearLogits` or `ShardedLogits`.
       axis: the class axis, or several.
       where: which rows (a mask of the batch shape) or which entries of the logits take part.
       base: base of the logarithm; None for nats, 2 for bits.
@@ -59,9 +61,10 @@ def entropy_with_logits(
 
 
 @compiled("axis", "base")
+@on_each_device("batch")
 def cross_entropy_with_logits(
-    p_logits: ArrayLike | LinearLogits,
-    q_logits: ArrayLike | LinearLogits,
+    p_logits: AnyLogits,
+    q_logits: AnyLogits,
     axis: Axis = -1,
     where: ArrayLike | None = None,
     *,
@@ -73,8 +76,8 @@ def cross_entropy_with_logits(
     there in p adds nothing; one that isn't there in q alone makes the result +inf. A row with none left in p or in q is 0.
 
     Args:
-      p_logits: logits of the classes, which lie along ``axis``: an array or `LinearLogits`.
-      q_logits: logits of the same shape, either kind.
+      p_logits: logits of the classes, which lie along ``axis``: an array, `LinearLogits` or `ShardedLogits`.
+      q_logits: logits of the same shape, of either kind; sharded if p_logits are.
       axis: the class axis, or several.
       where: which rows (a mask of the batch shape) or which entries take part.
       base: base of the logarithm; None for nats, 2 for bits.
@@ -91,7 +94,7 @@ def cross_entropy_with_logits(
     """
     name = "cross_entropy_with_logits"
     log_base = _checks.log_base(name, base)
-    if isinstance(p_logits, LinearLogits) or isinstance(q_logits, LinearLogits):
+    if isinstance(p_logits, NotArray) or isinstance(q_logits, NotArray):
         return _by_blocks(name, p_logits, q_logits, axis, where, _blocks.cross_entropy_term, log_base)
     given = [_checks.floating(name, "p_logits", p_logits), _checks.floating(name, "q_logits", q_logits)]
     _checks.same_shape(name, "q_logits", given[1], given[0].shape, "the shape of p_logits")
@@ -103,8 +106,8 @@ def cross_entropy_with_logits(
 
 def _by_blocks(
     function: str,
-    p_logits: ArrayLike | LinearLogits,
-    q_logits: ArrayLike | LinearLogits,
+    p_logits: AnyLogits,
+    q_logits: AnyLogits,
     axis: Axis,
     where: ArrayLike | None,
     term: Callable[[Array, Array], Array],
@@ -112,17 +115,21 @@ def _by_blocks(
 ) -> Array:
     """sum_k term(log p_k, log q_k) where at least one of the two is computed block by block."""
     given = {"p_logits": p_logits, "q_logits": q_logits}
-    read = [x if isinstance(x, LinearLogits) else _checks.floating(function, n, x) for n, x in given.items()]
+    read = [x if isinstance(x, NotArray) else _checks.floating(function, n, x) for n, x in given.items()]
+    names = [x.axis_name if isinstance(x, NotArray) else None for x in read]
+    if names[0] != names[1]:
+        raise ValueError(
+            f"{function}: q_logits must be sharded over the axis_name of p_logits, {names[0]!r}, got {names[1]!r}"
+        )
     if read[0].shape != read[1].shape:
         raise ValueError(
             f"{function}: q_logits must have the shape of p_logits, {read[0].shape}, got shape {read[1].shape}"
         )
-    linear = [x for x in read if isinstance(x, LinearLogits)]
-    leaves = [leaf for x in read for leaf in ((x.hidden, x.kernel) if isinstance(x, LinearLogits) else (x,))]
-    spec = _blocks.Spec(min(_blocks.block_size(x) for x in linear), _checks.compute_dtype(*leaves))
-    specs = tuple(spec._replace(half=isinstance(x, LinearLogits) and x.half) for x in read)
     p, q = (_blocks.operands(function, n, x, axis, where) for n, x in zip(given, read, strict=True))
-    value, (p_row, q_row) = _blocks.sum_of_terms(term, specs, (p[0], q[0]))
+    specs = [_blocks.spec_of(x, operands, *read) for x, (operands, _) in zip(read, (p, q), strict=True)]
+    size, strips = min(spec.size for spec in specs), max(spec.strips for spec in specs)
+    p_spec, q_spec = (spec._replace(size=size, strips=strips) for spec in specs)
+    value, (p_row, q_row) = _blocks.sum_of_terms(term, (p_spec, q_spec), (p[0], q[0]))
     rows = p_row.present if term is _blocks.relative_entropy_term else p_row.present & q_row.present
     value = jnp.where(rows if p[1] is None else rows & p[1], value, 0)
     return _numerics.in_units(_numerics.single(value), log_base)
@@ -130,8 +137,8 @@ def _by_blocks(
 
 def _divergence(
     function: str,
-    p_logits: ArrayLike | LinearLogits,
-    q_logits: ArrayLike | LinearLogits,
+    p_logits: AnyLogits,
+    q_logits: AnyLogits,
     axis: Axis,
     where: ArrayLike | None,
     base: float | None,
@@ -140,7 +147,7 @@ def _divergence(
 ) -> Array:
     """A divergence: of two arrays as a pair, and otherwise the sum of its terms, block by block."""
     log_base = _checks.log_base(function, base)
-    if isinstance(p_logits, LinearLogits) or isinstance(q_logits, LinearLogits):
+    if isinstance(p_logits, NotArray) or isinstance(q_logits, NotArray):
         return _by_blocks(function, p_logits, q_logits, axis, where, term, log_base)
     p, q = classes_of(function, axis, where, -math.inf, p_logits=p_logits, q_logits=q_logits)
     return _numerics.in_units(of_arrays(p, q), log_base)
@@ -274,9 +281,10 @@ def _relative_entropy_jvp(primals: tuple[Array, Array], tangents: tuple[Array, A
 
 
 @compiled("axis", "base")
+@on_each_device("batch")
 def relative_entropy_with_logits(
-    p_logits: ArrayLike | LinearLogits,
-    q_logits: ArrayLike | LinearLogits,
+    p_logits: AnyLogits,
+    q_logits: AnyLogits,
     axis: Axis = -1,
     where: ArrayLike | None = None,
     *,
@@ -287,8 +295,8 @@ def relative_entropy_with_logits(
     A logit of -inf is a class that isn't there: the term is 0 where p's is, and +inf where only q's is.
 
     Args:
-      p_logits: logits of the classes, which lie along ``axis``: an array or `LinearLogits`.
-      q_logits: logits of the same shape, either kind.
+      p_logits: logits of the classes, which lie along ``axis``: an array, `LinearLogits` or `ShardedLogits`.
+      q_logits: logits of the same shape, of either kind; sharded if p_logits are.
       axis: the class axis, or several.
       where: which entries take part, broadcastable to p_logits; a mask of the batch shape means whole rows.
       base: base of the logarithm; None for nats, 2 for bits.
@@ -350,9 +358,10 @@ def _jensen_shannon_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Arr
 
 
 @compiled("axis", "base")
+@on_each_device("batch")
 def jensen_shannon_divergence_with_logits(
-    p_logits: ArrayLike | LinearLogits,
-    q_logits: ArrayLike | LinearLogits,
+    p_logits: AnyLogits,
+    q_logits: AnyLogits,
     axis: Axis = -1,
     where: ArrayLike | None = None,
     *,
@@ -363,8 +372,8 @@ def jensen_shannon_divergence_with_logits(
     A logit of -inf is a class that isn't there.
 
     Args:
-      p_logits: logits of the classes, which lie along ``axis``: an array or `LinearLogits`.
-      q_logits: logits of the same shape, either kind.
+      p_logits: logits of the classes, which lie along ``axis``: an array, `LinearLogits` or `ShardedLogits`.
+      q_logits: logits of the same shape, of either kind; sharded if p_logits are.
       axis: the class axis, or several.
       where: which entries take part, broadcastable to p_logits; a mask of the batch shape means whole rows.
       base: base of the logarithm; None for nats, 2 for bits.

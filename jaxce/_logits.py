@@ -1,4 +1,4 @@
-"""What logits can be other than an array: a product that is never written down whole."""
+"""What logits can be other than an array: a product that is never written down whole, or the part of a device."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jaxce import _checks
+from jaxce._checks import AxisName
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -43,6 +44,8 @@ class LinearLogits:
       temperature: a positive number by which hW + b is divided.
       block_size: how many classes at a time. By default as many as make 2^22 logits with all rows, at least 256,
         evened out so that the last block is hardly smaller than the others.
+      axis_name: inside `jax.shard_map`, the mesh axis, or axes, over which the kernel's classes are sharded: kernel and
+        bias are then this device's part, and hidden is the same on all devices of the axis. See `ShardedLogits`.
 
     Example:
       >>> import jax.numpy as jnp, jaxce
@@ -64,6 +67,7 @@ class LinearLogits:
     soft_cap: ArrayLike | None = None
     temperature: ArrayLike | None = 1.0
     block_size: int | None = None
+    axis_name: AxisName | None = None
 
     def __post_init__(self) -> None:
         name = "LinearLogits"
@@ -99,6 +103,7 @@ class LinearLogits:
             "soft_cap": _positive(name, "soft_cap", self.soft_cap),
             "temperature": None if isinstance(temperature, float) and temperature == 1 else temperature,
             "block_size": None if size is None else int(size),
+            "axis_name": None if self.axis_name is None else _checks.axis_name(name, self.axis_name),
         }
         self._set(fields)
 
@@ -109,23 +114,23 @@ class LinearLogits:
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         """The arrays, by name, and what is static."""
         children = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in _CHILDREN)
-        return children, (self.class_axis, self.block_size)
+        return children, tuple(getattr(self, name) for name in _STATIC)
 
     @classmethod
-    def tree_unflatten(cls, static: tuple[int, int | None], children: Any) -> LinearLogits:
+    def tree_unflatten(cls, static: Any, children: Any) -> LinearLogits:
         """The logits of any leaves: JAX puts other things than arrays there, so nothing is checked."""
         logits = object.__new__(cls)
-        logits._set(dict(zip((*_CHILDREN, "class_axis", "block_size"), (*children, *static), strict=True)))
+        logits._set(dict(zip((*_CHILDREN, *_STATIC), (*children, *static), strict=True)))
         return logits
 
     @property
     def classes(self) -> int:
-        """How many classes there are."""
+        """How many classes there are, on this device if the kernel is sharded."""
         return self.kernel.shape[self.class_axis]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the logits, [..., classes]."""
+        """The shape of the logits, [..., classes], on this device."""
         return (*self.hidden.shape[:-1], self.classes)
 
     @property
@@ -139,7 +144,7 @@ class LinearLogits:
         return _checks.compute_dtype(self.hidden, self.kernel)
 
     def materialize(self) -> Array:
-        """The logits as an array, with all the memory that takes."""
+        """The logits as an array, with all the memory that takes; of this device's classes if the kernel is sharded."""
         x = contract(self.hidden, self.kernel, self.class_axis, self.half)
         if self.bias is not None:
             x = x + jnp.broadcast_to(self.bias.astype(x.dtype), x.shape)
@@ -160,12 +165,101 @@ class LinearLogits:
             parts.append("bias")
         if self.class_axis == 0:
             parts.append("class_axis=0")
-        options = {name: getattr(self, name) for name in ("soft_cap", "temperature", "block_size")}
-        parts += [f"{name}={value}" for name, value in options.items() if value is not None]
+        options = {name: getattr(self, name) for name in ("soft_cap", "temperature", "block_size", "axis_name")}
+        parts += [f"{name}={value!r}" for name, value in options.items() if value is not None]
         return f"LinearLogits({whole}{', '.join(parts)})"
 
 
 _CHILDREN = ("hidden", "kernel", "bias", "soft_cap", "temperature")
+_STATIC = ("class_axis", "block_size", "axis_name")
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ShardedLogits:
+    r"""One device's part of logits whose classes are sharded over a mesh, for use inside `jax.shard_map` (or `jax.vmap`).
+
+    .. math:: k = i\, n + j \quad \text{ for class } j \text{ of the } n \text{ classes of device } i .
+
+    Every function of jaxce that takes logits takes this in their place, and gives each device the numbers, and the
+    derivatives, that the whole logits have. What crosses the network is a few numbers per row. What has an axis of classes
+    is this device's part too: dense labels, a mask of entries, class weights, the log-probabilities of `log_softmax`.
+    Integer labels and predictions count the classes of all devices, and are the same on all devices of the axis, as is
+    whatever has no axis of classes: losses, masks of rows.
+
+    Where the devices don't divide the classes, pad, and mask the padding with ``where``: it counts nowhere, also not in
+    label smoothing. (A label on it is a label on a masked class: its loss is +inf.)
+
+    Derivatives taken outside of the `jax.shard_map` are right, in all modes and orders. Those taken inside are too, with
+    its default ``check_vma=True``. With ``check_vma=False`` JAX's transpose of a sum over devices is such a sum: a gradient
+    taken inside is that of the sum of all devices' (equal) losses, larger by the number of devices of the axis, and the
+    gradient of what is the same on all devices (hidden states) is only this device's part of it.
+
+    Args:
+      logits: floating-point, of shape [..., this device's classes]; as many on each device.
+      axis_name: the mesh axis over which the classes are sharded; of several, the first is the slowest, as in
+        `jax.sharding.PartitionSpec`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxce
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> def loss(x, labels):
+      ...     logits = jaxce.ShardedLogits(x, axis_name="model")
+      ...     return jaxce.softmax_cross_entropy_with_integer_labels(logits, labels)
+      >>> sharded = jax.shard_map(loss, mesh=mesh, in_specs=(P(None, "model"), P()), out_specs=P())
+      >>> print(jax.jit(sharded)(jnp.zeros((2, 5 * jax.device_count())), jnp.array([0, 4])) - jnp.log(jax.device_count()))
+      [1.60944 1.60944]
+
+    Reference:
+      Shoeybi et al., Megatron-LM, https://arxiv.org/abs/1909.08053, section 3.
+    """
+
+    logits: Array
+    axis_name: AxisName
+
+    def __post_init__(self) -> None:
+        name = "ShardedLogits"
+        logits = _checks.floating(name, "logits", self.logits)
+        if logits.ndim < 1:
+            raise ValueError(f"{name}: logits must have an axis of classes, got shape {logits.shape}")
+        object.__setattr__(self, "logits", logits)
+        object.__setattr__(self, "axis_name", _checks.axis_name(name, self.axis_name))
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        """The array, and the axis, which is static."""
+        return ((jax.tree_util.GetAttrKey("logits"), self.logits),), self.axis_name
+
+    @classmethod
+    def tree_unflatten(cls, static: AxisName, children: Any) -> ShardedLogits:
+        """The logits of any leaf, unchecked."""
+        logits = object.__new__(cls)
+        object.__setattr__(logits, "logits", children[0])
+        object.__setattr__(logits, "axis_name", static)
+        return logits
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape on this device, [..., this device's classes]."""
+        return self.logits.shape
+
+    @property
+    def ndim(self) -> int:
+        """How many axes the logits have."""
+        return self.logits.ndim
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the logits."""
+        return self.logits.dtype
+
+    def __repr__(self) -> str:
+        return f"ShardedLogits({_checks.describe(self.logits)} of each device, axis_name={self.axis_name!r})"
+
+
+NotArray = LinearLogits | ShardedLogits
+AnyLogits = ArrayLike | LinearLogits | ShardedLogits
+"""What every function of logits takes."""
 
 
 def _positive(function: str, argument: str, value: Any) -> Any:
@@ -217,10 +311,14 @@ def contract_half_tangent(hidden: Array, kernel: Array, dh: Array | None, dw: Ar
 
 
 def shape_logits(x: Array, temperature: Any, soft_cap: Any) -> Array:
-    """The logits of the products: divided by the temperature and capped."""
+    """The logits of the products: divided by the temperature and capped, but for -inf, which a bias may be: no class."""
+    if temperature is None and soft_cap is None:
+        return x
+    absent = jnp.isneginf(x)
+    x = jnp.where(absent, 0, x)
     if temperature is not None:
         x = x / jnp.asarray(temperature).astype(x.dtype)
     if soft_cap is not None:
         cap = jnp.asarray(soft_cap).astype(x.dtype)
         x = cap * jnp.tanh(x / cap)
-    return x
+    return jnp.where(absent, -jnp.inf, x)

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxce import _checks
-from jaxce._checks import Axis, compiled
+from jaxce._checks import Axis, AxisName, compiled
 
 
 def _weights(losses: Array, weights: ArrayLike) -> Array:
@@ -40,7 +40,7 @@ def weighted_mean(
     *,
     axis: Axis | None = None,
     normalizer: ArrayLike | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName | None = None,
 ) -> Array:
     r"""Mean of losses, each counting as much as its weight says.
 

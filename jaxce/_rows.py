@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from jaxce import _mesh
 from jaxce._checks import upcast
 from jaxce._numerics import exp_pair, log1p, single
 
@@ -93,10 +94,16 @@ def _anchor(maximum: Array, classes: int) -> Array:
 
 # The sums are written for XLA:CPU, whose reductions are fast (and keep no array of the size of x) as long as they read x
 # itself, through arithmetic, minima and exp alone. It is slow where it has to select or compare, at rows that are short
-# or longer than _LONG, and at argmax.
+# or longer than _LONG, and at argmax. Where the classes may be on several devices, rows are left whole: what cuts them,
+# or takes a part, would fetch it.
 
 _FEW = 32
 """Up to so many classes are taken one by one, in a loop over the rows."""
+
+
+def _few(x: Array) -> bool:
+    return x.shape[-1] <= _FEW and _mesh.devices() == 1
+
 
 _LONG = 2**15
 """Rows of more classes are summed in parts."""
@@ -127,22 +134,52 @@ def _add_up(terms: list[Array]) -> Array:
     return terms[0]
 
 
-def _parts(count: int, length: int = 1) -> int:
-    """Into how many equal parts to cut ``count`` runs of so many classes each, if they can be cut so that each is fast."""
-    return next((n for n in range(1, count + 1) if count % n == 0 and 128 <= count // n * length <= _LONG), 1)
+def _cut(x: Array) -> Array | None:
+    """The classes in about sqrt(K) blocks of about sqrt(K), if K can be divided so and they can't be on several devices."""
+    *batch, classes = x.shape
+    if _mesh.devices() > 1:
+        return None
+    length = next(n for n in range(math.isqrt(classes - 1) + 1, classes + 1) if classes % n == 0)
+    return x.reshape(*batch, classes // length, length) if classes // length >= 4 else None
+
+
+def _sum_last(term: Callable[..., Array], arrays: tuple[Array, ...], rows: tuple[Array, ...]) -> Array:
+    """The sums over the last axis, with all other axes as one: at three axes XLA:CPU is several times slower."""
+    *batch, classes = arrays[0].shape
+    size = math.prod(batch)
+    arrays = tuple(a.reshape(size, classes) for a in arrays)
+    rows = tuple(jnp.broadcast_to(r, batch).reshape(size) for r in rows)
+    arrays, rows = lax.optimization_barrier((arrays, rows))
+    return lax.optimization_barrier(jnp.sum(term(*arrays, *(r[:, None] for r in rows)), -1)).reshape(batch)
 
 
 def _sum(term: Callable[..., Array], *arrays: Array, rows: tuple[Array, ...] = ()) -> Array:
     """The sum over the last axis of a term, a function of the classes' values and of each row's."""
     *batch, classes = arrays[0].shape
-    if classes <= _FEW:
+    if _few(arrays[0]):
         return _add_up([term(*values, *rows) for values in zip(*map(_columns, arrays), strict=True)])
-    parts = _parts(classes)
-    if parts > 1:
-        arrays = tuple(a.reshape(*batch, parts, classes // parts) for a in arrays)
-        rows = tuple(r[..., None] for r in rows)
-        return jnp.sum(lax.optimization_barrier(_sum(term, *arrays, rows=rows)), -1)
-    return jnp.sum(term(*arrays, *(r[..., None] for r in rows)), -1)
+    if _mesh.devices() > 1:
+        return jnp.sum(term(*arrays, *(r[..., None] for r in rows)), -1)
+    parts = next((n for n in range(1, classes + 1) if classes % n == 0 and 128 <= classes // n <= _LONG), 1)
+    arrays = tuple(a.reshape(*batch, parts, classes // parts) for a in arrays)
+    return jnp.sum(_sum_last(term, arrays, tuple(r[..., None] for r in rows)), -1)
+
+
+def _sum_without(index: Array, term: Callable[..., Array], x: Array, rows: tuple[Array, ...] = ()) -> Array:
+    """The same for one array, but for the class with the given index. It isn't subtracted: the others keep their digits."""
+    if _few(x):
+        return _add_up([jnp.where(index == k, 0, term(v, *rows)) for k, v in enumerate(_columns(x))])
+    blocks = _cut(x)
+    if blocks is None:
+        distance = jnp.abs(_places(x, jnp.float32) - index[..., None].astype(jnp.float32))
+        x, rows, distance = lax.optimization_barrier((x, rows, distance))
+        terms = term(x, *(r[..., None] for r in rows))
+        return jnp.sum(terms * jnp.minimum(1, distance).astype(terms.dtype), -1)
+    block, place = index // blocks.shape[-1], index % blocks.shape[-1]
+    own = _take(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    own_sum = jnp.sum(jnp.where(_is_class(own, place), 0, term(own, *(r[..., None] for r in rows))), -1)
+    sums = _sum_last(term, (blocks,), tuple(r[..., None] for r in rows))
+    return own_sum + _sum(lambda s: s, jnp.where(_is_class(sums, block), 0, sums))
 
 
 def _first(mask: Array) -> Array:
@@ -154,14 +191,6 @@ def _first(mask: Array) -> Array:
 def _places(x: Array, dtype: DTypeLike) -> Array:
     """The index along the last axis as numbers, to be broadcast; hidden from XLA, which would write out the whole array."""
     return lax.optimization_barrier(jnp.arange(x.shape[-1], dtype=dtype)).reshape((1,) * (x.ndim - 1) + (-1,))
-
-
-def _sum_without(x: Array, index: Array) -> Array:
-    """The sum over the last axis, but for the place with the given index."""
-    if x.shape[-1] <= _FEW:
-        return _add_up([jnp.where(index == k, 0, v) for k, v in enumerate(_columns(x))])
-    distance = jnp.abs(_places(x, x.dtype) - index[..., None].astype(x.dtype))
-    return _sum(lambda term: term, x * jnp.minimum(1, distance))
 
 
 def _is_class(x: Array, index: Array) -> Array:
@@ -176,110 +205,52 @@ def _take(x: Array, index: Array, axis: int = -1) -> Array:
     return lax.bitcast_convert_type(taken, x.dtype) if x.dtype.itemsize == 2 else taken
 
 
+def _top(x: Array) -> tuple[Array, Array]:
+    """The maximum, and the first class that attains it."""
+    if _few(x):
+        maximum = jnp.max(x, -1)
+        *columns, _ = _columns(x)
+        top = jnp.full(maximum.shape, len(columns), jnp.int32)
+        for k, column in reversed(list(enumerate(columns))):
+            top = jnp.where(column == maximum, k, top)
+        return maximum, top
+    blocks = _cut(x)
+    if blocks is None:
+        maximum = jnp.max(x, -1)
+        m = _finite(upcast(maximum)[0])[..., None]
+        top = jnp.min(_places(x, m.dtype) + x.shape[-1] * _below(x, m), -1)
+        return maximum, jnp.minimum(top, x.shape[-1] - 1).astype(jnp.int32)
+    maxima = lax.optimization_barrier(jnp.max(blocks, -1))
+    maximum = jnp.max(maxima, -1)
+    block = _first(maxima == maximum[..., None])
+    own = _take(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    return maximum, block * blocks.shape[-1] + _first(own == maximum[..., None])
+
+
 def row_pass(x: Array, rows: Array | None = None) -> Row:
     """Goes over the classes twice: for the maximum, and for the sum of the others' weights."""
     x = lax.stop_gradient(x)
-    classes = x.shape[-1]
-    length = next(n for n in range(math.isqrt(classes - 1) + 1, classes + 1) if classes % n == 0)
-    if classes <= _FEW:
-        maximum, top, others = _few(x)
-    elif classes // length >= 4:
-        maximum, top, others = _blocks(x.reshape(*x.shape[:-1], classes // length, length))
-    else:
-        maximum, top, others = _whole(x)
-
+    maximum, top = _top(x)
     (maximum,) = upcast(maximum)
     m = _finite(maximum)
-    anchor = _anchor(m, classes)
+    anchor = _anchor(m, x.shape[-1])
     present = m != -jnp.inf
     weight = jnp.where(present, exp_pair(single(jnp.where(present, m - anchor, 0)))[0], 1)
+
+    def others(infinite: bool) -> Array:
+        return _sum_without(top, lambda v, c: _weights(v, c, infinite), x, (anchor,))
+
     # Infinite logits are rare, and the test for them in the sums is not free.
     finite = all_finite(jnp.maximum(maximum, 0))
-    others = lax.cond(finite, partial(others, False), partial(others, True), m, anchor, weight)
     return Row(
         maximum=maximum,
         anchor=anchor,
         top=top,
         weight=weight,
-        others=jnp.where(present, others, 0),
+        others=jnp.where(present, lax.cond(finite, lambda: others(False), lambda: others(True)), 0),
         present=present if rows is None else present & rows,
         counts=rows,
     )
-
-
-# How to read a row: its maximum, the first class that attains it, and a function for the sum over the others. That leaves
-# the top class out of the sum, rather than subtract it: this is where the digits come from.
-_Others = Callable[[bool, Array, Array, Array], Array]
-_Read = tuple[Array, Array, _Others]
-
-
-def _few(x: Array) -> _Read:
-    """A few classes, one by one."""
-    maximum = jnp.max(x, -1)
-
-    def top() -> Array:
-        *columns, _ = _columns(x)
-        index = jnp.full(maximum.shape, len(columns), jnp.int32)
-        for k, column in reversed(list(enumerate(columns))):
-            index = jnp.where(column == maximum, k, index)
-        return index
-
-    def others(infinite: bool, m: Array, anchor: Array, weight: Array) -> Array:
-        top_ = top()
-        return _add_up([jnp.where(top_ == k, 0, _weights(v, anchor, infinite)) for k, v in enumerate(_columns(x))])
-
-    return maximum, top(), others
-
-
-def _blocks(x: Array) -> _Read:
-    """About sqrt(K) blocks of about sqrt(K) classes: the block of the top class is summed by itself without it.
-
-    The barriers make each reduction read ``x`` itself, and upcast inside its loop.
-    """
-    *batch, count, length = x.shape
-    maxima = lax.optimization_barrier(jnp.max(x, -1))
-    maximum = jnp.max(maxima, -1)
-    block = _first(maxima == maximum[..., None])
-    top_block = _take(x, block[..., None, None], axis=-2)[..., 0, :]
-    place = _first(top_block == maximum[..., None])
-
-    def others(infinite: bool, m: Array, anchor: Array, weight: Array) -> Array:
-        near = jnp.where(_is_class(top_block, place), 0, _weights(top_block, anchor[..., None]))
-        anchors = jnp.where(_is_class(maxima, block), jnp.inf, anchor[..., None])  # exp(x - inf) = 0
-        far, anchors = lax.optimization_barrier((x, anchors))
-        return jnp.sum(near, -1) + _sum_of_blocks(lambda v, c: _weights(v, c, infinite), far, anchors)
-
-    return maximum, block * length + place, others
-
-
-def _sum_of_blocks(term: Callable[[Array, Array], Array], x: Array, anchors: Array) -> Array:
-    *batch, count, length = x.shape
-    parts = _parts(count, length)
-    if parts == 1:
-        terms = term(x, anchors[..., None])
-        # A sum of sums keeps half an ulp more, and is no slower in short rows.
-        return (
-            jnp.sum(lax.optimization_barrier(jnp.sum(terms, -1)), -1)
-            if count * length <= 512
-            else jnp.sum(terms, (-2, -1))
-        )
-    some = count // parts
-    x, anchors = x.reshape(*batch, parts, some, length), anchors.reshape(*batch, parts, some)
-    return jnp.sum(lax.optimization_barrier(_sum_of_blocks(term, x, anchors)), -1)
-
-
-def _whole(x: Array) -> _Read:
-    """Classes that don't fall into blocks: arithmetic leaves out all that attain the maximum, and counts them."""
-    maximum = jnp.max(x, -1)
-
-    def others(_: bool, m: Array, anchor: Array, weight: Array) -> Array:
-        v, m, anchor = lax.optimization_barrier((x, m, anchor))
-        equal = x.shape[-1] - jnp.sum(_below(v, m[..., None]), -1)
-        return jnp.sum(_below(v, m[..., None]) * _weights(v, anchor[..., None]), -1) + (equal - 1) * weight
-
-    m = _finite(upcast(maximum)[0])[..., None]
-    top = jnp.min(_places(x, m.dtype) + x.shape[-1] * _below(x, m), -1)
-    return maximum, jnp.minimum(top, x.shape[-1] - 1).astype(jnp.int32), others
 
 
 # The derivatives. Each rule gives the tangent as a sum over the classes of a coefficient times the logit's tangent, where
@@ -427,7 +398,7 @@ def _(primals: Any, tangents: Any) -> Any:
 @jax.custom_jvp
 def _dense_error(x: Array, row: Row, targets: Array) -> Array:
     """p_j T - t_j with T = sum_k t_k; at the top class p_j (T - t_j) - (1 - p_j) t_j, both of which may be tiny."""
-    rest = _sum_without(targets, row.top)
+    rest = _sum_without(row.top, lambda t: t, targets)
     top_target = _take(targets, row.top[..., None])[..., 0]
     at_top = (row.weight * rest - row.others * top_target) / row.total
     x, anchor, total, sum_, at_top = lax.optimization_barrier((x, row.anchor, row.total, rest + top_target, at_top))

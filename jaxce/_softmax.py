@@ -10,13 +10,15 @@ from jax.typing import ArrayLike
 
 from jaxce import _checks
 from jaxce._checks import Axis, compiled
-from jaxce._logits import LinearLogits
+from jaxce._logits import AnyLogits, LinearLogits
+from jaxce._mesh import on_each_device
 from jaxce._statistics import BlockLogits, Logits, Measures, read_logits
 
 
 @compiled("axis", "label_smoothing", "z_loss")
+@on_each_device("batch")
 def softmax_cross_entropy_with_integer_labels(
-    logits: ArrayLike | LinearLogits,
+    logits: AnyLogits,
     labels: ArrayLike,
     axis: Axis = -1,
     where: ArrayLike | None = None,
@@ -46,7 +48,7 @@ def softmax_cross_entropy_with_integer_labels(
     normal number are flushed to zero by XLA:CPU.
 
     Args:
-      logits: scores, of shape [..., classes], in any floating-point dtype, or `LinearLogits`.
+      logits: scores, of shape [..., classes], an array in any floating-point dtype, `LinearLogits` or `ShardedLogits`.
       labels: integer classes, of the shape of the logits without the class axes.
       axis: the class axis, or several; labels then count the classes of the flattened axes.
       where: which rows take part (a mask of the batch shape), or which entries (one that broadcasts to the logits' shape).
@@ -78,8 +80,9 @@ def softmax_cross_entropy_with_integer_labels(
 
 
 @compiled("axis", "label_smoothing", "z_loss")
+@on_each_device("batch")
 def softmax_cross_entropy(
-    logits: ArrayLike | LinearLogits,
+    logits: AnyLogits,
     labels: ArrayLike,
     axis: Axis = -1,
     where: ArrayLike | None = None,
@@ -100,7 +103,7 @@ def softmax_cross_entropy(
     the labels too: the derivative by :math:`t_k` is :math:`-\log p_k`.
 
     Args:
-      logits: scores, of shape [..., classes], an array or `LinearLogits`.
+      logits: scores, of shape [..., classes], an array, `LinearLogits` or `ShardedLogits`.
       labels: numbers of the same shape; not broadcast and not normalised.
       axis: the class axis, or several that together hold the classes.
       where: which rows take part (a mask of the batch shape), or which entries (one that broadcasts to the logits' shape).
@@ -135,8 +138,9 @@ safe_softmax_cross_entropy = softmax_cross_entropy
 
 
 @compiled("axis", "gamma")
+@on_each_device("batch")
 def softmax_focal_loss(
-    logits: ArrayLike | LinearLogits,
+    logits: AnyLogits,
     labels: ArrayLike,
     axis: Axis = -1,
     where: ArrayLike | None = None,
@@ -151,7 +155,7 @@ def softmax_focal_loss(
     cross-entropy. Masks, dtypes and bad labels are as in `softmax_cross_entropy_with_integer_labels`.
 
     Args:
-      logits: scores, of shape [..., classes], an array or `LinearLogits`.
+      logits: scores, of shape [..., classes], an array, `LinearLogits` or `ShardedLogits`.
       labels: integer classes of the batch shape, or numbers of the shape of the logits.
       axis: the class axis, or several.
       where: which rows (a mask of the batch shape) or which entries of the logits take part.
@@ -174,8 +178,9 @@ def softmax_focal_loss(
 
 
 @compiled("axis", "epsilon")
+@on_each_device("batch")
 def poly_loss_cross_entropy(
-    logits: ArrayLike | LinearLogits,
+    logits: AnyLogits,
     labels: ArrayLike,
     *,
     epsilon: float = 2.0,
@@ -190,7 +195,7 @@ def poly_loss_cross_entropy(
     cross-entropy. Masks, dtypes and bad labels are as in `softmax_cross_entropy_with_integer_labels`.
 
     Args:
-      logits: scores, of shape [..., classes], an array or `LinearLogits`.
+      logits: scores, of shape [..., classes], an array, `LinearLogits` or `ShardedLogits`.
       labels: integer classes of the batch shape, or numbers of the shape of the logits.
       epsilon: the weight of the added term.
       axis: the class axis, or several.
@@ -248,7 +253,9 @@ def _smoothing(function: str, argument: str, value: float) -> float:
     return _checks.number(function, argument, value, "a number in [0, 1]", lambda a: 0 <= a <= 1)
 
 
-def _class_weights(function: str, class_weights: ArrayLike | None, z: Logits | BlockLogits) -> Array | None:
+def _class_weights(
+    function: str, class_weights: ArrayLike | None, z: Logits | BlockLogits | LinearLogits
+) -> Array | None:
     if class_weights is None:
         return None
     weights = _checks.floating(function, "class_weights", class_weights)
@@ -265,7 +272,7 @@ def _z_loss(function: str, z_loss: float, known: Measures) -> Array | float:
 
 def _by_label_dtype(
     function: str,
-    logits: ArrayLike | LinearLogits,
+    logits: AnyLogits,
     labels: ArrayLike,
     axis: Axis,
     where: ArrayLike | None,

@@ -12,7 +12,8 @@ from jax.typing import ArrayLike
 
 from jaxce import _blocks, _checks, _rows
 from jaxce._checks import Axis, compiled
-from jaxce._logits import LinearLogits
+from jaxce._logits import AnyLogits, LinearLogits, NotArray, ShardedLogits
+from jaxce._mesh import on_each_device
 
 
 class Measures(NamedTuple):
@@ -64,7 +65,8 @@ class Logits(NamedTuple):
         """Cross-entropy with integer labels or with targets, and the rest; what isn't used costs nothing under jit."""
         loss = None
         if labels is not None:
-            loss = _label_loss(_rows.label_nll(self.x, self.row, labels), labels, weights)
+            weight = None if weights is None else jnp.take(weights, labels, mode="clip")
+            loss = _label_loss(_rows.label_nll(self.x, self.row, labels), weight)
             if smoothing:
                 loss = _mix(loss, _rows.dense_nll(self.x, self.row, _weighted(weights, self._uniform())), smoothing)
         if targets is not None:
@@ -91,21 +93,20 @@ class Logits(NamedTuple):
         there = ~jnp.isneginf(self.x)
         return there.astype(self.dtype) / jnp.maximum(jnp.sum(there, -1, dtype=self.dtype, keepdims=True), 1)
 
-    def restore(self, values: Array) -> Array:
-        """Values for each class, with the class axes put back where they were."""
-        batch = [a for a in range(len(self.shape)) if a not in self.axes]
-        order = [*batch, *self.axes]
-        return jnp.transpose(
-            values.reshape([self.shape[a] for a in order]), [order.index(a) for a in range(len(order))]
-        )
+    def log_probabilities(self) -> Array:
+        """log p for each class."""
+        values = _rows.log_probabilities(self.x, self.row)
+        return values if self.row.counts is None else jnp.where(self.row.counts[..., None], values, -jnp.inf)
 
 
 class BlockLogits(NamedTuple):
-    """`LinearLogits` past the door, with the methods of `Logits`."""
+    """`LinearLogits` or `ShardedLogits` past the door, with the methods of `Logits`."""
 
     operands: _blocks.Operands
     rows: Array | None  # the mask of rows; None where all of them count
     spec: _blocks.Spec
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
 
     @property
     def dtype(self) -> np.dtype:
@@ -121,9 +122,10 @@ class BlockLogits(NamedTuple):
         return _integer_labels(function, labels, self.operands.shape[:-1])
 
     def dense_labels(self, function: str, labels: Array) -> Array:
-        """``labels`` as they are: a block is cast and masked where it is read."""
-        _checks.same_shape(function, "labels", labels, self.operands.shape, "the shape of the logits")
-        return labels
+        """``labels`` with the classes last: a block is cast and masked where it is read."""
+        of = "the shape of the logits" if self.spec.axis_name is None else "the shape of the logits on each device"
+        _checks.same_shape(function, "labels", labels, self.shape, of)
+        return _checks.classes_last(labels, self.axes)
 
     def measure(
         self,
@@ -143,7 +145,8 @@ class BlockLogits(NamedTuple):
         values, row = _blocks.measure(spec, self.operands._replace(labels=labels, targets=targets, weights=of_classes))
         loss = None
         if labels is not None:
-            loss = _label_loss(values["nll"], labels, weights)
+            weight = None if weights is None else _blocks.at_label(self.spec, weights, labels)
+            loss = _label_loss(values["nll"], weight)
         elif targets is not None:
             loss = values["given"]
         if smoothing:
@@ -167,6 +170,11 @@ class BlockLogits(NamedTuple):
         value, (row,) = _blocks.sum_of_terms(weighted, (self.spec,), (operands,))
         return self._select(jnp.where(row.present, value, 0), 0)
 
+    def log_probabilities(self) -> Array:
+        """As `Logits.log_probabilities`, of the classes of this device."""
+        values = _blocks.log_probabilities(self.spec, self.operands)
+        return values if self.rows is None else jnp.where(self.rows[..., None], values, -jnp.inf)
+
     def _select(self, values: Array, otherwise: float) -> Array:
         return values if self.rows is None else jnp.where(self.rows, values, otherwise)
 
@@ -178,13 +186,9 @@ def _integer_labels(function: str, labels: ArrayLike, shape: tuple[int, ...]) ->
     return array
 
 
-def _label_loss(nll: Array, labels: Array, weights: Array | None) -> Array:
-    return nll if weights is None else _times(jnp.take(weights, labels, mode="clip"), nll)
-
-
-def _times(weight: Array, loss: Array) -> Array:
-    """weight * loss, where a weight of 0 takes away an infinite loss too."""
-    return weight * jnp.where((weight == 0) & jnp.isposinf(loss), 0, loss)
+def _label_loss(nll: Array, weight: Array | None) -> Array:
+    """weight * nll, where a weight of 0 takes away an infinite loss too."""
+    return nll if weight is None else weight * jnp.where((weight == 0) & jnp.isposinf(nll), 0, nll)
 
 
 def _weighted(weights: Array | None, targets: Array) -> Array:
@@ -198,16 +202,16 @@ def _mix(loss: Array, uniform: Array, smoothing: float) -> Array:
 def read_logits(
     function: str,
     argument: str,
-    logits: ArrayLike | LinearLogits,
+    logits: AnyLogits,
     axis: Axis,
     where: ArrayLike | None,
     *others: Array,
 ) -> Logits | BlockLogits:
     """``logits`` past the door. They are computed with in the widest dtype of them, ``others`` and float32."""
-    if isinstance(logits, LinearLogits):
+    if isinstance(logits, NotArray):
         operands, rows = _blocks.operands(function, argument, logits, axis, where)
-        dtype = _checks.compute_dtype(logits.hidden, logits.kernel, *others)
-        return BlockLogits(operands, rows, _blocks.Spec(_blocks.block_size(logits), dtype, half=logits.half))
+        axes = _checks.axes(function, axis, logits.ndim)
+        return BlockLogits(operands, rows, _blocks.spec_of(logits, operands, *others), axes, logits.shape)
     array = _checks.floating(function, argument, logits)
     axes = _checks.axes(function, axis, array.ndim)
     rows, entries = _checks.where_mask(function, where, array.shape, axes)
@@ -235,8 +239,9 @@ class SoftmaxStatistics(NamedTuple):
 
 
 @compiled("axis")
+@on_each_device("batch")
 def softmax_statistics(
-    logits: ArrayLike | LinearLogits,
+    logits: AnyLogits,
     labels: ArrayLike | None = None,
     axis: Axis = -1,
     where: ArrayLike | None = None,
@@ -253,7 +258,7 @@ def softmax_statistics(
     ``jax.jit``. See `softmax_cross_entropy_with_integer_labels` for labels, masks and dtypes.
 
     Args:
-      logits: scores, of shape [..., classes], an array or `LinearLogits`.
+      logits: scores, of shape [..., classes], an array, `LinearLogits` or `ShardedLogits`.
       labels: integer classes, of the shape of the logits without the class axes, or None.
       axis: the class axis, or several; labels and predictions then count the classes of the flattened axes.
       where: which rows (a mask of the batch shape) or which entries of the logits take part.
@@ -273,7 +278,8 @@ def softmax_statistics(
 
 
 @compiled("axis")
-def logsumexp(logits: ArrayLike | LinearLogits, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+@on_each_device("batch")
+def logsumexp(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
     r"""The logarithm of a sum of exponentials, :math:`\log \sum_k e^{x_k} = m + L`.
 
     Here :math:`m` is the maximum and :math:`L = \log(1 + \sum_{k \ne \text{top}} e^{x_k - m})`, so a result near a maximum
@@ -281,7 +287,7 @@ def logsumexp(logits: ArrayLike | LinearLogits, axis: Axis = -1, where: ArrayLik
     class, all masked or -inf, gives -inf, with gradient 0. The gradient is softmax(x).
 
     Args:
-      logits: an array of floating-point numbers, or `LinearLogits`.
+      logits: an array of floating-point numbers, `LinearLogits` or `ShardedLogits`.
       axis: the axis to sum over, or several.
       where: which rows (a mask of the batch shape) or which entries take part.
 
@@ -297,7 +303,8 @@ def logsumexp(logits: ArrayLike | LinearLogits, axis: Axis = -1, where: ArrayLik
 
 
 @compiled("axis")
-def log_softmax(logits: ArrayLike | LinearLogits, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+@on_each_device("logits")
+def log_softmax(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
     r"""Logarithms of the softmax probabilities, :math:`\log p_k = -(g_k + L)`, never positive.
 
     A class that is masked, or whose logit is -inf, has log-probability -inf, and gradient 0 if it is masked.
@@ -316,8 +323,10 @@ def log_softmax(logits: ArrayLike | LinearLogits, axis: Axis = -1, where: ArrayL
       [-2.0000e+01 -2.0611537e-09]
     """
     if isinstance(logits, LinearLogits):  # as large as the logits
-        logits = logits.materialize()
+        whole = logits.materialize()
+        logits = whole if logits.axis_name is None else ShardedLogits(whole, logits.axis_name)
     z = read_logits("log_softmax", "logits", logits, axis, where)
-    assert isinstance(z, Logits)
-    values = _rows.log_probabilities(z.x, z.row)
-    return z.restore(values if z.row.counts is None else jnp.where(z.row.counts[..., None], values, -jnp.inf))
+    batch = [a for a in range(len(z.shape)) if a not in z.axes]
+    order = [*batch, *z.axes]  # of the axes now
+    values = z.log_probabilities().reshape([z.shape[a] for a in order])
+    return jnp.transpose(values, [order.index(a) for a in range(len(order))])

@@ -11,7 +11,8 @@ sizes, hence the result by no more than its last digit. That is for given terms:
 another way when it compiles for another batch shape.
 
 A metric can be the carry of ``lax.scan``, goes through ``jax.jit`` and, over models, through ``jax.vmap``, and inside
-``shard_map`` ``metric.psum(axis_name)`` is that of all devices. In a ``clu``-style loop write
+``shard_map`` ``metric.psum(axis_name)`` is that of all devices' examples, where `ShardedLogits` may take the place of
+logits: their metric is that of all classes. In a ``clu``-style loop write
 ``metrics = metrics.merge(Evaluation.from_batch(logits, labels))``; in Flax NNX hold ``metric = nnx.Variable(
 Evaluation.empty())`` and write ``metric.set_value(metric.get_value().update(logits, labels))``.
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -33,12 +35,12 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxce import _checks, _numerics
-from jaxce._checks import compiled
+from jaxce import _checks, _mesh, _numerics
+from jaxce._checks import AxisName, compiled
+from jaxce._logits import ShardedLogits
 from jaxce._statistics import log_softmax, softmax_statistics
 
 _M = TypeVar("_M", bound="Metric")
-_Names = str | tuple[str, ...]
 
 
 # ---------------------------------------------------------------------------------------------------- sums
@@ -77,7 +79,7 @@ class Sum:
         hi, lo = _numerics.add(self.pair, other.pair)
         return Sum(jnp.where(finite, hi, plain), jnp.where(finite, lo, 0))
 
-    def psum(self, axis_name: _Names) -> Sum:
+    def psum(self, axis_name: AxisName) -> Sum:
         """The sum over mapped axes. Every device's pair is sent to all, in a place of its own, so that none is rounded."""
         here = jnp.arange(lax.psum(1, axis_name)) == lax.axis_index(axis_name)
 
@@ -112,7 +114,7 @@ class Metric:
         """The metric of all the data of both."""
         return jax.tree.map(Sum.plus, self, other, is_leaf=_is_sum)
 
-    def psum(self: _M, axis_name: _Names) -> _M:
+    def psum(self: _M, axis_name: AxisName) -> _M:
         """The metric of all devices' data, inside ``shard_map``, or ``vmap`` or ``pmap`` with this axis name."""
         return jax.tree.map(lambda s: s.psum(axis_name), self, is_leaf=_is_sum)
 
@@ -274,19 +276,30 @@ def _unless_nan(nll: Array, values: Array) -> Array:
     return jnp.where(jnp.isnan(nll), nll, values)
 
 
-def _in_top(logits: Array, labels: Array, k: int) -> Array:
+def _per_class(function: str, logits: Any) -> tuple[Array, Array, Callable[[Array], Array]]:
+    """Each class's logit and place, and the sum over the classes: all of them, or a device's part of sharded ones."""
+    sharded = isinstance(logits, ShardedLogits)
+    x = logits.logits if sharded else _checks.floating(function, "logits", logits)
+    places = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    if not sharded:
+        return x, places, lambda terms: jnp.sum(terms, -1)
+    first = _mesh.index(function, logits.axis_name) * x.shape[-1]
+    return x, first + places, lambda terms: lax.psum(jnp.sum(terms, -1), logits.axis_name)
+
+
+def _in_top(function: str, logits: Any, labels: Array, k: int) -> Array:
     """Whether the label is among the k largest; of equal logits the first are."""
-    x, label = logits, labels[..., None].astype(jnp.int32)
-    at_label = jnp.take_along_axis(x, label, -1, mode="clip")
-    before = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) < label
-    return jnp.sum((x > at_label) | (x == at_label) & before, -1) < k
+    x, places, total = _per_class(function, logits)
+    label = labels[..., None].astype(jnp.int32)
+    at_label = total(jnp.where(places == label, x, 0))[..., None]
+    return total(((x > at_label) | (x == at_label) & (places < label)).astype(jnp.int32)) < k
 
 
-def _brier(logits: Array, labels: Array, nll: Array) -> Array:
+def _brier(function: str, logits: Any, labels: Array, nll: Array) -> Array:
     """(1 - p_y)^2 and the squares of all other probabilities."""
-    is_label = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == labels[..., None].astype(jnp.int32)
-    others = jnp.where(is_label, 0, jnp.exp(log_softmax(logits)))
-    return _unless_nan(nll, jnp.square(jnp.expm1(-nll)) + jnp.sum(jnp.square(others), -1))
+    _, places, total = _per_class(function, logits)
+    others = jnp.where(places == labels[..., None].astype(jnp.int32), 0, jnp.exp(log_softmax(logits)))
+    return _unless_nan(nll, jnp.square(jnp.expm1(-nll)) + total(jnp.square(others)))
 
 
 @compiled()
@@ -317,7 +330,7 @@ class Accuracy(_Ratio):
 @compiled("k")
 def _top_k(logits: ArrayLike, labels: ArrayLike, weights: Any, where: Any, k: int) -> tuple[Sum, Sum]:
     rows = _rows("TopKAccuracy", logits, labels, weights, where)
-    top = _in_top(_checks.floating("TopKAccuracy", "logits", logits), jnp.asarray(labels), k).astype(rows.nll.dtype)
+    top = _in_top("TopKAccuracy", logits, jnp.asarray(labels), k).astype(rows.nll.dtype)
     return Sum.of(_weighted(_unless_nan(rows.nll, top), rows.weights)), Sum.of(rows.weights)
 
 
@@ -365,7 +378,7 @@ class TopKAccuracy(_Ratio):
 @compiled()
 def _brier_of(logits: ArrayLike, labels: ArrayLike, weights: Any, where: Any) -> tuple[Sum, Sum]:
     rows = _rows("Brier", logits, labels, weights, where)
-    score = _brier(_checks.floating("Brier", "logits", logits), jnp.asarray(labels), rows.nll)
+    score = _brier("Brier", logits, jnp.asarray(labels), rows.nll)
     return Sum.of(_weighted(score, rows.weights)), Sum.of(rows.weights)
 
 
@@ -531,9 +544,9 @@ def _evaluate(logits: Any, labels: ArrayLike, weights: Any, where: Any, units: A
 
     top = brier = None
     if options.per_class:
-        x, y = _checks.floating("Evaluation", "logits", logits), jnp.asarray(labels)
-        top = total(_unless_nan(nll, _in_top(x, y, options.k).astype(nll.dtype)))
-        brier = total(_brier(x, y, nll))
+        y = jnp.asarray(labels)
+        top = total(_unless_nan(nll, _in_top("Evaluation", logits, y, options.k).astype(nll.dtype)))
+        brier = total(_brier("Evaluation", logits, y, nll))
     bins = Calibration(*_bin_sums(logits, rows, options.bins), options.bins)
     return Evaluation(total(nll), Sum.of(w), total(n), total(rows.correct), bins, top, brier, options)
 

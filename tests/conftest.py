@@ -1,4 +1,4 @@
-"""Settings of the whole suite: JAX as strict as it can be, and nothing downloaded, cached or parallel."""
+"""Settings of the whole suite: JAX as strict as it can be, and nothing downloaded."""
 
 from __future__ import annotations
 

@@ -528,6 +528,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"temperature": "hot"}, TypeError, "temperature"),
     ({"block_size": 0}, ValueError, "block_size"),
     ({"block_size": 2.5}, ValueError, "block_size"),
+    ({"axis_name": 0}, ValueError, "axis_name"),
+    ({"axis_name": ("a", "a")}, ValueError, "axis_name"),
 ]
 
 
@@ -536,6 +538,21 @@ def test_wrong_arguments(wrong: dict[str, Any], error: type[Exception], argument
     with pytest.raises(error) as caught:
         jaxce.LinearLogits(**({"hidden": H, "kernel": W} | wrong))
     assert str(caught.value).startswith(f"LinearLogits: {argument} must ") and ", got " in str(caught.value)
+
+
+def test_wrong_arguments_of_sharded_logits() -> None:
+    for args, error, argument in [
+        ((jnp.ones((2, 3), "int32"), "model"), TypeError, "logits"),
+        ((jnp.ones(()), "model"), ValueError, "logits"),
+        ((W, None), ValueError, "axis_name"),
+        ((W, ()), ValueError, "axis_name"),
+    ]:
+        with pytest.raises(error) as caught:
+            jaxce.ShardedLogits(*args)
+        assert str(caught.value).startswith(f"ShardedLogits: {argument} must ") and ", got " in str(caught.value)
+    for logits in (jaxce.ShardedLogits(W, "model"), jaxce.LinearLogits(H, W, axis_name=("data", "model"))):
+        with pytest.raises(ValueError, match="^logsumexp: axis_name must be an axis that is mapped .*, got .*model"):
+            jaxce.logsumexp(logits)  # outside of a shard_map
 
 
 def test_wrong_arguments_of_losses() -> None:
@@ -558,4 +575,8 @@ def test_repr() -> None:
         "LinearLogits(float32[2,5] from hidden float32[2,3], kernel float32[5,3], bias, class_axis=0, soft_cap=30.0)"
     )
     assert repr(x) == expected
-    assert "LinearLogits" in repr(jax.tree.map(lambda _: None, x)) and "LinearLogits" in repr(jax.tree.structure(x))
+    sharded = jaxce.ShardedLogits(W, ("data", "model"))
+    assert repr(sharded) == "ShardedLogits(float32[3,5] of each device, axis_name=('data', 'model'))"
+    for x in (sharded, jaxce.LinearLogits(H, W, axis_name="model")):
+        name = type(x).__name__
+        assert name in repr(jax.tree.map(lambda _: None, x)) and name in repr(jax.tree.structure(x))

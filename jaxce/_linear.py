@@ -1,0 +1,240 @@
+r"""The mean loss of `LinearLogits` with its gradient from one pass.
+
+A loss per example can be weighted by anything before it is differentiated, so its derivative has to compute the logits
+again: with gradients that is four products of the size of the logits for each example, class and feature. For a mean with
+known weights three are enough. A chunk of examples at a time, all its logits are computed and used for both,
+
+.. math::
+    X = h W, \qquad \nabla_h \mathrel{+}= G W^\top, \quad \nabla_W \mathrel{+}= h^\top G \quad
+    \text{with } G = \partial \ell / \partial X .
+
+It is the derivative that is kept, not the logits. Second derivatives are those of the loss by blocks.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
+
+from jaxce import _checks, _mesh
+from jaxce._checks import compiled
+from jaxce._logits import LinearLogits, contract, shape_logits
+from jaxce._reduction import weighted_mean
+from jaxce._softmax import _class_weights, _smoothing, softmax_cross_entropy_with_integer_labels
+
+_NAME = "linear_cross_entropy"
+
+_CHUNK = 1 << 24
+"""How many logits a chunk of examples has by default."""
+
+
+@compiled("label_smoothing", "z_loss", "chunk_size")
+def linear_cross_entropy(
+    logits: LinearLogits,
+    labels: ArrayLike,
+    weights: ArrayLike | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    class_weights: ArrayLike | None = None,
+    z_loss: float = 0.0,
+    normalizer: ArrayLike | None = None,
+    chunk_size: int | None = None,
+) -> Array:
+    r"""Weighted mean of the cross-entropy between integer labels and `LinearLogits`, its gradient formed on the way.
+
+    .. math:: \frac{\sum_i w_i \ell_i}{\sum_i w_i}, \qquad 0 \text{ where the denominator is } 0,
+
+    with :math:`\ell_i` of `softmax_cross_entropy_with_integer_labels`. It is
+    ``weighted_mean(softmax_cross_entropy_with_integer_labels(logits, labels, where=weights != 0), weights)`` in value and
+    derivatives, to any order and in both modes. Where a gradient is asked for, the logits are computed once rather than
+    twice: three matrix products in place of four, for the memory of a chunk of examples with all their classes in
+    place of a block. Without a gradient it takes no more than the losses.
+
+    On a mesh the losses are computed by themselves, as each chunk's part of the kernel's gradient would cross the network:
+    where the classes are sharded, and under `jax.jit` alone wherever arrays may lie on several devices. Inside of a
+    `jax.shard_map` over the batch a device's mean is its own; take that of all with their normalizer.
+
+    A row of weight 0 takes no part, whatever it holds: its loss is 0. So for a padding label of -100 give
+    ``weights=labels != -100``. In half precision the kernel's gradient is summed in float32.
+
+    Args:
+      logits: `LinearLogits` of shape [..., classes].
+      labels: integer classes, of the shape of the logits without the classes.
+      weights: booleans, integers or floating point, of the shape of the labels.
+      label_smoothing: the share in [0, 1] that is spread evenly over the classes.
+      class_weights: one number per class, by which its part of the loss is multiplied.
+      z_loss: the factor of the squared log-normalizer.
+      normalizer: a number to divide by in place of the sum of the weights, say that of all micro-batches.
+      chunk_size: how many examples at a time where a gradient is formed; by default as many as make 2^24 logits.
+
+    Returns:
+      A number, in the dtype of the logits and at least float32.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxce
+      >>> def loss(hidden, kernel):
+      ...     return jaxce.linear_cross_entropy(jaxce.LinearLogits(hidden, kernel), jnp.array([0, 4, -100]),
+      ...                                       jnp.array([True, True, False]))
+      >>> value, gradient = jax.value_and_grad(loss)(jnp.ones((3, 2)), jnp.ones((2, 5)))
+      >>> print(value)
+      1.60944
+
+    Reference:
+      Hsu et al., Liger Kernel, https://arxiv.org/abs/2410.10989, section 3.2.
+    """
+    if not isinstance(logits, LinearLogits):
+        raise TypeError(f"{_NAME}: logits must be LinearLogits, got {_checks.describe(logits)}")
+    y = _checks.integer(_NAME, "labels", labels)
+    _checks.same_shape(_NAME, "labels", y, logits.shape[:-1], "the shape of the logits without their class axes")
+    w = jnp.ones(y.shape, logits.dtype) if weights is None else jnp.asarray(weights)
+    _checks.same_shape(_NAME, "weights", w, y.shape, "the shape of the labels")
+    w = w.astype(logits.dtype)
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"{_NAME}: chunk_size must be None or a positive integer, got {chunk_size!r}")
+
+    if logits.axis_name is not None or _mesh.devices() > 1:
+        losses = softmax_cross_entropy_with_integer_labels(
+            logits, y, where=w != 0, label_smoothing=label_smoothing, class_weights=class_weights, z_loss=z_loss
+        )
+        return weighted_mean(losses, w, normalizer=normalizer)
+
+    options = _Options(
+        label_smoothing=_smoothing(_NAME, "label_smoothing", label_smoothing),
+        z_loss=_checks.number(_NAME, "z_loss", z_loss, "a finite number"),
+        chunk_size=chunk_size,
+        class_axis=logits.class_axis,
+        block_size=logits.block_size,
+    )
+    inputs = {
+        "hidden": logits.hidden.reshape(y.size, logits.hidden.shape[-1]),
+        "kernel": logits.kernel,
+        "bias": logits.bias,
+        "soft_cap": logits.soft_cap,
+        "temperature": logits.temperature,
+        "weights": w.reshape(y.size),
+        "class_weights": _class_weights(_NAME, class_weights, logits),
+    }
+    inputs = {name: jnp.asarray(value) for name, value in inputs.items() if value is not None}
+    total = _weighted_sum(options, y.reshape(y.size), inputs)
+    return weighted_mean(total, normalizer=jnp.sum(w) if normalizer is None else normalizer)
+
+
+class _Options(NamedTuple):
+    label_smoothing: float
+    z_loss: float
+    chunk_size: int | None
+    class_axis: int
+    block_size: int | None
+
+
+Inputs = dict[str, Array]  # what the loss is differentiated by, with all examples on one axis
+
+
+def _sum_of_losses(options: _Options, logits: LinearLogits | Array, labels: Array, inputs: Inputs) -> Array:
+    losses = softmax_cross_entropy_with_integer_labels(
+        logits,
+        labels,
+        where=inputs["weights"] != 0,
+        label_smoothing=options.label_smoothing,
+        z_loss=options.z_loss,
+        class_weights=inputs.get("class_weights"),
+    )
+    return jnp.sum(inputs["weights"] * losses)
+
+
+def _sum_by_blocks(options: _Options, labels: Array, inputs: Inputs) -> Array:
+    """The definition, whose derivatives compute the logits again."""
+    logits = LinearLogits(
+        inputs["hidden"],
+        inputs["kernel"],
+        class_axis=options.class_axis,
+        block_size=options.block_size,
+        **{name: inputs.get(name) for name in ("bias", "soft_cap", "temperature")},
+    )
+    return _sum_of_losses(options, logits, labels, inputs)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _weighted_sum(options: _Options, labels: Array, inputs: Inputs) -> Array:
+    return _sum_by_blocks(options, labels, inputs)
+
+
+@partial(_weighted_sum.defjvp, symbolic_zeros=True)
+def _(options: _Options, primals: Any, tangents: Any) -> Any:
+    labels, inputs = primals
+    varying = {name: tangent for name, tangent in tangents[1].items() if not isinstance(tangent, SymbolicZero)}
+    total, gradient = _sum_and_gradient(options, tuple(varying), labels, inputs)
+    terms = (jnp.sum(gradient[name] * varying[name].astype(total.dtype)) for name in varying)
+    return total, sum(terms, jnp.zeros_like(total))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _sum_and_gradient(options: _Options, names: tuple[str, ...], labels: Array, inputs: Inputs) -> tuple[Array, Inputs]:
+    """The sum and its derivatives by the inputs with these names, in the dtype of the logits."""
+    kernel, class_axis = inputs["kernel"], options.class_axis % 2
+    half = inputs["hidden"].dtype == kernel.dtype == jnp.bfloat16
+    dtype = _checks.compute_dtype(inputs["hidden"], kernel)
+    examples = labels.size
+    chunks = -(-examples // (options.chunk_size or max(1, _CHUNK // kernel.shape[class_axis])))
+    size = -(-examples // max(chunks, 1))
+
+    def cut(x: Array) -> Array:
+        """Chunks of every so many examples: each has a part of what any device holds of the batch."""
+        x = jnp.pad(x, [(0, size * chunks - examples)] + [(0, 0)] * (x.ndim - 1))
+        return jnp.moveaxis(x.reshape(size, chunks, *x.shape[1:]), 1, 0)
+
+    def join(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(size * chunks, *x.shape[2:])[:examples]
+
+    def loss_of(of_examples: Inputs, of_all: Inputs, labels: Array) -> Array:
+        x = of_examples["products"]
+        if "bias" in of_all:
+            x = x + jnp.broadcast_to(of_all["bias"].astype(dtype), x.shape)
+        x = shape_logits(x, of_all.get("temperature"), of_all.get("soft_cap"))
+        return _sum_of_losses(options, x, labels, of_examples | of_all)
+
+    def product(a: Array, a_axis: int, b: Array, b_axis: int) -> Array:
+        a, b = (v.astype(jnp.bfloat16 if half else dtype) for v in (a, b))
+        return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=dtype)
+
+    of_all = {name: value for name, value in inputs.items() if name not in ("hidden", "kernel", "weights")}
+    sums = {name: jnp.zeros(inputs[name].shape, dtype) for name in names if name not in ("hidden", "weights")}
+
+    def step(carry: tuple[Array, Inputs], chunk: tuple[Array, Array, Array]) -> Any:
+        total, sums = carry
+        hidden, weights, labels = chunk
+        # What a row holds that takes no part must not be multiplied by anything, even 0.
+        hidden = jnp.where(weights[:, None] != 0, hidden, 0)
+        of_examples = {"products": contract(hidden, kernel, options.class_axis, half), "weights": weights}
+        value, (of_examples, parts) = jax.value_and_grad(loss_of, (0, 1))(of_examples, of_all, labels)
+        g = of_examples.pop("products")
+        if "hidden" in names:
+            of_examples["hidden"] = product(g, 1, kernel, class_axis)
+        if "kernel" in names:
+            parts["kernel"] = product(hidden, 0, g, 0) if class_axis == 1 else product(g, 0, hidden, 0)
+        sums = {name: sums[name] + parts[name].astype(dtype) for name in sums}
+        return (total + value, sums), {name: of_examples[name] for name in of_examples if name in names}
+
+    chunked = cut(inputs["hidden"]), cut(inputs["weights"]), cut(labels)
+    (total, sums), of_examples = lax.scan(step, (jnp.zeros((), dtype), sums), chunked)
+    return total, sums | {name: join(value) for name, value in of_examples.items()}
+
+
+@_sum_and_gradient.defjvp
+def _(options: _Options, names: tuple[str, ...], primals: Any, tangents: Any) -> Any:
+    labels, inputs = primals
+
+    def by_blocks(inputs: Inputs) -> tuple[Array, Inputs]:
+        def value(varying: Inputs) -> Array:
+            return _sum_by_blocks(options, labels, inputs | varying)
+
+        total, gradient = jax.value_and_grad(value)({name: inputs[name] for name in names})
+        return total, {name: g.astype(total.dtype) for name, g in gradient.items()}
+
+    return _sum_and_gradient(options, names, labels, inputs), jax.jvp(by_blocks, (inputs,), (tangents[1],))[1]

@@ -1,0 +1,166 @@
+"""What the devices of a mesh know of each other, and functions that each device runs on its part."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import jax
+from jax import Array, lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
+
+from jaxce import _checks
+from jaxce._checks import AxisName
+from jaxce._logits import LinearLogits, ShardedLogits
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_T = TypeVar("_T")
+
+
+def index(function: str, axis_name: AxisName) -> Array:
+    """This device's place on the axis."""
+    try:
+        return lax.axis_index(axis_name)
+    except NameError:
+        raise ValueError(
+            f"{function}: axis_name must be an axis that is mapped where the function is called, as inside of "
+            f"jax.shard_map, got {axis_name!r}"
+        ) from None
+
+
+def varying(*trees: Any) -> frozenset[str]:
+    """The axes over which some leaf differs from device to device, as far as JAX keeps account (``check_vma=True``)."""
+    axes = (jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(trees))
+    return frozenset().union(*axes)
+
+
+def vary(tree: _T, axes: frozenset[str]) -> _T:
+    """The same numbers, as something that differs over at least these axes.
+
+    The transpose is a sum over devices: here, once, rather than wherever the numbers meet others that differ.
+    """
+
+    def cast(leaf: Any) -> Any:
+        missing = tuple(sorted(axes - varying(leaf)))
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def devices() -> int:
+    """On how many devices an array may lie: those of the mesh in use, if one is set; inside of `jax.shard_map`, one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count()
+    return math.prod(n for n, t in zip(mesh.axis_sizes, mesh.axis_types, strict=True) if t != AxisType.Manual)
+
+
+def strips(classes: int) -> int:
+    """In how many equal strips to see the classes, so that a block with a bit of each strip is a bit of each device's part.
+
+    How a mesh with automatic axis types shards the classes isn't known while tracing, but into no more parts than there
+    are devices; XLA would gather what is cut otherwise.
+    """
+    return math.gcd(classes, devices())
+
+
+# Arrays on a mesh with explicit axis types show in their types how they are sharded. There each device runs a function of
+# logits on its own part, so that no rule for whole arrays (of a gather, a reshape, a loop over blocks) can refuse it.
+
+
+def on_each_device(result: str) -> Callable[[_F], _F]:
+    """A decorator for functions of logits; the results have the shape of the "batch" or of the "logits"."""
+
+    def decorate(function: _F) -> _F:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def spread(*args: Any, **kwargs: Any) -> Any:
+            if not any(any(_spec(leaf)) for leaf in jax.tree.leaves((args, kwargs))):
+                return function(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return _run_on_each_device(function, bound.arguments, result)
+
+        return cast(_F, spread)
+
+    return decorate
+
+
+def _spec(x: Any) -> tuple[Any, ...]:
+    """Over which axes of an explicit mesh each axis of an array is sharded."""
+    if not isinstance(x, jax.Array):
+        return ()
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec + (None,) * (x.ndim - len(spec))
+
+
+def _run_on_each_device(function: Callable[..., Any], given: dict[str, Any], result: str) -> Any:
+    arrays = {name: x for name, x in given.items() if isinstance(x, jax.Array | LinearLogits)}
+    leaves, tree = jax.tree.flatten(arrays)
+    logits = [x for name, x in arrays.items() if name.endswith("logits")]
+    shape = logits[0].shape
+    axes = _checks.axes(function.__name__, given["axis"], len(shape))
+    batch = [a for a in range(len(shape)) if a not in axes]
+    places = [place for name, x in sorted(arrays.items()) for place in _places(name, x, shape, batch, axes[0])]
+    mesh = next(jax.typeof(leaf).sharding.mesh for leaf in leaves if any(_spec(leaf)))
+    if None in places:  # the function will say what doesn't fit
+        whole = [reshard(leaf, NamedSharding(mesh, PartitionSpec())) for leaf in leaves]
+        return function(**given | jax.tree.unflatten(tree, whole))
+
+    # Each axis of the logits is sharded as they are, or else as what comes with them; and over each axis of the mesh only
+    # one: the batch comes before the classes.
+    parts: dict[Any, Any] = {}
+    taken: set[str] = set()
+    owners = [name for name, x in sorted(arrays.items()) for _ in jax.tree.leaves(x)]
+    for is_logits in (True, False):
+        for axis in (*batch, axes[0]):
+            for owner, leaf, place in zip(owners, leaves, places, strict=True):
+                part = _spec(leaf)[place.index(axis)] if axis in place else None
+                names = {part} if isinstance(part, str) else set(part or ())
+                if owner.endswith("logits") == is_logits and axis not in parts and names and not names & taken:
+                    parts[axis] = part
+                    taken |= names
+
+    specs = [PartitionSpec(*map(parts.get, place)) for place in places]
+    leaves = [reshard(leaf, NamedSharding(mesh, spec)) for leaf, spec in zip(leaves, specs, strict=True)]
+    name = parts.get(axes[0])
+
+    def part_of(x: Any) -> Any:
+        if isinstance(x, LinearLogits):
+            return dataclasses.replace(x, axis_name=name)
+        return x if name is None else ShardedLogits(x, name)
+
+    def run(*leaves: Array) -> Any:
+        here = given | jax.tree.unflatten(tree, leaves)
+        return function(**{n: part_of(x) if n.endswith("logits") else x for n, x in here.items()})
+
+    out = PartitionSpec(*(parts.get(a) for a in (batch if result == "batch" else range(len(shape)))))
+    explicit = all(t == AxisType.Explicit for t in mesh.axis_types)
+    axis_names = set() if explicit else taken  # all of them, but those of an enclosing vmap
+    return jax.shard_map(run, mesh=mesh, in_specs=tuple(specs), out_specs=out, axis_names=axis_names)(*leaves)
+
+
+def _places(name: str, x: Any, shape: tuple[int, ...], batch: list[int], class_axis: int) -> list[Any]:
+    """For each array of an argument the axes of the logits that its own go with, or None where its shape doesn't fit."""
+    last = len(shape) - 1
+    if isinstance(x, LinearLogits):
+        if x.shape != shape:
+            return [None]
+        kernel = [last, None] if x.class_axis == 0 else [None, last]
+        return [[*range(last), None], kernel] + [[last] * leaf.ndim for leaf in jax.tree.leaves(x)[2:]]
+    if name == "class_weights":
+        return [[class_axis] if x.ndim == 1 else None]
+    if x.shape == shape:
+        return [[*range(len(shape))]]
+    if x.shape == tuple(shape[a] for a in batch):
+        return [batch]
+    if name != "where" or x.ndim > len(shape):
+        return [None]
+    axes = range(len(shape) - x.ndim, len(shape))
+    fits = all(n in (1, shape[a]) for n, a in zip(x.shape, axes, strict=True))
+    return [[None if n == 1 else a for n, a in zip(x.shape, axes, strict=True)] if fits else None]

@@ -1,0 +1,571 @@
+"""Sharded logits on eight simulated devices: what test_sharded.py runs in a process that has them.
+
+By hand: ``XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m pytest tests/eight_devices.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxce
+
+benchmark: Any = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "mesh.py"))
+
+N, D, V = 4, 3, 12
+DATA, MODEL = 2, 4
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+Arrays = dict[str, Any]
+
+integer = jaxce.softmax_cross_entropy_with_integer_labels
+# of logits and what comes with them, to results of the batch shape; where classes have an axis, that is a device's part
+FUNCTIONS: dict[str, Callable[[Any, Arrays], Any]] = {
+    "integer labels": lambda x, a: integer(x, a["labels"]),
+    "integer labels, modified": lambda x, a: integer(
+        x, a["labels"], label_smoothing=0.1, class_weights=a["weights"], z_loss=0.1
+    ),
+    "dense labels": lambda x, a: jaxce.softmax_cross_entropy(x, a["soft"]),
+    "dense labels, modified": lambda x, a: jaxce.softmax_cross_entropy(
+        x, a["soft"], label_smoothing=0.1, class_weights=a["weights"], z_loss=0.1
+    ),
+    "focal, integer": lambda x, a: jaxce.softmax_focal_loss(x, a["labels"]),
+    "focal, dense": lambda x, a: jaxce.softmax_focal_loss(x, a["soft"], gamma=1.5),
+    "poly, integer": lambda x, a: jaxce.poly_loss_cross_entropy(x, a["labels"]),
+    "poly, dense": lambda x, a: jaxce.poly_loss_cross_entropy(x, a["soft"]),
+    "statistics": lambda x, a: jaxce.softmax_statistics(x, a["labels"])[:3],
+    "logsumexp": lambda x, a: jaxce.logsumexp(x),
+    "entropy": lambda x, a: jaxce.entropy_with_logits(x, base=2),
+    "cross-entropy, from": lambda x, a: jaxce.cross_entropy_with_logits(x, a["other"]),
+    "cross-entropy, to": lambda x, a: jaxce.cross_entropy_with_logits(a["other"], x),
+    "relative entropy, from": lambda x, a: jaxce.relative_entropy_with_logits(x, a["other"]),
+    "relative entropy, to": lambda x, a: jaxce.relative_entropy_with_logits(a["other"], x),
+    "Jensen-Shannon": lambda x, a: jaxce.jensen_shannon_divergence_with_logits(x, a["other"]),
+}
+SPECS: dict[str, P] = {
+    "logits": P("data", "model"),
+    "hidden": P("data"),
+    "kernel": P(None, "model"),
+    "bias": P("model"),
+    "labels": P("data"),
+    "soft": P("data", "model"),
+    "weights": P("model"),
+    "other": P("data", "model"),
+}
+
+
+def arrays(dtype: str = "float64", classes: int = V) -> Arrays:
+    """Logits, as an array and as a product, and what comes with them; a label on each device's classes."""
+    rng = np.random.default_rng(0)
+    soft = rng.exponential(size=(N, classes)) * (np.arange(classes) % 3 > 0)
+    made = {
+        "logits": 2 * rng.normal(size=(N, classes)),
+        "hidden": rng.normal(size=(N, D)),
+        "kernel": rng.normal(size=(D, classes)),
+        "bias": rng.normal(size=classes),
+        "soft": soft / soft.sum(-1, keepdims=True),
+        "weights": rng.exponential(size=classes),
+        "other": rng.normal(size=(N, classes)),
+    }
+    labels = jnp.asarray([0, 4, 7, classes - 1], "int32")
+    return {name: jnp.asarray(value, dtype) for name, value in made.items()} | {"labels": labels}
+
+
+BY_ROWS = P("data")
+
+
+def mesh(types: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
+    return jax.make_mesh((DATA, MODEL), ("data", "model"), axis_types=(types,) * 2)
+
+
+def logits_of(kind: str, a: Arrays, axis_name: Any = None) -> Any:
+    """The logits of that kind: whole, or a device's part."""
+    if kind == "array":
+        return a["logits"] if axis_name is None else jaxce.ShardedLogits(a["logits"], axis_name)
+    size = None if kind == "linear" else 2
+    return jaxce.LinearLogits(a["hidden"], a["kernel"], bias=a["bias"], block_size=size, axis_name=axis_name)
+
+
+KINDS = ["array", "linear", "linear, blocks"]
+
+
+def scalar(tree: Any) -> Any:
+    """One number in which every result counts, with weights that no symmetry cancels."""
+    leaves = jax.tree.leaves(tree)
+    return sum(jnp.sum(v * jnp.sin(1 + i + jnp.arange(v.size, dtype=v.dtype))) for i, v in enumerate(leaves))
+
+
+def results(names: tuple[str, ...], kind: str, a: Arrays, axis_name: Any = None) -> dict[str, Any]:
+    """These functions' results."""
+    if axis_name is not None:
+        a = a | {"other": jaxce.ShardedLogits(a["other"], axis_name)}
+    return {name: FUNCTIONS[name](logits_of(kind, a, axis_name), a) for name in names}
+
+
+def on_mesh(function: Callable[[Arrays], Any], check_vma: bool = True, out_specs: Any = BY_ROWS) -> Any:
+    """A function of each device's part as one of the whole."""
+    return jax.shard_map(function, mesh=mesh(), in_specs=(SPECS,), out_specs=out_specs, check_vma=check_vma)
+
+
+def close(got: Any, expected: Any, rtol: float = 1e-12, atol: float = 1e-13) -> None:
+    """In float64, where both sides are exact but for 1e-16 times the few operations of twelve classes."""
+    got, expected = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (got, expected))
+    assert got.keys() == expected.keys()
+    for path, value in expected.items():
+        assert got[path].shape == value.shape and got[path].dtype == value.dtype
+        np.testing.assert_allclose(got[path], value, rtol, atol, err_msg=jax.tree_util.keystr(path))
+
+
+FLOATS = [name for name in SPECS if name != "labels"]
+FEW = ("integer labels, modified", "relative entropy, to")
+names = pytest.mark.parametrize(
+    "names", [pytest.param(FEW, id="few"), pytest.param(tuple(FUNCTIONS), id="all", marks=pytest.mark.slow)]
+)
+
+
+def split(a: Arrays) -> tuple[Arrays, Arrays]:
+    return {n: a[n] for n in FLOATS}, {"labels": a["labels"]}
+
+
+def some(*chosen: tuple[Any, ...]) -> Any:
+    """Kinds of logits with and without account of what varies; the others on request."""
+    return pytest.mark.parametrize(
+        ("kind", "check_vma"),
+        [pytest.param(k, c, marks=() if (k, c) in chosen else pytest.mark.slow) for k in KINDS for c in (True, False)],
+    )
+
+
+# --- inside of shard_map ----------------------------------------------------------------------------------------------
+
+
+@names
+@some(("linear, blocks", True), ("array", False))
+def test_values_and_gradients(names: tuple[str, ...], kind: str, check_vma: bool) -> None:
+    with jax.enable_x64(True):
+        floats, labels = split(arrays())
+
+        def both(f: Callable[[Arrays], Any]) -> Any:
+            def loss(floats: Arrays) -> Any:
+                values = f(floats | labels)
+                return scalar(values), values
+
+            return quick(jax.grad(loss, has_aux=True))(floats)
+
+        sharded = on_mesh(lambda a: results(names, kind, a, "model"), check_vma)
+        close(both(sharded), both(lambda a: results(names, kind, a)))
+
+
+@pytest.mark.parametrize(
+    "names", [pytest.param(FEW[:1], id="one"), pytest.param(tuple(FUNCTIONS), id="all", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("kind", [pytest.param("array", marks=pytest.mark.slow), "linear, blocks"])
+def test_gradients_taken_inside(names: tuple[str, ...], kind: str) -> None:
+    """What is the same on all devices of an axis (hidden states) has its whole gradient on each of them."""
+    with jax.enable_x64(True):
+        a = arrays()
+        specs = {n: P(*(None if part == "data" else part for part in SPECS[n])) for n in SPECS}
+
+        def slopes(a: Arrays, axis_name: Any = None) -> Any:
+            floats, labels = split(a)
+            return jax.grad(lambda floats: scalar(results(names, kind, floats | labels, axis_name)))(floats)
+
+        inside = jax.shard_map(
+            lambda a: slopes(a, "model"), mesh=mesh(), in_specs=(specs,), out_specs={n: specs[n] for n in FLOATS}
+        )
+        close(quick(inside)(a), quick(slopes)(a))
+
+
+@some(("linear, blocks", True))
+def test_higher_orders(kind: str, check_vma: bool) -> None:
+    """Forward over reverse, reverse over forward, and vmap."""
+    with jax.enable_x64(True):
+        floats, labels = split(arrays())
+        directions = {n: jnp.cos(1 + jnp.arange(v.size, dtype=v.dtype)).reshape(v.shape) for n, v in floats.items()}
+
+        def orders(f: Callable[[Arrays], Any]) -> Any:
+            def value(floats: Arrays) -> Any:
+                return scalar(f(floats | labels))
+
+            def along(floats: Arrays) -> Any:
+                return jax.jvp(value, (floats,), (directions,))[1]
+
+            def all_orders(floats: Arrays) -> Any:
+                twice = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), floats)
+                return (
+                    jax.jvp(jax.grad(value), (floats,), (directions,)),
+                    jax.grad(along)(floats),
+                    jax.vmap(value)(twice),
+                )
+
+            return quick(all_orders)(floats)
+
+        sharded = on_mesh(lambda a: FUNCTIONS["statistics"](logits_of(kind, a, "model"), a), check_vma)
+        close(orders(sharded), orders(lambda a: FUNCTIONS["statistics"](logits_of(kind, a), a)), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("array", marks=pytest.mark.slow), "linear, blocks"])
+def test_second_derivatives_taken_inside(kind: str) -> None:
+    with jax.enable_x64(True):
+        a = arrays()
+        specs = {n: P(*(None if part == "data" else part for part in SPECS[n])) for n in SPECS}
+
+        def product(a: Arrays, axis_name: Any = None) -> Any:
+            floats, labels = split(a)
+            directions = jax.tree.map(jnp.cos, floats)
+            f = FUNCTIONS["integer labels"]
+
+            def value(floats: Arrays) -> Any:
+                return scalar(f(logits_of(kind, floats | labels, axis_name), floats | labels))
+
+            return jax.jvp(jax.grad(value), (floats,), (directions,))[1]
+
+        inside = jax.shard_map(
+            lambda a: product(a, "model"), mesh=mesh(), in_specs=(specs,), out_specs={n: specs[n] for n in FLOATS}
+        )
+        close(quick(inside)(a), quick(product)(a))
+
+
+@pytest.mark.parametrize("kind", [pytest.param("array", marks=pytest.mark.slow), "linear, blocks"])
+def test_padded_classes_do_not_count(kind: str) -> None:
+    """Eleven classes on four devices, the twelfth NaN and masked, also where it is smoothed over."""
+
+    def loss(a: Arrays, where: Any = None, axis_name: Any = None) -> Any:
+        x = logits_of(kind, a, axis_name)
+        value = integer(x, a["labels"], where=where, label_smoothing=0.1, class_weights=a["weights"], z_loss=0.1)
+        return value, jaxce.entropy_with_logits(x, where=where)
+
+    with jax.enable_x64(True):
+        a = arrays(classes=V - 1)
+        padded = {
+            n: jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, 1)], constant_values=jnp.nan) if "model" in SPECS[n] else v
+            for n, v in a.items()
+        }
+
+        def part(a: Arrays) -> Any:
+            place = jax.lax.axis_index("model") * (V // MODEL) + jnp.arange(V // MODEL, dtype="int32")
+            return loss(a, place < V - 1, "model")
+
+        close(quick(on_mesh(part))(padded), loss(a))
+        gradient = quick(jax.grad(lambda x: scalar(on_mesh(part)(padded | x))))
+        name = "logits" if kind == "array" else "kernel"
+        got = gradient({name: padded[name]})[name]
+        close(got[:, :-1], jax.grad(lambda x: scalar(loss(a | {name: x})))(a[name]))
+        assert not got[:, -1].any()
+
+
+def test_mean_loss_of_a_part() -> None:
+    """It is weighted_mean of the losses, of whose classes a device has some; and the same under jit alone."""
+
+    def mean(a: Arrays, axis_name: Any = None) -> Any:
+        weights = (a["labels"] != 4).astype(a["hidden"].dtype)
+        options = {"label_smoothing": 0.1, "class_weights": a["weights"], "normalizer": 3.0}
+        total = jaxce.linear_cross_entropy(logits_of("linear, blocks", a, axis_name), a["labels"], weights, **options)
+        return total if axis_name is None else jax.lax.psum(total, "data")
+
+    with jax.enable_x64(True):
+        floats, labels = split(arrays())
+        sharded = on_mesh(lambda a: mean(a, "model"), out_specs=P())
+        slopes = [quick(jax.value_and_grad(lambda x, f=f: f(x | labels)))(floats) for f in (sharded, mean)]
+        expected = jaxce.softmax_cross_entropy_with_integer_labels(
+            logits_of("linear", floats).materialize(),
+            labels["labels"],
+            label_smoothing=0.1,
+            class_weights=floats["weights"],
+        )
+        close(slopes[0], slopes[1])
+        np.testing.assert_allclose(slopes[1][0], (expected[0] + expected[2] + expected[3]) / 3, rtol=1e-12)
+        m = mesh(AxisType.Explicit)
+        placed = {n: jax.device_put(v, NamedSharding(m, SPECS[n])) for n, v in (floats | labels).items()}
+        np.testing.assert_allclose(quick(mean)(placed), slopes[1][0], rtol=1e-12)
+
+
+def test_masks_and_labels() -> None:
+    """Rows that don't count lie on one device, a device has no class in some row, and labels are anywhere or nowhere."""
+    x = np.array(arrays("float32")["logits"])
+    x[1, 3:6] = -np.inf  # no class of the second device
+    x[0] = np.nan
+    x[3, [2, 5]] = 9.0  # the first of two devices with the maximum
+    labels = jnp.array([-100, 7, 12, 5])
+    rows = jnp.array([False, True, True, True])
+    a = arrays("float32") | {"logits": jnp.asarray(x), "labels": labels}
+
+    def part(a: Arrays, rows: Any) -> Any:
+        return jaxce.softmax_statistics(jaxce.ShardedLogits(a["logits"], "model"), a["labels"], where=rows)
+
+    in_specs = ({n: SPECS[n] for n in a}, P("data"))
+    sharded = jax.jit(jax.shard_map(part, mesh=mesh(), in_specs=in_specs, out_specs=P("data")))
+    got, expected = sharded(a, rows), jaxce.softmax_statistics(a["logits"], labels, where=rows)
+    for value, right in zip(got, expected, strict=True):
+        np.testing.assert_allclose(value, right, rtol=1e-6)  # twelve classes in float32
+    assert np.isnan(got.nll[2]) and got.prediction[3] == 2
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(sharded(a | {"logits": x}, rows).entropy)))(a["logits"])
+    np.testing.assert_allclose(
+        gradient,
+        jax.grad(lambda x: jnp.sum(jaxce.entropy_with_logits(x, where=rows)))(a["logits"]),
+        rtol=3e-6,
+        atol=1e-7,
+    )
+
+
+def test_confident_rows_keep_their_digits() -> None:
+    """Whichever device has the top class, and whichever the label: the loss and the gradient to the last few ulp."""
+    classes = 64
+    rows, labels = [], []
+    rng = np.random.default_rng(1)
+    for loss in (1e-7, 1e-20, 1e-30):
+        for top in (0, 15, 16, 63):
+            row = helpers.cast(rng.normal(size=classes) + math.log(loss / classes), "float32")
+            row[top] = 0.0
+            rows += [row + 3, row]
+            labels += [top, (top + 20) % classes]
+    x, y = jnp.asarray(np.stack(rows), "float32"), jnp.asarray(labels)
+
+    def losses(x: Any, y: Any) -> Any:
+        return integer(jaxce.ShardedLogits(x, "model"), y)
+
+    sharded = jax.shard_map(losses, mesh=mesh(), in_specs=(P("data", "model"), P("data")), out_specs=P("data"))
+    exact = [helpers.Row([float(v) for v in row]) for row in np.asarray(x)]
+    value = helpers.ulp_error(jax.jit(sharded)(x, y), [r.nll(k) for r, k in zip(exact, labels, strict=True)])
+    assert value.max() <= 4  # of the sums of 16 exps each and the change of anchor; measured 1.6
+    slope = jax.jit(jax.grad(lambda x: jnp.sum(sharded(x, y))))(x)[jnp.arange(len(labels)), y]
+    error = helpers.ulp_error(slope, [-r.not_p(k) for r, k in zip(exact, labels, strict=True)])
+    assert error.max() <= 5  # as on one device
+
+
+def test_log_softmax_of_a_part() -> None:
+    a = arrays("float32")
+    specs = ({n: SPECS[n] for n in a},)
+    for kind in ("array", "linear"):
+        part = jax.shard_map(
+            lambda a, kind=kind: jaxce.log_softmax(logits_of(kind, a, "model")),
+            mesh=mesh(),
+            in_specs=specs,
+            out_specs=P("data", "model"),
+        )
+        x = a["logits"] if kind == "array" else logits_of(kind, a).materialize()
+        np.testing.assert_allclose(jax.jit(part)(a), jaxce.log_softmax(x), rtol=1e-5)  # logits in another order
+
+
+def test_classes_on_any_axis_and_several_mesh_axes() -> None:
+    x = np.random.default_rng(0).normal(size=(3, 8, 2)).astype(np.float32)
+    y = jnp.array([[0, 7], [3, 4], [5, 6]])
+    part = jax.shard_map(
+        lambda x, y: integer(jaxce.ShardedLogits(x, ("data", "model")), y, axis=1),
+        mesh=mesh(),
+        in_specs=(P(None, ("data", "model")), P()),
+        out_specs=P(),
+    )
+    np.testing.assert_allclose(jax.jit(part)(x, y), integer(x, y, axis=1), rtol=1e-6)  # eight classes in float32
+
+
+def test_metrics_of_sharded_logits() -> None:
+    a = arrays("float32")
+
+    def part(a: Arrays) -> Any:
+        x = jaxce.ShardedLogits(a["logits"], "model")
+        return jaxce.metrics.Evaluation.from_batch(x, a["labels"], k=2).psum("data").compute()
+
+    whole = jaxce.metrics.Evaluation.from_batch(a["logits"], a["labels"], k=2).compute()
+    for got, right in zip(
+        jax.tree.leaves(jax.jit(on_mesh(part, out_specs=P()))(a)), jax.tree.leaves(whole), strict=True
+    ):
+        np.testing.assert_allclose(got, right, rtol=2e-6)  # a handful of float32 operations
+
+
+# --- under jit alone --------------------------------------------------------------------------------------------------
+
+LAYOUTS: dict[str, dict[str, P]] = {
+    "batch": {n: P(*(None if part == "model" else part for part in s)) for n, s in SPECS.items()},
+    "class": {n: P(*(None if part == "data" else part for part in s)) for n, s in SPECS.items()},
+    "both": SPECS,
+    "features": SPECS | {"hidden": P("data"), "kernel": P("data", "model")},
+    "one axis for batch and classes": SPECS | {"kernel": P(None, "data"), "bias": P("data")},
+}
+
+
+def table() -> list[Any]:
+    rows = []
+    for types in (AxisType.Auto, AxisType.Explicit):
+        for layout in LAYOUTS:
+            for name in WITH_LOG_SOFTMAX:
+                for kind in ("array", "linear, blocks"):
+                    if layout not in ("batch", "class", "both") and kind == "array":
+                        continue
+                    quickly = (types, layout, name, kind) in DEFAULT
+                    marks = () if quickly else pytest.mark.slow
+                    rows.append(
+                        pytest.param(types, layout, name, kind, marks=marks, id=f"{types.name}-{layout}-{name}-{kind}")
+                    )
+    return rows
+
+
+WITH_LOG_SOFTMAX = FUNCTIONS | {"log_softmax": lambda x, a: jaxce.log_softmax(x)}
+DEFAULT = [
+    (AxisType.Explicit, "batch", "entropy", "array"),
+    (AxisType.Explicit, "both", "log_softmax", "array"),
+    (AxisType.Explicit, "one axis for batch and classes", "integer labels", "linear, blocks"),
+    (AxisType.Explicit, "both", "cross-entropy, to", "array"),
+    (AxisType.Explicit, "features", "integer labels, modified", "linear, blocks"),
+    (AxisType.Auto, "both", "dense labels", "array"),
+    (AxisType.Auto, "features", "integer labels", "linear, blocks"),
+]
+
+
+@pytest.mark.parametrize(("types", "layout", "name", "kind"), table())
+def test_arrays_sharded_under_jit(types: AxisType, layout: str, name: str, kind: str) -> None:
+    with jax.enable_x64(True):
+        a = arrays()
+        a |= {
+            "hidden": jnp.pad(a["hidden"], ((0, 0), (0, 1))),
+            "kernel": jnp.pad(a["kernel"], ((0, 1), (0, 0))),
+        }  # 4 features
+        m = mesh(types)
+        placed = {n: jax.device_put(v, NamedSharding(m, LAYOUTS[layout][n])) for n, v in a.items()}
+
+        def both(floats: Arrays, labels: Arrays) -> Any:
+            def loss(floats: Arrays) -> Any:
+                everything = floats | labels
+                value = WITH_LOG_SOFTMAX[name](logits_of(kind, everything), everything)
+                return sum(jnp.sum(v * jnp.cos(v)) for v in jax.tree.leaves(value)), value
+
+            return jax.grad(loss, has_aux=True)(floats)
+
+        close(*jax.device_get((quick(both)(*split(placed)), quick(both)(*split(a)))))
+
+
+def test_vmap_over_an_axis_sharded_explicitly() -> None:
+    """Where Optax's loss raises."""
+    a = arrays("float32")
+    m = mesh(AxisType.Explicit)
+    x = jax.device_put(a["logits"], NamedSharding(m, P("data", "model")))
+    y = jax.device_put(a["labels"], NamedSharding(m, P("data")))
+    got = jax.jit(jax.vmap(integer))(x, y)
+    assert jax.typeof(got).sharding.spec == P("data")
+    np.testing.assert_allclose(got, integer(a["logits"], a["labels"]), rtol=1e-6)  # twelve classes in float32
+
+
+def test_a_mesh_of_automatic_and_explicit_axes() -> None:
+    a = arrays("float32")
+    m = jax.make_mesh((DATA, MODEL), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Explicit))
+    x = jax.device_put(a["logits"], NamedSharding(m, P("data", "model")))
+    y = jax.device_put(a["labels"], NamedSharding(m, P("data")))
+    got = jax.jit(jax.grad(lambda x: jnp.sum(integer(x, y))))(x)
+    expected = jax.grad(lambda x: jnp.sum(integer(x, a["labels"])))(a["logits"])
+    np.testing.assert_allclose(got, expected, rtol=2e-6, atol=1e-7)  # twelve classes in float32
+
+
+def test_bad_shapes_are_refused_on_an_explicit_mesh() -> None:
+    x = jax.device_put(jnp.zeros((4, 8)), NamedSharding(mesh(AxisType.Explicit), P("data", "model")))
+    with pytest.raises(ValueError, match="softmax_cross_entropy_with_integer_labels: labels must have"):
+        integer(x, jnp.zeros(3, "int32"))
+    with pytest.raises(ValueError, match="softmax_cross_entropy: labels must have"):
+        jaxce.softmax_cross_entropy(x, jnp.zeros((1, 8)))
+    with pytest.raises(ValueError, match="logsumexp: where must have"):
+        jaxce.logsumexp(x, where=jnp.ones(3, bool))
+
+
+# --- what crosses the network -----------------------------------------------------------------------------------------
+
+
+def compiled(function: Callable[..., Any], *args: tuple[tuple[int, ...], P], types: AxisType = AxisType.Auto) -> Any:
+    """The collectives of a float32 function of arrays with these shapes, sharded so."""
+    m = mesh(types)
+    structs = [jax.ShapeDtypeStruct(shape, "float32", sharding=NamedSharding(m, spec)) for shape, spec in args]
+    with jax.set_mesh(m) if types == AxisType.Explicit else contextlib.nullcontext():
+        return benchmark["collectives"](jax.jit(function).lower(*structs).compile().as_text())
+
+
+ROWS, FEATURES, CLASSES = 64, 16, 1024
+
+
+def language_model(types: AxisType | None) -> Callable[..., Any]:
+    """The mean loss by itself, or in a shard_map."""
+    labels = np.arange(ROWS, dtype=np.int32) * 7
+
+    def loss(hidden: Any, kernel: Any, y: Any, axis_name: Any = None) -> Any:
+        logits = jaxce.LinearLogits(hidden, kernel, block_size=64, axis_name=axis_name)
+        return integer(logits, y)
+
+    if types is not None:
+        return lambda hidden, kernel: jnp.mean(loss(hidden, kernel, labels))
+    specs = P("data"), P(None, "model"), P("data")
+    part = jax.shard_map(functools.partial(loss, axis_name="model"), mesh=mesh(), in_specs=specs, out_specs=P("data"))
+    return lambda hidden, kernel: jnp.mean(part(hidden, kernel, labels))
+
+
+@pytest.mark.parametrize("types", [None, AxisType.Explicit])
+def test_bytes_on_the_network(types: AxisType | None) -> None:
+    """A few [N] vectors, and with the gradient that of the hidden states and, over the batches, that of the kernel."""
+    args = ((ROWS, FEATURES), P("data")), ((FEATURES, CLASSES), P(None, "model"))
+    found = compiled(jax.value_and_grad(language_model(types), (0, 1)), *args, types=types or AxisType.Auto)
+    assert {c.kind for c in found} == {"all-reduce"} and all(c.times == 1 for c in found)
+    row = 4 * ROWS // DATA
+    hidden, kernel = row * FEATURES, 4 * FEATURES * CLASSES // MODEL
+    vectors = sum(c.bytes for c in found) - hidden - kernel
+    assert 0 < vectors <= 6 * row + 8  # maximum, top class, label, whether it was found, others; and the mean
+
+
+@pytest.mark.parametrize("kind", ["array", "linear"])
+def test_nothing_large_is_gathered_with_automatic_axes(kind: str) -> None:
+    """XLA decides. A few vectors of the rows for each block, and each gradient once."""
+    labels = np.arange(ROWS, dtype=np.int32)
+    if kind == "array":
+        args: Any = (((ROWS, CLASSES), P("data", "model")),)
+        found = compiled(jax.value_and_grad(lambda x: jnp.mean(integer(x, labels))), *args)
+    else:
+        args = ((ROWS, FEATURES), P("data")), ((FEATURES, CLASSES), P(None, "model"))
+        found = compiled(jax.value_and_grad(language_model(AxisType.Auto), (0, 1)), *args)
+    row = 4 * ROWS // DATA
+    gradients = 0 if kind == "array" else row * FEATURES + 4 * FEATURES * CLASSES // MODEL
+    blocks = 1 if kind == "array" else CLASSES // 64
+    assert {c.kind for c in found} == {"all-reduce"}
+    assert 0 < sum(c.bytes * c.times for c in found) - gradients <= 6 * blocks * row + 8
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def refused(message: str, function: Callable[[Arrays], Any], a: Arrays | None = None, check_vma: bool = True) -> None:
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(on_mesh(function, check_vma), arrays("float32") if a is None else a)
+
+
+def test_what_is_refused() -> None:
+    def part(a: Arrays) -> Any:
+        return jaxce.ShardedLogits(a["logits"], "model")
+
+    def whole(a: Arrays) -> Any:
+        return jax.lax.all_gather(a["soft"], "model", axis=1, tiled=True)
+
+    def same(a: Arrays) -> Any:
+        return jaxce.LinearLogits(a["hidden"], jnp.zeros((D, V)), axis_name="model")
+
+    refused(
+        "axis_name must be an axis that is mapped", lambda a: jaxce.logsumexp(jaxce.ShardedLogits(a["logits"], "mode"))
+    )
+    refused("labels must have the shape of the logits without", lambda a: integer(part(a), a["labels"][:1]))
+    refused(
+        "labels must have the shape of the logits on each", lambda a: jaxce.softmax_cross_entropy(part(a), whole(a))
+    )
+    refused("class_weights must have one number", lambda a: integer(part(a), a["labels"], class_weights=jnp.ones(V)))
+    compare = jaxce.relative_entropy_with_logits
+    refused("q_logits must be sharded over", lambda a: compare(part(a), a["other"]))
+    refused("q_logits must be sharded over", lambda a: compare(part(a), jaxce.ShardedLogits(a["other"], "data")))
+    refused("q_logits must have the shape", lambda a: compare(part(a), jaxce.ShardedLogits(a["other"][:, :2], "model")))
+    refused(
+        "kernel must have as many features",
+        lambda a: jaxce.LinearLogits(a["hidden"][:, 1:], a["kernel"], axis_name="model"),
+    )
+    refused("logits must be sharded over 'model'", lambda a: jaxce.logsumexp(same(a)))
