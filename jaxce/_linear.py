@@ -155,7 +155,9 @@ def _sum_by_blocks(options: _Options, labels: Array, inputs: Inputs) -> Array:
         inputs["kernel"],
         class_axis=options.class_axis,
         block_size=options.block_size,
-        **{name: inputs.get(name) for name in ("bias", "soft_cap", "temperature")},
+        bias=inputs.get("bias"),
+        soft_cap=inputs.get("soft_cap"),
+        temperature=inputs.get("temperature"),
     )
     return _sum_of_losses(options, logits, labels, inputs)
 
