@@ -220,7 +220,8 @@ def sigmoid_focal_loss(
 ) -> Array:
     r"""Binary cross-entropy that looks away from what is already right.
 
-    .. math:: \alpha_t (1 - p_t)^\gamma \cdot \text{binary cross-entropy}, \qquad
+    .. math::
+        \alpha_t (1 - p_t)^\gamma \cdot \text{binary cross-entropy}, \qquad
         p_t = t\, \sigma(x) + (1 - t)\, \sigma(-x), \quad \alpha_t = \alpha t + (1 - \alpha)(1 - t)
 
     where 1 - p_t is formed without subtracting from 1, and without weights (:math:`\alpha_t = 1`) if alpha is None.

@@ -1,0 +1,114 @@
+"""README's tables of migration: in each row both calls are evaluated as they are written, and give the same numbers."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.special
+
+import jaxce
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROW = re.compile(r"^\| `([^|]+)` \| `([^|]+)` \|", re.M)
+
+
+def rows(library: str) -> list[Any]:
+    table = README.partition(f"<summary><b>{library}</b></summary>")[2].partition("</details>")[0]
+    return [pytest.param(*row, id=row[0]) for row in ROW.findall(table)]
+
+
+def example() -> dict[str, Any]:
+    """What the tables' names stand for, in float32."""
+    rng = np.random.default_rng(0)
+    n, k = 6, 7
+    y = np.array([0, 3, 0, 6, 2, 5], np.int32)
+    arrays = {
+        "x": 2 * rng.normal(size=(n, k)),
+        "t": scipy.special.softmax(rng.normal(size=(n, k)), axis=-1),
+        "q": scipy.special.softmax(rng.normal(size=(n, k)), axis=-1),
+        "w": rng.uniform(0.2, 2.0, k),
+        "s": rng.uniform(0.2, 2.0, n),
+        "z": 2 * rng.normal(size=n),
+        "b": np.array([0.0, 1.0, 1.0, 0.0, 1.0, 0.0]),
+        "r": rng.uniform(0.1, 0.9, n),
+        "c": np.array([0.0, 1.0, 4.0, 2.0, 0.0, 7.0]),
+        "variance": rng.uniform(0.5, 2.0, n),
+        "image_x": rng.normal(size=(2, k, 3, 4)),
+        "h": rng.normal(size=(n, 4)),
+        "e": rng.normal(size=(k, 4)),
+        "bias": rng.normal(size=k),
+        "l": rng.exponential(size=n),
+        "pos_w": np.array(2.5),
+    }
+    arrays["log_q"], arrays["log_t"] = np.log(arrays["q"]), np.log(arrays["t"])
+    floats = {name: array.astype(np.float32) for name, array in arrays.items()}
+    return floats | {
+        "y": y,
+        "padded_y": np.where(y == 0, np.int32(-100), y),
+        "image_y": rng.integers(k, size=(2, 3, 4)).astype(np.int32),
+    }
+
+
+def ours(call: str) -> np.ndarray:
+    names = {name: getattr(jaxce, name) for name in jaxce.__all__}
+    arrays = {name: jnp.asarray(value) for name, value in example().items()}
+    return np.asarray(eval(call, names | arrays | {"jnp": jnp}))
+
+
+def close(got: np.ndarray, expected: Any) -> None:
+    expected = np.asarray(expected)
+    assert got.shape == expected.shape
+    np.testing.assert_allclose(got, expected, rtol=1e-5)  # the peers' float32 is a few ulp off, and differences cancel
+
+
+@pytest.mark.parametrize(("theirs", "call"), rows("Optax"))
+def test_optax(theirs: str, call: str) -> None:
+    arrays = {name: jnp.asarray(value) for name, value in example().items()}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        expected = eval(theirs, {"optax": optax, "jax": jax} | arrays)
+    close(ours(call), expected)
+
+
+@pytest.mark.parametrize(("theirs", "call"), rows("PyTorch"))
+def test_torch(theirs: str, call: str) -> None:
+    torch = pytest.importorskip("torch")
+    arrays = {name: torch.tensor(value) for name, value in example().items()}
+    arrays |= {name: value.long() for name, value in arrays.items() if value.dtype == torch.int32}
+    close(ours(call), eval(theirs, {"torch": torch, "F": torch.nn.functional} | arrays))
+
+
+@pytest.fixture(scope="module")
+def keras() -> Any:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("KERAS_BACKEND", "jax")
+    yield pytest.importorskip("keras")
+    patch.undo()
+
+
+@pytest.mark.parametrize(("theirs", "call"), rows("Keras"))
+def test_keras(keras: Any, theirs: str, call: str) -> None:
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        expected = eval(theirs, {"losses": importlib.import_module("keras.losses")} | example())
+    close(ours(call), expected)
+
+
+@pytest.mark.parametrize("library", ["Optax", "PyTorch", "Keras"])
+def test_every_row_is_read(library: str) -> None:
+    table = README.partition(f"<summary><b>{library}</b></summary>")[2].partition("</details>")[0]
+    assert len(rows(library)) == len(re.findall(r"^\|", table, re.M)) - 2 > 10
+
+
+def test_labels_that_start_at_one() -> None:
+    x, y = jnp.asarray(example()["x"]), jnp.asarray(example()["y"])
+    loss = jaxce.softmax_cross_entropy_with_integer_labels
+    from_one = y + 1
+    np.testing.assert_array_equal(loss(x, from_one - 1), loss(x, y))
+    np.testing.assert_array_equal(np.isnan(loss(x, from_one)), np.asarray(from_one) == 7)
