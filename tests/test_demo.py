@@ -184,6 +184,7 @@ def test_a_bad_option_ends_the_program() -> None:
     assert result.stderr == "python -m jaxce: error: argument --steps: must be an integer >= 1, got '-3'\n"
 
 
+@pytest.mark.slow
 def test_plot(tmp_path: Path) -> None:
     file = tmp_path / "loss.png"
     result = demo("--steps", "2", "--vocabulary", "256", "--batch", "1", "--plot", str(file))

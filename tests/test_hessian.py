@@ -36,8 +36,9 @@ FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @pytest.mark.parametrize(
     ("name", "order"),
-    [(name, "forward over reverse") for name in FUNCTIONS]
-    + [(name, "reverse over reverse") for name in ("integer", "dense", "entropy")],
+    [("integer", "forward over reverse"), ("entropy", "reverse over reverse")]
+    + [pytest.param(name, "forward over reverse", marks=pytest.mark.slow) for name in FUNCTIONS if name != "integer"]
+    + [pytest.param(name, "reverse over reverse", marks=pytest.mark.slow) for name in ("integer", "dense")],
 )
 def test_hessian_by_vmap_is_hessian_by_map(name: str, order: str) -> None:
     def total(x: jax.Array) -> jax.Array:
@@ -56,7 +57,8 @@ def test_hessian_by_vmap_is_hessian_by_map(name: str, order: str) -> None:
     np.testing.assert_allclose(together, one_by_one, atol=2e-5)
 
 
-@pytest.mark.parametrize("classes", [10, 64, 97])  # the ways to read a row: one by one, in blocks, whole
+# The ways to read a row: one by one, in blocks, whole.
+@pytest.mark.parametrize("classes", [64, *(pytest.param(k, marks=pytest.mark.slow) for k in (10, 97))])
 def test_derivatives_in_a_batch_are_those_of_the_plain_formula(classes: int) -> None:
     rng = np.random.default_rng(classes)
     label, soft, v = rng.integers(classes), rng.dirichlet(np.ones(classes)), rng.normal(size=classes)

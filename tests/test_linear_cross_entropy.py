@@ -118,7 +118,8 @@ def test_derivatives_in_all_modes_and_orders() -> None:
                 )(a),
             }
 
-        close(jax.jit(lambda: orders(fused))(), orders(plain), rtol=1e-10, atol=1e-12)
+        quickly = jax.jit(lambda: orders(fused), compiler_options={"xla_backend_optimization_level": 0})
+        close(quickly(), orders(plain), rtol=1e-10, atol=1e-12)
 
 
 def test_vmap_over_hidden_states_and_kernels() -> None:

@@ -192,7 +192,7 @@ def as_given(function: Any, q: Any, t: Any, dtype: str = "float32") -> tuple[Any
 
 
 @pytest.mark.parametrize("function", DENSE)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def test_edges(dtype: str, function: Any) -> None:
     with jax.enable_x64(dtype == "float64"), jax.debug_nans(True):
         for q, t, value, by_q, by_t in EDGES[function]:
