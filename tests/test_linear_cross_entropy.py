@@ -96,6 +96,7 @@ def test_it_is_optax_on_the_product() -> None:
     close(got, expected, rtol=1e-5, atol=2e-6)  # float32 sums in different orders
 
 
+@pytest.mark.slow
 def test_derivatives_in_all_modes_and_orders() -> None:
     with jax.enable_x64(True):
         fixed = arguments()

@@ -231,6 +231,7 @@ def test_nan_stays_nan(function: Any) -> None:
     assert np.isnan(function(q, t.at[0, 0].set(NAN))).tolist() == [True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", DENSE)
 def test_masked_is_absent(function: Any) -> None:
     q, t = as_given(function, [[0.2, 0.3, 0.5], [0.1, 0.6, 0.3]], [[0.5, 0.4, 0.1], [0.3, 0.3, 0.4]])
@@ -310,6 +311,7 @@ def test_several_axes_and_empty() -> None:
         assert function(jnp.zeros((0, 4)), jnp.zeros(0, jnp.int32)).shape == (0,)
 
 
+@pytest.mark.slow
 def test_dtypes() -> None:
     q, t = jnp.array([0.5, 0.25, 0.25]), jnp.array([0.25, 0.5, 0.25])
     for function in (categorical_cross_entropy, generalized_kl_divergence, kl_divergence, binary_cross_entropy):

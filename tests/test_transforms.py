@@ -211,6 +211,7 @@ def test_the_table_covers_every_public_function() -> None:
     assert functions == {case.function for case in CASES} | only_linear
 
 
+@pytest.mark.slow
 @every_case
 def test_eager_and_jit(case: Case) -> None:
     """Compiled alone, inside another function, and not at all: the same numbers, in float32."""
