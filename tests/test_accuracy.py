@@ -223,7 +223,10 @@ def test_log_softmax(dtype: str, classes: int) -> None:
     assert not failures, f"log_softmax, {dtype}, {classes} classes: {failures}"
 
 
-@pytest.mark.parametrize(("dtype", "classes"), [("float32", 10), ("float32", 1000), ("float64", 65), ("bfloat16", 65)])
+@pytest.mark.parametrize(
+    ("dtype", "classes"),
+    [("float32", 10), ("float64", 65), ("bfloat16", 65), pytest.param("float32", 1000, marks=pytest.mark.slow)],
+)
 def test_cross_entropy_with_logits(dtype: str, classes: int) -> None:
     """Every row of logits against the next one: values, and gradients by both arguments."""
     names, logits, *_ = problem(dtype, classes)
