@@ -176,7 +176,7 @@ def _sum_without(index: Array, term: Callable[..., Array], x: Array, rows: tuple
         terms = term(x, *(r[..., None] for r in rows))
         return jnp.sum(terms * jnp.minimum(1, distance).astype(terms.dtype), -1)
     block, place = index // blocks.shape[-1], index % blocks.shape[-1]
-    own = _take(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    own = _block(blocks, block)
     own_sum = jnp.sum(jnp.where(_is_class(own, place), 0, term(own, *(r[..., None] for r in rows))), -1)
     sums = _sum_last(term, (blocks,), tuple(r[..., None] for r in rows))
     return own_sum + _sum(lambda s: s, jnp.where(_is_class(sums, block), 0, sums))
@@ -205,6 +205,11 @@ def _take(x: Array, index: Array, axis: int = -1) -> Array:
     return lax.bitcast_convert_type(taken, x.dtype) if x.dtype.itemsize == 2 else taken
 
 
+def _block(blocks: Array, index: Array) -> Array:
+    """The block of each row with the given index."""
+    return _take(blocks, index[..., None, None], axis=-2)[..., 0, :]
+
+
 def _top(x: Array) -> tuple[Array, Array]:
     """The maximum, and the first class that attains it."""
     if _few(x):
@@ -223,7 +228,7 @@ def _top(x: Array) -> tuple[Array, Array]:
     maxima = lax.optimization_barrier(jnp.max(blocks, -1))
     maximum = jnp.max(maxima, -1)
     block = _first(maxima == maximum[..., None])
-    own = _take(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    own = _block(blocks, block)
     return maximum, block * blocks.shape[-1] + _first(own == maximum[..., None])
 
 
@@ -258,8 +263,8 @@ def row_pass(x: Array, rows: Array | None = None) -> Row:
 # from the logits that come with it and has no derivative.
 
 
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.sum(a * b, -1)
+def _dot(coefficients: Array, tangent: Array) -> Array:
+    return jnp.sum(coefficients * tangent.astype(coefficients.dtype), -1)
 
 
 @jax.custom_jvp
@@ -295,8 +300,7 @@ def log_normalizer(x: Array, row: Row) -> Array:
 @log_normalizer.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     x, row = primals
-    p = probabilities(x, row)
-    return log_normalizer(x, row), _dot(p, tangents[0].astype(p.dtype))
+    return log_normalizer(x, row), _dot(probabilities(x, row), tangents[0])
 
 
 @jax.custom_jvp
@@ -338,8 +342,7 @@ def _gap(x: Array, maximum: Array) -> Array:
 @label_nll.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     x, row, labels = primals
-    error = _label_error(x, row, labels)
-    return label_nll(x, row, labels), _dot(error, tangents[0].astype(error.dtype))
+    return label_nll(x, row, labels), _dot(_label_error(x, row, labels), tangents[0])
 
 
 @jax.custom_jvp
@@ -387,8 +390,7 @@ def _(primals: Any, tangents: Any) -> Any:
     dx, _, dt = tangents
     tangent = jnp.zeros_like(row.maximum)
     if not isinstance(dx, jax.custom_derivatives.SymbolicZero):
-        error = _dense_error(x, row, targets)
-        tangent += _dot(error, dx.astype(error.dtype))
+        tangent += _dot(_dense_error(x, row, targets), dx)
     if not isinstance(dt, jax.custom_derivatives.SymbolicZero):
         absent = (targets == 0) & jnp.isneginf(x)
         tangent += _dot(jnp.where(absent, 0, row.select(-log_probabilities(x, row))), dt)
@@ -459,8 +461,7 @@ def _even_gap(x: Array, row: Row) -> tuple[Array, Array]:
 @uniform_nll.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     x, row = primals
-    error = _uniform_error(x, row)
-    return uniform_nll(x, row), _dot(error, tangents[0].astype(error.dtype))
+    return uniform_nll(x, row), _dot(_uniform_error(x, row), tangents[0])
 
 
 @jax.custom_jvp
@@ -510,8 +511,7 @@ def _finite_gap(x: Array, peak: Array) -> Array:
 @entropy.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     x, row = primals
-    slope = _entropy_slope(x, row)
-    return entropy(x, row), _dot(slope, tangents[0].astype(slope.dtype))
+    return entropy(x, row), _dot(_entropy_slope(x, row), tangents[0])
 
 
 @jax.custom_jvp
