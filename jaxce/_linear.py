@@ -98,12 +98,6 @@ def linear_cross_entropy(
     if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"{_NAME}: chunk_size must be None or a positive integer, got {chunk_size!r}")
 
-    if logits.axis_name is not None or _mesh.devices() > 1:
-        losses = softmax_cross_entropy_with_integer_labels(
-            logits, y, where=w != 0, label_smoothing=label_smoothing, class_weights=class_weights, z_loss=z_loss
-        )
-        return weighted_mean(losses, w, normalizer=normalizer)
-
     options = _Options(
         label_smoothing=_smoothing(_NAME, "label_smoothing", label_smoothing),
         z_loss=_checks.number(_NAME, "z_loss", z_loss, "a finite number"),
@@ -111,6 +105,19 @@ def linear_cross_entropy(
         class_axis=logits.class_axis,
         block_size=logits.block_size,
     )
+    class_weights = _class_weights(_NAME, class_weights, logits)
+
+    if logits.axis_name is not None or _mesh.devices() > 1:
+        losses = softmax_cross_entropy_with_integer_labels(
+            logits,
+            y,
+            where=w != 0,
+            label_smoothing=options.label_smoothing,
+            class_weights=class_weights,
+            z_loss=options.z_loss,
+        )
+        return weighted_mean(losses, w, normalizer=normalizer)
+
     inputs = {
         "hidden": logits.hidden.reshape(y.size, logits.hidden.shape[-1]),
         "kernel": logits.kernel,
@@ -118,7 +125,7 @@ def linear_cross_entropy(
         "soft_cap": logits.soft_cap,
         "temperature": logits.temperature,
         "weights": w.reshape(y.size),
-        "class_weights": _class_weights(_NAME, class_weights, logits),
+        "class_weights": class_weights,
     }
     inputs = {name: jnp.asarray(value) for name, value in inputs.items() if value is not None}
     inputs = _mesh.vary(inputs, _mesh.varying(inputs, y))

@@ -194,3 +194,14 @@ def test_wrong_arguments(wrong: dict[str, Any], error: type[Exception], argument
     right = {"logits": jaxce.LinearLogits(jnp.zeros((2, 4)), jnp.zeros((4, 3))), "labels": jnp.zeros(2, "int32")}
     with pytest.raises(error, match=f"(linear_cross_entropy|weighted_mean): .*{argument} must"):
         jaxce.linear_cross_entropy(**(right | wrong))
+
+
+def test_wrong_options_of_sharded_classes() -> None:
+    """Errors name the function that was called, also where it takes the losses of another."""
+
+    def loss(kernel: jax.Array) -> jax.Array:
+        logits = jaxce.LinearLogits(jnp.zeros((2, 4)), kernel, axis_name="parts")
+        return jaxce.linear_cross_entropy(logits, jnp.zeros(2, "int32"), label_smoothing=2.0)
+
+    with pytest.raises(ValueError, match="linear_cross_entropy: label_smoothing must"):
+        jax.vmap(loss, axis_name="parts")(jnp.zeros((2, 4, 3)))
