@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import DTypeLike
 
 from jaxce import _mesh
 from jaxce._checks import upcast
@@ -36,8 +35,7 @@ class Row(NamedTuple):
 
     maximum: Array  # m
     anchor: Array  # c, the number that is subtracted before exp; see `_anchor`
-    top: Array  # the first class that attains the maximum
-    weight: Array  # exp(m - c), the weight of the top class
+    weight: Array  # exp(m - c), the weight of a class that attains the maximum
     others: Array  # the sum of exp(x_k - c) over all other classes
     present: Array  # whether any class is there, in a row that counts
     counts: Array | None  # the mask of rows; None where all of them count
@@ -56,6 +54,10 @@ class Row(NamedTuple):
         """Values of the classes in the rows that count, and 0 in the others, whatever those hold."""
         return values if self.counts is None else jnp.where(self.counts[..., None], values, 0)
 
+    def is_most(self, x: Array) -> Array:
+        """Whether a class has more than half of the probability, by far enough that no other can have as much."""
+        return (x == self.maximum[..., None].astype(x.dtype)) & (self.others < 0.75 * self.weight)[..., None]
+
     @property
     def total(self) -> Array:
         """The sum of exp(x_k - c) over all classes, by which each is divided."""
@@ -73,10 +75,17 @@ def _weights(x: Array, anchor: Array, infinite: bool = True) -> Array:
     return jnp.exp((_finite(wide) if infinite else wide) - anchor)
 
 
-def _below(x: Array, maximum: Array) -> Array:
-    """1 where x is below the maximum and 0 where it attains it."""
-    gap = maximum - _finite(x.astype(maximum.dtype))
-    return jnp.minimum(1, gap * (1 / float(jnp.finfo(maximum.dtype).tiny)))
+def _below(x: Array, maximum: Array, one: Array, steep: Array, most: Array | None = None) -> Array:
+    """1 where x is below the maximum and 0 where it attains it; for the three numbers see `_numbers`."""
+    wide = x.astype(maximum.dtype)
+    return jnp.minimum(one, (maximum - (wide if most is None else jnp.minimum(wide, most))) * steep)
+
+
+def _numbers(like: Array, infinite: bool = True) -> tuple[Array, ...]:
+    """1, 1/tiny and, if x may be +inf, the largest number; by rows, as XLA:CPU writes out constants that two sums share."""
+    limits = jnp.finfo(like.dtype)
+    numbers = 1, 1 / float(limits.tiny), *([float(limits.max)] if infinite else [])
+    return tuple(jnp.full_like(like, number) for number in numbers)
 
 
 def _anchor(maximum: Array, classes: int) -> Array:
@@ -104,6 +113,9 @@ _FEW = 32
 def _few(x: Array) -> bool:
     return x.shape[-1] <= _FEW and _mesh.devices() == 1
 
+
+_MANY = 2**12
+"""From so many classes on the top class's block of them is told from the others."""
 
 _LONG = 2**15
 """Rows of more classes are summed in parts."""
@@ -135,9 +147,9 @@ def _add_up(terms: list[Array]) -> Array:
 
 
 def _cut(x: Array) -> Array | None:
-    """The classes in about sqrt(K) blocks of about sqrt(K), if K can be divided so and they can't be on several devices."""
+    """Many classes in about sqrt(K) blocks of about sqrt(K), if K can be divided so; else None."""
     *batch, classes = x.shape
-    if _mesh.devices() > 1:
+    if classes < _MANY or _mesh.devices() > 1:
         return None
     length = next(n for n in range(math.isqrt(classes - 1) + 1, classes + 1) if classes % n == 0)
     return x.reshape(*batch, classes // length, length) if classes // length >= 4 else None
@@ -159,38 +171,17 @@ def _sum(term: Callable[..., Array], *arrays: Array, rows: tuple[Array, ...] = (
     if _few(arrays[0]):
         return _add_up([term(*values, *rows) for values in zip(*map(_columns, arrays), strict=True)])
     if _mesh.devices() > 1:
+        arrays, rows = lax.optimization_barrier((arrays, rows))
         return jnp.sum(term(*arrays, *(r[..., None] for r in rows)), -1)
     parts = next((n for n in range(1, classes + 1) if classes % n == 0 and 128 <= classes // n <= _LONG), 1)
     arrays = tuple(a.reshape(*batch, parts, classes // parts) for a in arrays)
     return jnp.sum(_sum_last(term, arrays, tuple(r[..., None] for r in rows)), -1)
 
 
-def _sum_without(index: Array, term: Callable[..., Array], x: Array, rows: tuple[Array, ...] = ()) -> Array:
-    """The same for one array, but for the class with the given index. It isn't subtracted: the others keep their digits."""
-    if _few(x):
-        return _add_up([jnp.where(index == k, 0, term(v, *rows)) for k, v in enumerate(_columns(x))])
-    blocks = _cut(x)
-    if blocks is None:
-        distance = jnp.abs(_places(x, jnp.float32) - index[..., None].astype(jnp.float32))
-        x, rows, distance = lax.optimization_barrier((x, rows, distance))
-        terms = term(x, *(r[..., None] for r in rows))
-        return jnp.sum(terms * jnp.minimum(1, distance).astype(terms.dtype), -1)
-    block, place = index // blocks.shape[-1], index % blocks.shape[-1]
-    own = _block(blocks, block)
-    own_sum = jnp.sum(jnp.where(_is_class(own, place), 0, term(own, *(r[..., None] for r in rows))), -1)
-    sums = _sum_last(term, (blocks,), tuple(r[..., None] for r in rows))
-    return own_sum + _sum(lambda s: s, jnp.where(_is_class(sums, block), 0, sums))
-
-
 def _first(mask: Array) -> Array:
     """Index of the first True on the last axis."""
     places = lax.broadcasted_iota(jnp.float32, mask.shape, mask.ndim - 1)
     return jnp.min(jnp.where(mask, places, mask.shape[-1] - 1), -1).astype(jnp.int32)
-
-
-def _places(x: Array, dtype: DTypeLike) -> Array:
-    """The index along the last axis as numbers, to be broadcast; hidden from XLA, which would write out the whole array."""
-    return lax.optimization_barrier(jnp.arange(x.shape[-1], dtype=dtype)).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def _is_class(x: Array, index: Array) -> Array:
@@ -205,52 +196,55 @@ def _take(x: Array, index: Array, axis: int = -1) -> Array:
     return lax.bitcast_convert_type(taken, x.dtype) if x.dtype.itemsize == 2 else taken
 
 
-def _block(blocks: Array, index: Array) -> Array:
-    """The block of each row with the given index."""
-    return _take(blocks, index[..., None, None], axis=-2)[..., 0, :]
+def top(x: Array, row: Row) -> Array:
+    """The first class that attains the maximum."""
+    classes, m = x.shape[-1], row.peak[..., None]
+    # The indices are hidden from XLA, which would write them out for all rows.
+    places = lax.optimization_barrier(jnp.arange(classes, dtype=m.dtype)).reshape((1,) * (x.ndim - 1) + (-1,))
+    return jnp.minimum(jnp.min(places + classes * _below(x, m, *_numbers(m)), -1), classes - 1).astype(jnp.int32)
 
 
-def _top(x: Array) -> tuple[Array, Array]:
-    """The maximum, and the first class that attains it."""
-    if _few(x):
-        maximum = jnp.max(x, -1)
-        *columns, _ = _columns(x)
-        top = jnp.full(maximum.shape, len(columns), jnp.int32)
-        for k, column in reversed(list(enumerate(columns))):
-            top = jnp.where(column == maximum, k, top)
-        return maximum, top
-    blocks = _cut(x)
-    if blocks is None:
-        maximum = jnp.max(x, -1)
-        m = _finite(upcast(maximum)[0])[..., None]
-        top = jnp.min(_places(x, m.dtype) + x.shape[-1] * _below(x, m), -1)
-        return maximum, jnp.minimum(top, x.shape[-1] - 1).astype(jnp.int32)
-    maxima = lax.optimization_barrier(jnp.max(blocks, -1))
-    maximum = jnp.max(maxima, -1)
-    block = _first(maxima == maximum[..., None])
-    own = _block(blocks, block)
-    return maximum, block * blocks.shape[-1] + _first(own == maximum[..., None])
+def _others(x: Array, maximum: Array, anchor: Array, weight: Array, infinite: bool) -> Array:
+    """The sum of exp(x_k - c) over all classes but one that attains the maximum.
+
+    That one is not subtracted from the sum of all, which would leave few digits where it outweighs the others.
+    """
+
+    def lesser(x: Array, c: Array, *numbers: Array) -> Array:
+        return _weights(x, c, infinite) * _below(x, *numbers)
+
+    numbers = maximum, *_numbers(maximum, infinite)
+    ties = x.shape[-1] - 1 - _sum(_below, x, rows=numbers)
+    return _sum(lesser, x, rows=(anchor, *numbers)) + ties * weight
 
 
 def row_pass(x: Array, rows: Array | None = None) -> Row:
-    """Goes over the classes twice: for the maximum, and for the sum of the others' weights."""
+    """Goes over the classes for the maximum, and for the sum of the others' weights."""
     x = lax.stop_gradient(x)
-    maximum, top = _top(x)
-    (maximum,) = upcast(maximum)
-    m = _finite(maximum)
+    blocks = _cut(x)
+    maxima = None if blocks is None else lax.optimization_barrier(jnp.max(blocks, -1))
+    maximum = jnp.max(x if maxima is None else maxima, -1)
+    (wide,) = upcast(maximum)
+    m = _finite(wide)
     anchor = _anchor(m, x.shape[-1])
     present = m != -jnp.inf
     weight = jnp.where(present, exp_pair(single(jnp.where(present, m - anchor, 0)))[0], 1)
 
     def others(infinite: bool) -> Array:
-        return _sum_without(top, lambda v, c: _weights(v, c, infinite), x, (anchor,))
+        if blocks is None or maxima is None:
+            return _others(x, m, anchor, weight, infinite)
+        # Only in the block of the top class does it have to be left out.
+        block = _first(maxima == maximum[..., None])
+        own = _take(blocks, block[..., None, None], axis=-2)[..., 0, :]
+        sums = _sum_last(lambda x, c: _weights(x, c, infinite), (blocks,), (anchor[..., None],))
+        others = _sum(lambda s: s, jnp.where(_is_class(sums, block), 0, sums))
+        return others + _others(own, m, anchor, weight, infinite)
 
     # Infinite logits are rare, and the test for them in the sums is not free.
-    finite = all_finite(jnp.maximum(maximum, 0))
+    finite = all_finite(jnp.maximum(wide, 0))
     return Row(
-        maximum=maximum,
+        maximum=wide,
         anchor=anchor,
-        top=top,
         weight=weight,
         others=jnp.where(present, lax.cond(finite, lambda: others(False), lambda: others(True)), 0),
         present=present if rows is None else present & rows,
@@ -370,17 +364,19 @@ def dense_nll(x: Array, row: Row, targets: Array) -> Array:
     def plain(x: Array, t: Array, m: Array, log_sum: Array) -> Array:
         return t * ((m - x.astype(m.dtype)) + log_sum)
 
-    def careful(x: Array, t: Array, m: Array, log_sum: Array, infinite: Array) -> Array:
+    def careful(x: Array, t: Array, m: Array, log_sum: Array, infinite: Array, *numbers: Array) -> Array:
         gap = m - _finite(x.astype(m.dtype))
         near = _finite(gap)
         # 1 at an infinite distance, else 0: t times the largest number is 0 or, times it again, infinite.
-        far = jnp.maximum(jnp.minimum(gap - near, 1), infinite * _below(x, m))
+        far = jnp.maximum(jnp.minimum(gap - near, 1), infinite * _below(x, m, *numbers))
         return t * (near + log_sum) * (1 + far * float(jnp.finfo(m.dtype).max))
 
     rows = row.peak, row.log_sum
     infinite = jnp.isposinf(row.maximum).astype(row.maximum.dtype)
     total = _sum(plain, x, targets, rows=rows)
-    total = lax.cond(all_finite(total), lambda: total, lambda: _sum(careful, x, targets, rows=(*rows, infinite)))
+    total = lax.cond(
+        all_finite(total), lambda: total, lambda: _sum(careful, x, targets, rows=(*rows, infinite, *_numbers(infinite)))
+    )
     return jnp.where(row.present, total, 0)
 
 
@@ -400,12 +396,12 @@ def _(primals: Any, tangents: Any) -> Any:
 @jax.custom_jvp
 def _dense_error(x: Array, row: Row, targets: Array) -> Array:
     """p_j T - t_j with T = sum_k t_k; at the top class p_j (T - t_j) - (1 - p_j) t_j, both of which may be tiny."""
-    rest = _sum_without(row.top, lambda t: t, targets)
-    top_target = _take(targets, row.top[..., None])[..., 0]
-    at_top = (row.weight * rest - row.others * top_target) / row.total
-    x, anchor, total, sum_, at_top = lax.optimization_barrier((x, row.anchor, row.total, rest + top_target, at_top))
-    error = _weights(x, anchor[..., None]) * sum_[..., None] / total[..., None] - targets
-    error = jnp.where(_is_class(x, row.top), at_top[..., None], error)
+    sum_ = _sum(lambda t: t, targets)
+    rest = _sum(lambda x, t, *rows: t * _below(x, *rows), x, targets, rows=(row.peak, *_numbers(row.peak)))
+    at_top = (row.weight * rest - row.others * (sum_ - rest)) / row.total
+    x, row, sum_, at_top = lax.optimization_barrier((x, row, sum_, at_top))
+    error = _weights(x, row.anchor[..., None]) * sum_[..., None] / row.total[..., None] - targets
+    error = jnp.where(row.is_most(x), at_top[..., None], error)
     return jnp.where(row.present[..., None], error, 0)
 
 
@@ -469,9 +465,10 @@ def _uniform_error(x: Array, row: Row) -> Array:
     """p_j - 1/n, and 0 where a class is absent; at the top class as in `_dense_error`."""
     share = 1 / _even_gap(x, row)[1]
     at_top = (row.weight * (1 - share) - row.others * share) / row.total
-    x, anchor, total, share, at_top = lax.optimization_barrier((x, row.anchor, row.total, share, at_top))
-    error = jnp.where(jnp.isneginf(x), 0, _weights(x, anchor[..., None]) / total[..., None] - share[..., None])
-    error = jnp.where(_is_class(x, row.top), at_top[..., None], error)
+    x, row, share, at_top = lax.optimization_barrier((x, row, share, at_top))
+    p = _weights(x, row.anchor[..., None]) / row.total[..., None]
+    error = jnp.where(jnp.isneginf(x), 0, p - share[..., None])
+    error = jnp.where(row.is_most(x), at_top[..., None], error)
     return jnp.where(row.present[..., None], error, 0)
 
 

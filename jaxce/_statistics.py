@@ -81,7 +81,7 @@ class Logits(NamedTuple):
         return Measures(
             log_normalizer=value if self.row.counts is None else jnp.where(self.row.counts, value, -jnp.inf),
             present=self.row.present,
-            prediction=jnp.where(self.row.present, self.row.top, 0),
+            prediction=jnp.where(self.row.present, _rows.top(self.x, self.row), 0),
             loss=loss,
             entropy=_rows.entropy(self.x, self.row) if entropy else None,
         )

@@ -1,7 +1,7 @@
 """How exact the softmax losses are, in units in the last place, against 60 digits computed from the same binary inputs.
 
-Values: at most 2 ulp for up to 1000 classes and 4 beyond. Gradients: at most 4 ulp of the largest magnitude that the
-formula has to form for that entry. So a confident row's loss of 1e-20 has all its digits, in every dtype.
+Values: at most 4 ulp, and 2 for the log-normalizer of up to 1000 classes. Gradients: at most 4 ulp of the largest magnitude
+that the formula has to form for that entry. So a confident row's loss of 1e-20 has all its digits, in every dtype.
 
 What falls short of that, by measurement, has its own limit in `value_limit` and `gradient_limit`, with the reason.
 """
@@ -26,8 +26,8 @@ GRADIENT_LIMIT = 4.0
 
 
 def value_limit(name: str, classes: int) -> float:
-    """2 or 4; the sum of two rounded parts, or of 1000 rounded products, was 2.14 ulp off at worst."""
-    return 4 if classes > 1000 else 2.2 if "entropy" in name or name == "dense" else 2
+    """2 or 4: XLA's exp is up to 1.1 ulp off, which can be 2.2 of the sum's logarithm (2.7 measured with the rest)."""
+    return 2 if ("logsumexp" in name or "log_normalizer" in name) and classes <= 1000 else 4
 
 
 def gradient_limit(name: str, dtype: str) -> float:
@@ -182,6 +182,19 @@ def check(name: str, dtype: str, classes: int, transform: Callable[..., Any]) ->
 @pytest.mark.parametrize(("dtype", "classes"), SMALL)
 def test_up_to_1000_classes(name: str, dtype: str, classes: int) -> None:
     check(name, dtype, classes, jax.jit)
+
+
+@pytest.mark.parametrize("classes", [2, 33, 64, 100, 127, 777, 1000])
+def test_random_rows(classes: int) -> None:
+    """Against float64, in which the same formula has digits to spare. 5.4 ulp was the worst of ten million such rows: the
+    errors of exp, of the sum, of the quotient and of the logarithm all at once."""
+    rng = np.random.default_rng(classes)
+    x = 3 * rng.normal(size=(1000, classes))
+    x[:, 0] = x.max(-1) + rng.uniform(0.1, 12, 1000)  # the top class
+    x = x.astype(np.float32)
+    exact = np.log1p(np.sum(np.exp(x[:, 1:].astype(np.float64) - x[:, :1]), -1))
+    losses = jaxce.softmax_cross_entropy_with_integer_labels(jnp.asarray(x), jnp.zeros(1000, "int32"))
+    assert np.max(np.abs(losses - exact) / np.spacing(exact.astype(np.float32))) <= 5.5
 
 
 @pytest.mark.parametrize("name", [name for name in MEASURES if name.startswith("statistics")])
