@@ -54,9 +54,10 @@ class Row(NamedTuple):
         """Values of the classes in the rows that count, and 0 in the others, whatever those hold."""
         return values if self.counts is None else jnp.where(self.counts[..., None], values, 0)
 
-    def is_most(self, x: Array) -> Array:
-        """Whether a class has more than half of the probability, by far enough that no other can have as much."""
-        return (x == self.maximum[..., None].astype(x.dtype)) & (self.others < 0.75 * self.weight)[..., None]
+    @property
+    def dominant(self) -> Array:
+        """The logit of the class that has well over half of the probability; NaN, which equals none, where none has."""
+        return jnp.where(self.others < 0.75 * self.weight, self.maximum, jnp.nan)
 
     @property
     def total(self) -> Array:
@@ -398,11 +399,10 @@ def _dense_error(x: Array, row: Row, targets: Array) -> Array:
     """p_j T - t_j with T = sum_k t_k; at the top class p_j (T - t_j) - (1 - p_j) t_j, both of which may be tiny."""
     sum_ = _sum(lambda t: t, targets)
     rest = _sum(lambda x, t, *rows: t * _below(x, *rows), x, targets, rows=(row.peak, *_numbers(row.peak)))
-    at_top = (row.weight * rest - row.others * (sum_ - rest)) / row.total
-    x, row, sum_, at_top = lax.optimization_barrier((x, row, sum_, at_top))
-    error = _weights(x, row.anchor[..., None]) * sum_[..., None] / row.total[..., None] - targets
-    error = jnp.where(row.is_most(x), at_top[..., None], error)
-    return jnp.where(row.present[..., None], error, 0)
+    at_top = jnp.where(row.present, (row.weight * rest - row.others * (sum_ - rest)) / row.total, 0)
+    rows = row.anchor, sum_ / row.total, row.dominant.astype(x.dtype), at_top
+    x, (anchor, share, dominant, at_top) = lax.optimization_barrier((x, tuple(r[..., None] for r in rows)))
+    return row.select(jnp.where(x == dominant, at_top, _weights(x, anchor) * share - targets))
 
 
 @partial(_dense_error.defjvp, symbolic_zeros=True)
@@ -464,12 +464,11 @@ def _(primals: Any, tangents: Any) -> Any:
 def _uniform_error(x: Array, row: Row) -> Array:
     """p_j - 1/n, and 0 where a class is absent; at the top class as in `_dense_error`."""
     share = 1 / _even_gap(x, row)[1]
-    at_top = (row.weight * (1 - share) - row.others * share) / row.total
-    x, row, share, at_top = lax.optimization_barrier((x, row, share, at_top))
-    p = _weights(x, row.anchor[..., None]) / row.total[..., None]
-    error = jnp.where(jnp.isneginf(x), 0, p - share[..., None])
-    error = jnp.where(row.is_most(x), at_top[..., None], error)
-    return jnp.where(row.present[..., None], error, 0)
+    at_top = jnp.where(row.present, (row.weight * (1 - share) - row.others * share) / row.total, 0)
+    rows = row.anchor, row.total, share, row.dominant.astype(x.dtype), at_top
+    x, (anchor, total, share, dominant, at_top) = lax.optimization_barrier((x, tuple(r[..., None] for r in rows)))
+    error = jnp.where(jnp.isneginf(x), 0, _weights(x, anchor) / total - share)
+    return row.select(jnp.where(x == dominant, at_top, error))
 
 
 @_uniform_error.defjvp
