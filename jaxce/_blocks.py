@@ -3,9 +3,9 @@
 The formulas are those of _rows.py. A block's logits are computed, used and forgotten: in the pass that finds the maximum
 and the sums, and again for each derivative. What is carried from block to block is a few numbers per row:
 
-- the maximum m so far, the first class that attains it, and the sum of exp(x - c) over all other classes, from an anchor
-  c that is an integer, so that a change of anchors is exact before it is exponentiated. Where two blocks meet, the lesser
-  of their top classes joins the others;
+- the maximum m so far, the first class that attains it, and the sum of exp(x - c) over all classes but one that does, from
+  an anchor c that is an integer, so that a change of anchors is exact before it is exponentiated. Where two blocks meet,
+  the lesser of their maxima joins the others;
 - sums of weighted gaps t_k (m - x_k) with the sum of t_k, by which they grow when m does. No term is negative.
 
 The derivative of each statistic is a sum over the classes of a coefficient times the logit's tangent. It is taken block
@@ -34,7 +34,7 @@ from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jaxce import _checks, _mesh
 from jaxce._logits import LinearLogits, ShardedLogits, contract, contract_half_tangent, shape_logits
 from jaxce._numerics import bregman_pair, jensen_shannon, log1p, single
-from jaxce._rows import _anchor, _finite
+from jaxce._rows import _anchor, _finite, dominant, others
 
 _BLOCK = 1 << 22
 """How many logits a block has by default."""
@@ -76,7 +76,9 @@ class Row(NamedTuple):
     others: Array
     present: Array
     label_logit: Any
-    sums: dict[str, tuple[Array, Array]]  # the sum of t over all classes but the top one, and the top one's
+    sums: dict[
+        str, tuple[Array, Array]
+    ]  # the sum of t over the classes below the maximum, and over those that attain it
     count: Any  # how many classes are there
     mean_gap: Any
 
@@ -406,7 +408,7 @@ def _measure(spec: Spec, op: Operands) -> tuple[dict[str, Array], Row]:
         "top": jnp.zeros(batch, jnp.int32),
         "others": zeros,
         "label": None if op.labels is None else zeros + jnp.nan,  # until it is found
-        "sums": {kind: (zeros, zeros, zeros) for kind in kinds},  # of t gap; of t but the top's; the top's
+        "sums": {kind: (zeros, zeros, zeros) for kind in kinds},  # of t gap; of t below the maximum; of t there
         "count": zeros if "uniform" in kinds else None,
         "gaps": zeros if spec.entropy else None,
     }
@@ -415,18 +417,15 @@ def _measure(spec: Spec, op: Operands) -> tuple[dict[str, Array], Row]:
         block = _block(spec, op, i)
         x, place = block.x, _beside(block.places, block.x)
         m1, mb = state["maximum"], jnp.max(x, -1)
-        top = jnp.min(jnp.where(x == mb[..., None], place, classes - 1), -1)
-        at_top = place == top[..., None]
         m = jnp.maximum(m1, mb)
-        wins = ~(mb <= m1) | (mb == m1) & (top < state["top"])
         c1, c = _anchor(m1, classes), _anchor(m, classes)
         factor = jnp.where(m1 == -jnp.inf, 0, jnp.exp(c1 - c))
-        weights = jnp.exp(jnp.where(at_top, -jnp.inf, x) - c[..., None])
-        loser = jnp.exp(jnp.where(wins, m1, mb) - c)
+        here = others(x, jnp.where(mb == -jnp.inf, 0, mb), c, jnp.exp(mb - c), infinite=False)
         new = dict(state)
         new["maximum"] = m
-        new["top"] = jnp.where(wins, top, state["top"])
-        new["others"] = state["others"] * factor + (jnp.sum(weights, -1) + loser)
+        new["others"] = state["others"] * factor + (here + jnp.exp(jnp.minimum(m1, mb) - c))
+        top = jnp.min(jnp.where(x == mb[..., None], place, classes - 1), -1)
+        new["top"] = jnp.where(~(mb <= m1) | (mb == m1) & (top < state["top"]), top, state["top"])
         if op.labels is not None:
             y, inside = _place_in_block(spec, op, block, i)
             taken = jnp.take_along_axis(x, y[..., None], -1, mode="clip")[..., 0]
@@ -438,9 +437,10 @@ def _measure(spec: Spec, op: Operands) -> tuple[dict[str, Array], Row]:
             gap = _absent_is(jnp.inf, x, m[..., None] - x)
             before = rest + top_t
             gaps = gaps + jnp.where(before == 0, 0, before * rise) + jnp.sum(jnp.where(t == 0, 0, t * gap), -1)
-            block_t = jnp.sum(jnp.where(at_top, t, 0), -1)
-            rest = rest + jnp.sum(jnp.where(at_top, 0, t), -1) + jnp.where(wins, top_t, block_t)
-            new["sums"] = {**new["sums"], kind: (gaps, rest, jnp.where(wins, block_t, top_t))}
+            at_top = x == m[..., None]
+            rest = rest + (jnp.sum(jnp.where(at_top, 0, t), -1) + jnp.where(m1 < m, top_t, 0))
+            top_t = jnp.where(m1 < m, 0, top_t) + jnp.sum(jnp.where(at_top, t, 0), -1)
+            new["sums"] = {**new["sums"], kind: (gaps, rest, top_t)}
         if state["count"] is not None:
             new["count"] = state["count"] + jnp.sum(_absent_is(0, x, jnp.ones_like(x)), -1)
         if spec.entropy:
@@ -488,7 +488,8 @@ def _meet(spec: Spec, op: Operands, state: dict[str, Any], classes: int) -> dict
     """What all devices know, from what each does of its classes; they meet as two blocks do in `_measure`."""
     m1, m = state["maximum"], lax.pmax(state["maximum"], spec.axis_name)
     top = lax.pmin(jnp.where(m1 == m, state["top"], classes - 1), spec.axis_name)
-    wins = (m1 == m) & (state["top"] == top)
+    device = lax.axis_index(spec.axis_name)
+    wins = device == lax.pmin(jnp.where(m1 == m, device, classes), spec.axis_name)  # one of them
     c1, c = _anchor(m1, classes), _anchor(m, classes)
     factor = jnp.where(m1 == -jnp.inf, 0, jnp.exp(c1 - c))
     rise = jnp.where(m > m1, m - m1, 0)
@@ -499,7 +500,7 @@ def _meet(spec: Spec, op: Operands, state: dict[str, Any], classes: int) -> dict
     new: dict[str, Any] = {
         "others": state["others"] * factor + jnp.where(wins, 0, jnp.exp(m1 - c)),
         "sums": {
-            kind: (risen(gaps, rest + top_t), rest + jnp.where(wins, 0, top_t), jnp.where(wins, top_t, 0))
+            kind: (risen(gaps, rest + top_t), rest + jnp.where(m1 == m, 0, top_t), jnp.where(m1 == m, top_t, 0))
             for kind, (gaps, rest, top_t) in state["sums"].items()
         },
         "count": state["count"],
@@ -556,7 +557,7 @@ def _(spec: Spec, primals: Any, tangents: Any) -> Any:
             t = _targets(spec, op, block, kind, row.count)
             sum_t, (rest_t, top_t) = values[f"sum of {kind}"], row.sums[kind]
             error = p * sum_t[..., None] - t
-            at_top = _beside(block.places, x) == row.top[..., None]
+            at_top = x == dominant(row)[..., None]
             exact = ((row.weight * rest_t - row.others * top_t) / row.total)[..., None]
             error = _with_derivative_of(jnp.where(at_top, exact, lax.stop_gradient(error)), error)
             out[kind] = along(error)

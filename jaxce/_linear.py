@@ -31,7 +31,10 @@ from jaxce._softmax import _class_weights, _smoothing, softmax_cross_entropy_wit
 _NAME = "linear_cross_entropy"
 
 _CHUNK = 1 << 24
-"""How many logits a chunk of examples has by default."""
+"""How many logits a chunk of examples has by default..."""
+
+_EXAMPLES = 512
+"""... but at least so many examples: each chunk reads and writes the gradient of the whole kernel."""
 
 
 @compiled("label_smoothing", "z_loss", "chunk_size")
@@ -71,7 +74,8 @@ def linear_cross_entropy(
       class_weights: one number per class, by which its part of the loss is multiplied.
       z_loss: the factor of the squared log-normalizer.
       normalizer: a number to divide by in place of the sum of the weights, say that of all micro-batches.
-      chunk_size: how many examples at a time where a gradient is formed; by default as many as make 2^24 logits.
+      chunk_size: how many examples at a time where a gradient is formed; by default as many as make 2^24 logits, and at
+        least 512.
 
     Returns:
       A number, in the dtype of the logits and at least float32.
@@ -191,7 +195,7 @@ def _sum_and_gradient(options: _Options, names: tuple[str, ...], labels: Array, 
     half = inputs["hidden"].dtype == kernel.dtype == jnp.bfloat16
     dtype = _checks.compute_dtype(inputs["hidden"], kernel)
     examples = labels.size
-    chunks = -(-examples // (options.chunk_size or max(1, _CHUNK // kernel.shape[class_axis])))
+    chunks = -(-examples // (options.chunk_size or max(_EXAMPLES, _CHUNK // kernel.shape[class_axis])))
     size = -(-examples // max(chunks, 1))
 
     def cut(x: Array) -> Array:

@@ -55,14 +55,14 @@ class Row(NamedTuple):
         return values if self.counts is None else jnp.where(self.counts[..., None], values, 0)
 
     @property
-    def dominant(self) -> Array:
-        """The logit of the class that has well over half of the probability; NaN, which equals none, where none has."""
-        return jnp.where(self.others < 0.75 * self.weight, self.maximum, jnp.nan)
-
-    @property
     def total(self) -> Array:
         """The sum of exp(x_k - c) over all classes, by which each is divided."""
         return self.weight + self.others
+
+
+def dominant(row: Any) -> Array:
+    """The logit of the class that has well over half of the probability; NaN, which equals none, where none has."""
+    return jnp.where(row.others < 0.75 * row.weight, row.maximum, jnp.nan)
 
 
 def _finite(x: Array) -> Array:
@@ -205,7 +205,7 @@ def top(x: Array, row: Row) -> Array:
     return jnp.minimum(jnp.min(places + classes * _below(x, m, *_numbers(m)), -1), classes - 1).astype(jnp.int32)
 
 
-def _others(x: Array, maximum: Array, anchor: Array, weight: Array, infinite: bool) -> Array:
+def others(x: Array, maximum: Array, anchor: Array, weight: Array, infinite: bool) -> Array:
     """The sum of exp(x_k - c) over all classes but one that attains the maximum.
 
     That one is not subtracted from the sum of all, which would leave few digits where it outweighs the others.
@@ -231,15 +231,15 @@ def row_pass(x: Array, rows: Array | None = None) -> Row:
     present = m != -jnp.inf
     weight = jnp.where(present, exp_pair(single(jnp.where(present, m - anchor, 0)))[0], 1)
 
-    def others(infinite: bool) -> Array:
+    def other_weights(infinite: bool) -> Array:
         if blocks is None or maxima is None:
-            return _others(x, m, anchor, weight, infinite)
+            return others(x, m, anchor, weight, infinite)
         # Only in the block of the top class does it have to be left out.
         block = _first(maxima == maximum[..., None])
         own = _take(blocks, block[..., None, None], axis=-2)[..., 0, :]
         sums = _sum_last(lambda x, c: _weights(x, c, infinite), (blocks,), (anchor[..., None],))
-        others = _sum(lambda s: s, jnp.where(_is_class(sums, block), 0, sums))
-        return others + _others(own, m, anchor, weight, infinite)
+        far = _sum(lambda s: s, jnp.where(_is_class(sums, block), 0, sums))
+        return far + others(own, m, anchor, weight, infinite)
 
     # Infinite logits are rare, and the test for them in the sums is not free.
     finite = all_finite(jnp.maximum(wide, 0))
@@ -247,7 +247,7 @@ def row_pass(x: Array, rows: Array | None = None) -> Row:
         maximum=wide,
         anchor=anchor,
         weight=weight,
-        others=jnp.where(present, lax.cond(finite, lambda: others(False), lambda: others(True)), 0),
+        others=jnp.where(present, lax.cond(finite, lambda: other_weights(False), lambda: other_weights(True)), 0),
         present=present if rows is None else present & rows,
         counts=rows,
     )
@@ -400,9 +400,9 @@ def _dense_error(x: Array, row: Row, targets: Array) -> Array:
     sum_ = _sum(lambda t: t, targets)
     rest = _sum(lambda x, t, *rows: t * _below(x, *rows), x, targets, rows=(row.peak, *_numbers(row.peak)))
     at_top = jnp.where(row.present, (row.weight * rest - row.others * (sum_ - rest)) / row.total, 0)
-    rows = row.anchor, sum_ / row.total, row.dominant.astype(x.dtype), at_top
-    x, (anchor, share, dominant, at_top) = lax.optimization_barrier((x, tuple(r[..., None] for r in rows)))
-    return row.select(jnp.where(x == dominant, at_top, _weights(x, anchor) * share - targets))
+    rows = row.anchor, sum_ / row.total, dominant(row).astype(x.dtype), at_top
+    x, (anchor, share, level, at_top) = lax.optimization_barrier((x, tuple(r[..., None] for r in rows)))
+    return row.select(jnp.where(x == level, at_top, _weights(x, anchor) * share - targets))
 
 
 @partial(_dense_error.defjvp, symbolic_zeros=True)
@@ -465,10 +465,10 @@ def _uniform_error(x: Array, row: Row) -> Array:
     """p_j - 1/n, and 0 where a class is absent; at the top class as in `_dense_error`."""
     share = 1 / _even_gap(x, row)[1]
     at_top = jnp.where(row.present, (row.weight * (1 - share) - row.others * share) / row.total, 0)
-    rows = row.anchor, row.total, share, row.dominant.astype(x.dtype), at_top
-    x, (anchor, total, share, dominant, at_top) = lax.optimization_barrier((x, tuple(r[..., None] for r in rows)))
+    rows = row.anchor, row.total, share, dominant(row).astype(x.dtype), at_top
+    x, (anchor, total, share, level, at_top) = lax.optimization_barrier((x, tuple(r[..., None] for r in rows)))
     error = jnp.where(jnp.isneginf(x), 0, _weights(x, anchor) / total - share)
-    return row.select(jnp.where(x == dominant, at_top, error))
+    return row.select(jnp.where(x == level, at_top, error))
 
 
 @_uniform_error.defjvp

@@ -542,7 +542,9 @@ def test_nothing_large_is_gathered_with_automatic_axes(kind: str) -> None:
     gradients = 0 if kind == "array" else row * FEATURES + 4 * FEATURES * CLASSES // MODEL
     blocks = 1 if kind == "array" else CLASSES // 64
     assert {c.kind for c in found} == {"all-reduce"}
-    assert 0 < sum(c.bytes * c.times for c in found) - gradients <= 6 * blocks * row + 8
+    # Of an array also the two sums that are for infinite logits, and are not made if there are none.
+    vectors = 7 if kind == "array" else 6
+    assert 0 < sum(c.bytes * c.times for c in found) - gradients <= vectors * blocks * row + 8
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
