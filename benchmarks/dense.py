@@ -9,9 +9,9 @@ with its gradient by the logits. The temporary memory of jaxce and Optax is XLA'
 the cross-entropy of the softmax with itself, nor in PyTorch, where it is the formula written with log_softmax.
 
 Where exactness costs time: the top class is left out of the sum of exponentials, so that a confident row's loss keeps its
-digits. That takes a third, small pass over the block that holds it, which shows in rows of about a thousand float32
-classes; and the logarithm of one plus that sum is taken to half an ulp, which shows in rows of about ten. Long rows and
-half precision win more by being cut and by not being widened than they lose.
+digits. For that each class is compared with the maximum, and those that attain it are counted, which shows in rows of
+about a thousand float32 classes; and the logarithm of one plus that sum is taken to half an ulp, which shows in rows of
+about ten. Long rows and half precision win more by being cut and by not being widened than they lose.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ JAX versions is XLA's own figure (``compiled.memory_analysis()``). ``--growth n`
 from the first shape on. PyTorch takes part where it is installed, with its chunked loss where it has one. ``--versions``
 leaves out what is not to be run, so that there may be logits that would not fit in memory:
 
-    python benchmarks/linear.py --shapes 131072x8x196608 --dtypes float32 --rounds 1 --versions jaxce
+    python benchmarks/linear.py --shapes 16384x8x1572864 --dtypes float32 --rounds 1 --versions jaxce
 """
 
 from __future__ import annotations
