@@ -6,9 +6,15 @@ import sys
 from pathlib import Path
 
 import jax
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests can say `import helpers` however pytest was started
 
 jax.config.update("jax_enable_x64", False)  # tests that need float64 say so with `jax.enable_x64(True)`
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What waits longest for processes of its own comes first, so that in the end no worker waits for another."""
+    items.sort(key=lambda item: item.path.name != "test_sharded.py")
