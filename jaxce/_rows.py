@@ -396,7 +396,7 @@ def _(primals: Any, tangents: Any) -> Any:
 
 @jax.custom_jvp
 def _dense_error(x: Array, row: Row, targets: Array) -> Array:
-    """p_j T - t_j with T = sum_k t_k; at the top class p_j (T - t_j) - (1 - p_j) t_j, both of which may be tiny."""
+    """p_j T - t_j with T = sum_k t_k; at a dominant class p_j (T - t_j) - (1 - p_j) t_j, both of which may be tiny."""
     sum_ = _sum(lambda t: t, targets)
     rest = _sum(lambda x, t, *rows: t * _below(x, *rows), x, targets, rows=(row.peak, *_numbers(row.peak)))
     at_top = jnp.where(row.present, (row.weight * rest - row.others * (sum_ - rest)) / row.total, 0)
@@ -462,7 +462,7 @@ def _(primals: Any, tangents: Any) -> Any:
 
 @jax.custom_jvp
 def _uniform_error(x: Array, row: Row) -> Array:
-    """p_j - 1/n, and 0 where a class is absent; at the top class as in `_dense_error`."""
+    """p_j - 1/n, and 0 where a class is absent; at a dominant class as in `_dense_error`."""
     share = 1 / _even_gap(x, row)[1]
     at_top = jnp.where(row.present, (row.weight * (1 - share) - row.others * share) / row.total, 0)
     rows = row.anchor, row.total, share, dominant(row).astype(x.dtype), at_top
