@@ -76,9 +76,7 @@ class Row(NamedTuple):
     others: Array
     present: Array
     label_logit: Any
-    sums: dict[
-        str, tuple[Array, Array]
-    ]  # the sum of t over the classes below the maximum, and over those that attain it
+    sums: dict[str, tuple[Array, Array]]  # of t over the classes below the maximum, and over those that attain it
     count: Any  # how many classes are there
     mean_gap: Any
 

@@ -192,6 +192,52 @@ def test_random_rows(classes: int) -> None:
     assert np.max(np.abs(losses - exact) / np.spacing(exact.astype(np.float32))) <= 5.5
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_many_absent_classes_change_nothing(dtype: str) -> None:
+    """Rows of 4096 classes are summed by blocks: eight that are there, anywhere among absent ones, are as eight alone."""
+    inf = np.inf
+    few = np.array(
+        [
+            [0, 1, 2, 3, 4, 5, 6, 7],
+            [3, 3, 3, 1, 1, 1, 0, 3],
+            [40, 0, 0, 0, -1, -2, -3, -4],
+            [-1e4, -1e4, 0, 0, -1e4, -1, -2, -3],
+            [inf, 0, 1, 2, 3, 4, 5, 6],
+            [inf, inf, 1, 2, 3, 4, 5, 6],
+            [-inf] * 8,
+        ],
+        np.float32,
+    )
+    places = np.array([0, 63, 64, 65, 1000, 2047, 4032, 4095])
+    many = np.full((7, 4096), -inf, np.float32)
+    many[:, places] = few
+    targets = np.random.default_rng(0).dirichlet(np.ones(8), 7).astype(np.float32)
+    spread = np.zeros_like(many)
+    spread[:, places] = targets
+
+    def measures(x: jax.Array, labels: jax.Array, t: jax.Array) -> Any:
+        def total(x: jax.Array) -> Any:
+            s = jaxce.softmax_statistics(x, labels)
+            losses = s.nll, jaxce.softmax_cross_entropy(x, t), s.entropy, s.log_normalizer
+            return sum(jnp.sum(loss) for loss in losses), (*losses, s.prediction)
+
+        (_, values), gradient = jax.value_and_grad(total, has_aux=True)(x)
+        return values, gradient
+
+    got, slopes = jax.jit(jax.vmap(measures))(jnp.asarray(many, dtype), jnp.full(7, 63), jnp.asarray(spread))
+    alone, right = jax.jit(jax.vmap(measures))(jnp.asarray(few, dtype), jnp.full(7, 1), jnp.asarray(targets))
+    for value, exact in zip(got[:-1], alone[:-1], strict=True):
+        np.testing.assert_allclose(value, exact, rtol=1e-6)  # the same terms, added up in another order
+    there = ~np.isneginf(few).all(-1)
+    assert np.array_equal(got[-1][there], places[alone[-1]][there])
+    np.testing.assert_allclose(
+        np.asarray(slopes, np.float32)[:, places],
+        np.asarray(right, np.float32),
+        rtol=1e-2 if dtype == "bfloat16" else 1e-5,
+        atol=1e-6,
+    )  # sums of four gradients of both signs, rounded to the logits' dtype
+
+
 @pytest.mark.parametrize("name", [name for name in MEASURES if name.startswith("statistics")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_statistics(name: str, dtype: str) -> None:
