@@ -36,7 +36,7 @@ def entropy_with_logits(
 
     where both terms are at least 0, so that a nearly certain distribution has an entropy with all its digits. A class that
     is masked, or whose logit is -inf, isn't there. A row with none left has entropy 0. The derivative by :math:`x_j` is
-    :math:`p_j (g_j - \sum_k p_k g_k)`. Measured on CPU: within 4 ulp (4.7 in millions of random rows); the gradient
+    :math:`p_j (g_j - \sum_k p_k g_k)`. Measured on CPU: within 4 ulp (5.5 in random rows); the gradient
     within 5.5 ulp of its largest part.
 
     Args:

@@ -43,7 +43,7 @@ def softmax_cross_entropy_with_integer_labels(
     row that counts, gives NaN in value and gradient: so for a padding label of -100 give ``where=labels != -100``. An
     infinite logit counts as the largest finite number.
 
-    Measured on CPU: values within 4 ulp against 60 digits, and within 5.4 in ten million random rows (XLA's exp is up to
+    Measured on CPU: values within 4 ulp against 60 digits, and within 5.5 in random rows (XLA's exp is up to
     1.1 ulp off, and the sum as much again); gradients within 4 ulp of :math:`p_k`, or of :math:`1 - p_y` at the label.
     Terms below the smallest normal number are flushed to zero by XLA:CPU.
 
