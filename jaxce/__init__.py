@@ -3,11 +3,15 @@
 from jaxce import metrics as metrics
 from jaxce._information import (
     cross_entropy,
+    cross_entropy_with_logits,
     differential_entropy,
     entropy,
+    entropy_with_logits,
     jensen_shannon_divergence,
+    jensen_shannon_divergence_with_logits,
     mutual_information,
     relative_entropy,
+    relative_entropy_with_logits,
     surprisal,
 )
 from jaxce._likelihood import (
@@ -23,12 +27,6 @@ from jaxce._likelihood import (
     student_t_nll,
 )
 from jaxce._linear import linear_cross_entropy
-from jaxce._logit_information import (
-    cross_entropy_with_logits,
-    entropy_with_logits,
-    jensen_shannon_divergence_with_logits,
-    relative_entropy_with_logits,
-)
 from jaxce._logits import LinearLogits, ShardedLogits
 from jaxce._probability import (
     binary_cross_entropy,

@@ -7,10 +7,11 @@ one form, ``function: argument must be ..., got ...``, and are raised while the 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,49 @@ AxisName = str | tuple[str, ...]
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def compiled(*options: str) -> Callable[[_F], _F]:
-    """``jax.jit`` with the named options static, typed as the function itself so that editors still see its signature."""
-    return cast(Callable[[_F], _F], functools.partial(jax.jit, static_argnames=options))
+class Number(NamedTuple):
+    """An option that is a number: which ones are right, and the one that makes no difference."""
+
+    expected: str
+    valid: Callable[[float], bool] = math.isfinite
+    neutral: float | None = 0.0
+
+
+SHARE = Number("a number in [0, 1]", lambda a: 0 <= a <= 1)
+FINITE = Number("a finite number")
+NOT_NEGATIVE = Number("a number of at least 0", lambda g: 0 <= g < math.inf)
+POSITIVE = Number("a positive number", lambda v: 0 < v < math.inf, neutral=None)
+
+
+def compiled(*static: str, **numbers: Number) -> Callable[[_F], _F]:
+    """``jax.jit``, with some options static, and others numbers that may be traced.
+
+    Python numbers are checked at once, arrays only for their shape and dtype, so that a new value is no reason to compile
+    again. A number that makes no difference comes in as None. Typed as the function itself, so that editors see its signature.
+    """
+
+    def decorate(function: _F) -> _F:
+        jitted = jax.jit(function, static_argnames=static)
+        if not numbers:
+            return cast(_F, jitted)
+        parameters = inspect.signature(function).parameters
+        places = {n: i for i, (n, p) in enumerate(parameters.items()) if p.kind is not inspect.Parameter.KEYWORD_ONLY}
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for name, kind in numbers.items():
+                place = places.get(name, len(args))
+                if place < len(args):
+                    args = (*args[:place], option(function.__name__, name, args[place], kind), *args[place + 1 :])
+                elif name in kwargs or parameters[name].default is not inspect.Parameter.empty:
+                    value = kwargs.get(name, parameters[name].default)
+                    kwargs[name] = option(function.__name__, name, value, kind)
+            return jitted(*args, **kwargs)
+
+        checked._cache_size = jitted._cache_size  # type: ignore[attr-defined]
+        return cast(_F, checked)
+
+    return decorate
 
 
 def describe(value: Any) -> str:
@@ -61,8 +102,11 @@ def integer(function: str, argument: str, value: ArrayLike) -> Array:
 
 
 def boolean(function: str, argument: str, value: ArrayLike) -> Array:
-    """``value`` as an array of booleans."""
-    return _array(function, argument, value, jnp.bool_, "a boolean array")
+    """``value`` as an array of booleans; of integers those that aren't 0 are True."""
+    array = jnp.asarray(value)
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        return array != 0
+    return _array(function, argument, array, jnp.bool_, "a boolean or integer array")
 
 
 def compute_dtype(*arrays: Array) -> np.dtype:
@@ -107,17 +151,30 @@ def same_shape(function: str, argument: str, array: Array, shape: tuple[int, ...
         raise ValueError(f"{function}: {argument} must have {of}, {shape}, got {describe(array)}")
 
 
-def number(
-    function: str, argument: str, value: Any, expected: str, valid: Callable[[float], bool] = math.isfinite
-) -> float:
-    """An option that is a Python number and fixed while tracing."""
-    try:
-        result = float(value)
-    except (TypeError, ValueError, jax.errors.ConcretizationTypeError) as error:
-        raise TypeError(f"{function}: {argument} must be {expected}, got {describe(value)}") from error
-    if isinstance(value, bool) or not valid(result):
+def option(function: str, argument: str, value: Any, kind: Number) -> Any:
+    """An option: a Python number, checked, or an array without axes; None if it makes no difference."""
+    if value is None:
+        return None
+    if isinstance(value, int | float | np.number) and not isinstance(value, bool):
+        if not kind.valid(float(value)):
+            raise ValueError(f"{function}: {argument} must be {kind.expected}, got {value!r}")
+        return None if value == kind.neutral else float(value)
+    if not hasattr(value, "dtype"):
+        raise TypeError(f"{function}: {argument} must be {kind.expected}, got {value!r}")
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating) and not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{function}: {argument} must be {kind.expected}, got {describe(array)}")
+    same_shape(function, argument, array, (), "no axes")
+    return array
+
+
+def positive_integer(function: str, argument: str, value: Any, expected: str = "a positive integer") -> int:
+    """A Python integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise TypeError(f"{function}: {argument} must be {expected}, got {describe(value)}")
+    if value < 1 or value != int(value):
         raise ValueError(f"{function}: {argument} must be {expected}, got {value!r}")
-    return result
+    return int(value)
 
 
 def log_base(function: str, base: Any) -> float | None:
@@ -125,7 +182,11 @@ def log_base(function: str, base: Any) -> float | None:
     if base is None:
         return None
     expected = "None (nats) or a positive number other than 1"
-    return math.log(number(function, "base", base, expected, lambda b: 0 < b < math.inf and b != 1))
+    if not isinstance(base, int | float | np.number) or isinstance(base, bool):
+        raise TypeError(f"{function}: base must be {expected}, got {describe(base)}")
+    if not 0 < base < math.inf or base == 1:
+        raise ValueError(f"{function}: base must be {expected}, got {base!r}")
+    return math.log(base)
 
 
 def classes_last(array: Array, class_axes: tuple[int, ...]) -> Array:
@@ -142,34 +203,33 @@ def batch_shape(shape: tuple[int, ...], class_axes: tuple[int, ...]) -> tuple[in
     return tuple(n for a, n in enumerate(shape) if a not in class_axes)
 
 
-def where_mask(
-    function: str, where: ArrayLike | None, shape: tuple[int, ...], class_axes: tuple[int, ...]
-) -> tuple[Array | None, Array | None]:
-    """``where`` as a pair (rows, entries), of which at most one is not None.
+def where_mask(function: str, where: ArrayLike, shape: tuple[int, ...], class_axes: tuple[int, ...]) -> tuple[str, Array]:
+    """``where`` as a mask of "rows", of "classes" or of "entries", with the classes last.
 
-    A mask of the batch shape says which rows take part; any other must broadcast to ``shape`` and says which entries do,
-    and is returned with the classes last.
+    A mask with as many axes as the batch says which rows take part, and has the batch's shape. One with as many axes as
+    ``shape`` says which entries do, and broadcasts to it; its axes of rows may stay of length 1.
     """
-    if where is None:
-        return None, None
     mask = boolean(function, "where", where)
-    if mask.shape == batch_shape(shape, class_axes):
-        return mask, None
-    try:
-        full = jnp.broadcast_to(mask, shape)
-    except ValueError:
+    batch = batch_shape(shape, class_axes)
+    if mask.shape == batch:
+        return "rows", mask
+    if mask.ndim != len(shape) or any(n not in (1, m) for n, m in zip(mask.shape, shape, strict=True)):
+        hint = f"; for a mask of classes give where[{'None, ' * (len(shape) - mask.ndim)}...]" if 0 < mask.ndim < len(shape) else ""
         raise ValueError(
-            f"{function}: where must have the batch shape, {batch_shape(shape, class_axes)}, or broadcast to the full "
-            f"shape, {shape}, got {describe(mask)}"
-        ) from None
-    return None, classes_last(full, class_axes)
+            f"{function}: where must have the batch shape, {batch}, to say which rows take part, or {len(shape)} axes that "
+            f"broadcast to {shape} to say which entries do, got {describe(mask)}{hint}"
+        )
+    if all(mask.shape[a] == 1 for a in class_axes):
+        return "rows", jnp.broadcast_to(jnp.squeeze(mask, class_axes), batch)
+    mask = jnp.broadcast_to(mask, [shape[a] if a in class_axes else n for a, n in enumerate(mask.shape)])
+    mask = classes_last(mask, class_axes)
+    return ("classes", mask.reshape(-1)) if math.prod(mask.shape[:-1]) == 1 else ("entries", mask)
 
 
-def where_entries(function: str, where: ArrayLike | None, shape: tuple[int, ...], class_axes: tuple[int, ...]) -> Array:
+def where_entries(function: str, where: ArrayLike, shape: tuple[int, ...], class_axes: tuple[int, ...]) -> Array:
     """``where`` as a mask of every entry, in place."""
-    rows, entries = where_mask(function, where, shape, class_axes)
-    if where is None:
-        return jnp.ones(shape, bool)
-    if rows is not None:
-        return jnp.broadcast_to(jnp.expand_dims(rows, class_axes), shape)
-    return jnp.broadcast_to(where, shape)
+    where_mask(function, where, shape, class_axes)
+    mask = boolean(function, "where", where)
+    if mask.ndim < len(shape):
+        mask = jnp.expand_dims(mask, class_axes)
+    return jnp.broadcast_to(mask, shape)

@@ -1,4 +1,4 @@
-"""Entropies and divergences of probabilities.
+"""Entropies and divergences, of probabilities and of softmax distributions from their logits.
 
 Arguments stand in mathematical order. Probabilities are taken as they are: they need not sum to one, and nothing is
 clipped or renormalised. Divergences are sums of terms p log(p/q) - p + q, each of them >= 0 and each computed without
@@ -8,15 +8,19 @@ cancellation, so two distributions that differ in their last digits still have a
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxce import _checks, _numerics
+from jaxce import _checks, _terms
 from jaxce._checks import Axis, compiled
-from jaxce._numerics import Pair
+from jaxce._logits import AnyLogits, LinearLogits, ShardedLogits
+from jaxce._measures import Term, replaced, sum_of_terms
+from jaxce._mesh import on_each_device
+from jaxce._statistics import read_logits
 
 
 def classes_of(
@@ -28,15 +32,18 @@ def classes_of(
     for name, array in zip(arguments, arrays, strict=True):
         _checks.same_shape(function, name, array, shape, f"the shape of {first}")
     class_axes = _checks.axes(function, axis, len(shape))
-    rows, entries = _checks.where_mask(function, where, shape, class_axes)
-    result = tuple(_checks.classes_last(a, class_axes) for a in _checks.upcast(*arrays))
-    if result[0].shape[-1] == 0:
+    if math.prod(shape[a] for a in class_axes) == 0:
         raise ValueError(f"{function}: {first} must have at least one class, got shape {shape}")
-    if rows is not None:
-        entries = jnp.broadcast_to(rows[..., None], result[0].shape)
-    if entries is None:
-        return result
-    return tuple(jnp.where(entries, a, jnp.full_like(a, fill)) for a in result)
+    upcast = _checks.upcast(*arrays)
+    if where is not None:
+        keep = _checks.where_entries(function, where, shape, class_axes)
+        upcast = tuple(jnp.where(keep, a, fill) for a in upcast)
+    return tuple(_checks.classes_last(a, class_axes) for a in upcast)
+
+
+def _in_base(nats: Array, log_base: float | None) -> Array:
+    """A number of nats in units of log_base nats each: None for nats, log 2 for bits."""
+    return nats if log_base is None else nats / log_base
 
 
 # ---------------------------------------------------------------------------------------------------- probabilities
@@ -63,7 +70,7 @@ def surprisal(p: ArrayLike, *, base: float | None = None) -> Array:
     """
     log_base = _checks.log_base("surprisal", base)
     (array,) = _checks.upcast(_checks.floating("surprisal", "p", p))
-    return _numerics.in_units(_numerics.negate(_numerics.log_pair(array)), log_base)
+    return _in_base(0 - jnp.log(array), log_base)
 
 
 @compiled("axis", "base")
@@ -90,7 +97,7 @@ def entropy(p: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, ba
     """
     log_base = _checks.log_base("entropy", base)
     (array,) = classes_of("entropy", axis, where, 0, p=p)
-    return _numerics.in_units(_numerics.sum_pairs(*_numerics.neg_x_log_x(array)), log_base)
+    return _in_base(jnp.sum(_terms.neg_x_log_x(array), -1), log_base)
 
 
 @compiled("axis", "base")
@@ -121,7 +128,7 @@ def cross_entropy(
     """
     log_base = _checks.log_base("cross_entropy", base)
     a, b = classes_of("cross_entropy", axis, where, 0, p=p, q=q)
-    return _numerics.in_units(_numerics.sum_pairs(*_numerics.neg_x_log_y(a, b)), log_base)
+    return _in_base(jnp.sum(_terms.neg_x_log_y(a, b), -1), log_base)
 
 
 @compiled("axis", "base")
@@ -156,7 +163,7 @@ def relative_entropy(
     """
     log_base = _checks.log_base("relative_entropy", base)
     a, b = classes_of("relative_entropy", axis, where, 0, p=p, q=q)
-    return _numerics.in_units(_numerics.sum_pairs(*_numerics.bregman(a, b, jnp.zeros_like(b))), log_base)
+    return _in_base(jnp.sum(_terms.bregman(a, b), -1), log_base)
 
 
 @compiled("axis", "base")
@@ -187,48 +194,31 @@ def jensen_shannon_divergence(
     """
     log_base = _checks.log_base("jensen_shannon_divergence", base)
     a, b = classes_of("jensen_shannon_divergence", axis, where, 0, p=p, q=q)
-    return _numerics.in_units(_numerics.sum_pairs(*_numerics.jensen_shannon(a, b)), log_base)
+    return _in_base(jnp.sum(_terms.jensen_shannon(a, b), -1), log_base)
 
 
-def _marginals(joint: Array) -> tuple[Pair, Pair]:
-    """The product of the marginals over the total, [..., X, Y], and the total, [...]."""
-    zero = jnp.zeros_like(joint)
-    x = _numerics.sum_pairs(joint, zero)
-    y = _numerics.sum_pairs(jnp.swapaxes(joint, -1, -2), jnp.swapaxes(zero, -1, -2))
-    total = _numerics.sum_pairs(*x)
-    by = total[0][..., None]
-    share = _numerics.divide(x, (jnp.where(by == 0, jnp.ones_like(by), by), total[1][..., None]))
-    rows, columns = (share[0][..., None], share[1][..., None]), (y[0][..., None, :], y[1][..., None, :])
-    return _numerics.multiply(rows, columns), total
+def _product_of_marginals(joint: Array) -> tuple[Array, Array]:
+    """p_x p_y / T of a table with the total T, and T, which is 1 of a table of zeros."""
+    x, y = jnp.sum(joint, -1, keepdims=True), jnp.sum(joint, -2, keepdims=True)
+    total = jnp.sum(x, -2, keepdims=True)
+    total = jnp.where(total == 0, 1, total)
+    return x / total * y, total
 
 
 @jax.custom_jvp
-def _mutual_information(joint: Array) -> Pair:
-    # (1/T) sum_xy b(p_xy, p_x p_y / T): the relative entropy of the table divided by its total T
-    product, total = _marginals(joint)
-    hi, lo = _numerics.sum_pairs(*_numerics.bregman(joint, *product))
-    value = _numerics.sum_pairs(hi, lo)
-    empty = total[0] == 0
-    result = _numerics.divide(value, (jnp.where(empty, jnp.ones_like(total[0]), total[0]), total[1]))
-    return _numerics.select(empty, _numerics.single(jnp.zeros_like(total[0])), result)
+def _mutual_information(joint: Array) -> Array:
+    product, total = _product_of_marginals(joint)
+    return jnp.sum(_terms.bregman(joint, product), (-2, -1)) / total[..., 0, 0]
 
 
 @_mutual_information.defjvp
-def _mutual_information_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Pair, Pair]:
-    # dI = sum_xy (log(p_xy T / (p_x p_y)) - I) dp_xy / T
+def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """dI = sum_xy (log(p_xy T / (p_x p_y)) - I) dp_xy / T."""
     (joint,), (tangent,) = primals, tangents
     value = _mutual_information(joint)
-    product, _ = lax.stop_gradient(_marginals(joint))
-    x, y = jnp.sum(joint, axis=-1, keepdims=True), jnp.sum(joint, axis=-2, keepdims=True)
-    total = jnp.sum(x, axis=-2, keepdims=True)
-    total = jnp.where(total == 0, jnp.ones_like(total), total)
-    plain = x / total * y
-    # the value of the accurate product with the derivative of the plain one
-    q = product[0] + (plain - lax.stop_gradient(plain))
-    information = value[0] + value[1]
-    slope = (_numerics.log_ratio(joint, q, product[1]) - information[..., None, None]) / total
-    out = jnp.sum(_numerics.scale(slope, tangent), axis=(-2, -1))
-    return value, (out, jnp.zeros_like(out))
+    product, total = _product_of_marginals(joint)
+    slope = (_terms.log_ratio(joint, product) - value[..., None, None]) / total
+    return value, jnp.sum(_terms.scale(slope, tangent), (-2, -1))
 
 
 @compiled("axis", "base")
@@ -260,7 +250,7 @@ def mutual_information(joint: ArrayLike, axis: Axis = (-2, -1), *, base: float |
     pair = _checks.axes("mutual_information", axis, array.ndim)
     if len(pair) != 2:
         raise ValueError(f"mutual_information: axis must name two axes, got {axis!r}")
-    return _numerics.in_units(_mutual_information(jnp.moveaxis(array, pair, (-2, -1))), log_base)
+    return _in_base(_mutual_information(jnp.moveaxis(array, pair, (-2, -1))), log_base)
 
 
 @compiled("axis", "window_length", "method", "base")
@@ -337,4 +327,193 @@ def differential_entropy(
         raise ValueError(
             f'differential_entropy: method must be "auto", "vasicek", "van es", "ebrahimi" or "correa", got {method!r}'
         )
-    return value if log_base is None else value / log_base
+    return _in_base(value, log_base)
+
+
+# ---------------------------------------------------------------------------------------------------- from logits
+
+
+def _sum_of_terms(
+    function: str, p_logits: AnyLogits, q_logits: AnyLogits, axis: Axis, where: ArrayLike | None, term: Term
+) -> tuple[Any, tuple[Array, ...]]:
+    """sum_k term(log p_k, log q_k), and in which rows of each any class is there."""
+    given = {"p_logits": p_logits, "q_logits": q_logits}
+    blocks = LinearLogits | ShardedLogits
+    arrays = {n: x if isinstance(x, blocks) else _checks.floating(function, n, x) for n, x in given.items()}
+    names = [x.axis_name if isinstance(x, blocks) else None for x in arrays.values()]
+    if names[0] != names[1]:
+        raise ValueError(
+            f"{function}: q_logits must be sharded over the axis_name of p_logits, {names[0]!r}, got {names[1]!r}"
+        )
+    p, q = arrays.values()
+    if p.shape != q.shape:
+        raise ValueError(f"{function}: q_logits must have the shape of p_logits, {p.shape}, got shape {q.shape}")
+    read = [read_logits(function, n, x, axis, where, p, q) for n, x in arrays.items()]
+    size, strips = min(z.spec.size for z in read), max(z.spec.strips for z in read)
+    specs = tuple(z.spec._replace(size=size, strips=strips) for z in read)
+    return sum_of_terms(term, specs, tuple(z.inputs for z in read))
+
+
+@compiled("axis", "base")
+@on_each_device("batch")
+def entropy_with_logits(
+    logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None, *, base: float | None = None
+) -> Array:
+    r"""Entropy of softmax(logits), the mean surprisal of a class drawn from it.
+
+    With the gaps :math:`g_k = \max_j x_j - x_k` and :math:`L = \log \sum_k e^{-g_k}`,
+
+    .. math:: H(p) = -\sum_k p_k \log p_k = \sum_k p_k g_k + L,
+
+    where both terms are at least 0, so that a nearly certain distribution has an entropy with all its digits. A class that
+    is masked, or whose logit is -inf, isn't there. A row with none left has entropy 0. The derivative by :math:`x_j` is
+    :math:`p_j (g_j - \sum_k p_k g_k)`. Measured on CPU: within 4 ulp (5.5 in random rows); the gradient
+    within 5.5 ulp of its largest part.
+
+    Args:
+      logits: scores, of shape [..., classes], an array, `LinearLogits` or `ShardedLogits`.
+      axis: the class axis, or several.
+      where: which rows (a mask of the batch shape) or which entries of the logits take part.
+      base: base of the logarithm; None for nats, 2 for bits.
+
+    Returns:
+      Entropies of the batch shape, in float32 for half-precision logits.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.entropy_with_logits(jnp.array([[0.0, 0.0, 0.0, 0.0], [0.0, 50.0, 0.0, -jnp.inf]]), base=2))
+      [2.0000e+00 2.8383e-20]
+
+    Source: Cover and Thomas, Elements of Information Theory, 2006, section 2.1.
+    """
+    log_base = _checks.log_base("entropy_with_logits", base)
+    z = read_logits("entropy_with_logits", "logits", logits, axis, where)
+    return _in_base(z.measure("entropy")[0]["entropy"], log_base)
+
+
+@compiled("axis", "base")
+@on_each_device("batch")
+def cross_entropy_with_logits(
+    p_logits: AnyLogits,
+    q_logits: AnyLogits,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    base: float | None = None,
+) -> Array:
+    r"""Cross-entropy :math:`H(p, q) = -\sum_k p_k \log q_k` of p = softmax(p_logits) and q = softmax(q_logits).
+
+    It is the mean surprisal under q of a class drawn from p, and :math:`H(p, q) = H(p) + D(p \| q)`. A class that isn't
+    there in p adds nothing; one that isn't there in q alone makes the result +inf. A row with none left in p or in q is 0.
+
+    Args:
+      p_logits: logits of the classes, which lie along ``axis``: an array, `LinearLogits` or `ShardedLogits`.
+      q_logits: logits of the same shape, of either kind; sharded if p_logits are.
+      axis: the class axis, or several.
+      where: which rows (a mask of the batch shape) or which entries take part.
+      base: base of the logarithm; None for nats, 2 for bits.
+
+    Returns:
+      One value per example, in the wider dtype of the two and at least float32.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.cross_entropy_with_logits(jnp.array([0.0, 0.0]), jnp.array([0.0, 1.0])))
+      0.81326
+
+    Source: Murphy, Probabilistic Machine Learning: An Introduction, 2022, section 6.1.2.
+    """
+    name = "cross_entropy_with_logits"
+    log_base = _checks.log_base(name, base)
+    value, (p_there, q_there) = _sum_of_terms(name, p_logits, q_logits, axis, where, _terms.neg_x_log_y_of_logs)
+    return _in_base(jnp.where(p_there & q_there, value, 0), log_base)
+
+
+def _relative_entropy_terms(log_p: Array, log_q: Array) -> tuple[Array, Array]:
+    return _terms.bregman_of_logs(log_p, log_q), _terms.change_of_logs(log_p, log_q)
+
+
+@compiled("axis", "base")
+@on_each_device("batch")
+def relative_entropy_with_logits(
+    p_logits: AnyLogits,
+    q_logits: AnyLogits,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    base: float | None = None,
+) -> Array:
+    """Relative entropy (Kullback-Leibler divergence) D(p||q) of p = softmax(p_logits) from q = softmax(q_logits).
+
+    A logit of -inf is a class that isn't there: the term is 0 where p's is, and +inf where only q's is.
+
+    Args:
+      p_logits: logits of the classes, which lie along ``axis``: an array, `LinearLogits` or `ShardedLogits`.
+      q_logits: logits of the same shape, of either kind; sharded if p_logits are.
+      axis: the class axis, or several.
+      where: which entries take part, broadcastable to p_logits; a mask of the batch shape means whole rows.
+      base: base of the logarithm; None for nats, 2 for bits.
+
+    Returns:
+      One value per example, p_logits' shape without ``axis``; never negative; 0 for a row with nothing left in p. Right
+      to 2 ulp, near-equal logits with a large offset included. The gradient is p (log(p/q) - D) for p_logits and q - p
+      for q_logits.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxce
+    >>> print(jaxce.relative_entropy_with_logits(jnp.array([0.0, 0.0]), jnp.array([0.0, 1.0])))
+    0.1201
+
+    Source: S. Kullback and R. A. Leibler, On information and sufficiency, 1951.
+    """
+    name = "relative_entropy_with_logits"
+    log_base = _checks.log_base(name, base)
+    (total, change), (p_there, _) = _sum_of_terms(name, p_logits, q_logits, axis, where, _relative_entropy_terms)
+    # The sum of p - q is 0 but for the rounding by which all log p - log q are off: which enters as its square.
+    shift = jnp.log1p(change)
+    value = replaced(jnp.maximum(total * jnp.exp(-shift) - shift * shift / 2, 0), total)
+    return _in_base(jnp.where(p_there, value, 0), log_base)
+
+
+def _jensen_shannon_terms(log_p: Array, log_q: Array) -> tuple[Array, Array]:
+    return _terms.jensen_shannon_of_logs(log_p, log_q), _terms.change_of_logs(log_p, log_q)
+
+
+@compiled("axis", "base")
+@on_each_device("batch")
+def jensen_shannon_divergence_with_logits(
+    p_logits: AnyLogits,
+    q_logits: AnyLogits,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    base: float | None = None,
+) -> Array:
+    """Jensen-Shannon divergence of softmax(p_logits) and softmax(q_logits); see `jensen_shannon_divergence`.
+
+    A logit of -inf is a class that isn't there.
+
+    Args:
+      p_logits: logits of the classes, which lie along ``axis``: an array, `LinearLogits` or `ShardedLogits`.
+      q_logits: logits of the same shape, of either kind; sharded if p_logits are.
+      axis: the class axis, or several.
+      where: which entries take part, broadcastable to p_logits; a mask of the batch shape means whole rows.
+      base: base of the logarithm; None for nats, 2 for bits.
+
+    Returns:
+      One value per example, p_logits' shape without ``axis``; never negative; 0 for a row with nothing left in one of
+      the two. Right to 2 ulp, near-equal logits with a large offset included.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxce
+    >>> print(jaxce.jensen_shannon_divergence_with_logits(jnp.array([0.0, 0.0]), jnp.array([0.0, 1.0])))
+    0.02854
+
+    Source: J. Lin, Divergence measures based on the Shannon entropy, 1991.
+    """
+    name = "jensen_shannon_divergence_with_logits"
+    log_base = _checks.log_base(name, base)
+    (total, change), there = _sum_of_terms(name, p_logits, q_logits, axis, where, _jensen_shannon_terms)
+    shift = jnp.log1p(change)
+    value = replaced(jnp.maximum(total - shift * shift / 8, 0), total)
+    return _in_base(jnp.where(there[0] & there[1], value, 0), log_base)

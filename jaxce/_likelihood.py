@@ -589,7 +589,9 @@ def mixture_nll(
     nll = _checks.floating(function, "component_nll", component_nll)
     weights, nll = _broadcast(function, log_weights=weights, component_nll=nll)
     axes = _checks.axes(function, axis, nll.ndim)
-    mask = _checks.where_entries(function, where, nll.shape, axes) & ~jnp.isneginf(weights)
+    mask = ~jnp.isneginf(weights)
+    if where is not None:
+        mask &= _checks.where_entries(function, where, nll.shape, axes)
     joint = jnp.where(mask, weights - jnp.where(mask, nll, 0), -jnp.inf)
     total, some = logsumexp(weights, axis, mask), jnp.any(mask, axes)
     return jnp.where(some, jnp.where(some, total, 0) - logsumexp(joint, axis), 0)

@@ -23,10 +23,10 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jaxce import _checks, _mesh
-from jaxce._checks import compiled
-from jaxce._logits import LinearLogits, contract, shape_logits
+from jaxce._checks import FINITE, SHARE, compiled
+from jaxce._logits import LinearLogits, product, shape_logits
 from jaxce._reduction import weighted_mean
-from jaxce._softmax import _class_weights, _smoothing, softmax_cross_entropy_with_integer_labels
+from jaxce._softmax import softmax_cross_entropy_with_integer_labels
 
 _NAME = "linear_cross_entropy"
 
@@ -37,15 +37,15 @@ _EXAMPLES = 512
 """... but at least so many examples: each chunk reads and writes the gradient of the whole kernel."""
 
 
-@compiled("label_smoothing", "z_loss", "chunk_size")
+@compiled("chunk_size", label_smoothing=SHARE, z_loss=FINITE)
 def linear_cross_entropy(
     logits: LinearLogits,
     labels: ArrayLike,
     weights: ArrayLike | None = None,
     *,
-    label_smoothing: float = 0.0,
+    label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None,
-    z_loss: float = 0.0,
+    z_loss: ArrayLike = 0.0,
     normalizer: ArrayLike | None = None,
     chunk_size: int | None = None,
 ) -> Array:
@@ -99,47 +99,29 @@ def linear_cross_entropy(
     w = jnp.ones(y.shape, logits.dtype) if weights is None else jnp.asarray(weights)
     _checks.same_shape(_NAME, "weights", w, y.shape, "the shape of the labels")
     w = w.astype(logits.dtype)
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"{_NAME}: chunk_size must be None or a positive integer, got {chunk_size!r}")
+    if chunk_size is not None:
+        _checks.positive_integer(_NAME, "chunk_size", chunk_size, "None or a positive integer")
 
-    options = _Options(
-        label_smoothing=_smoothing(_NAME, "label_smoothing", label_smoothing),
-        z_loss=_checks.number(_NAME, "z_loss", z_loss, "a finite number"),
-        chunk_size=chunk_size,
-        class_axis=logits.class_axis,
-        block_size=logits.block_size,
-    )
-    class_weights = _class_weights(_NAME, class_weights, logits)
-
+    modifiers = {"label_smoothing": label_smoothing, "z_loss": z_loss, "class_weights": class_weights}
+    modifiers = {name: value for name, value in modifiers.items() if value is not None}
     if logits.axis_name is not None or _mesh.devices() > 1:
-        losses = softmax_cross_entropy_with_integer_labels(
-            logits,
-            y,
-            where=w != 0,
-            label_smoothing=options.label_smoothing,
-            class_weights=class_weights,
-            z_loss=options.z_loss,
-        )
+        losses = softmax_cross_entropy_with_integer_labels(logits, y, where=w != 0, **modifiers)
         return weighted_mean(losses, w, normalizer=normalizer)
 
-    inputs = {
-        "hidden": logits.hidden.reshape(y.size, logits.hidden.shape[-1]),
-        "kernel": logits.kernel,
-        "bias": logits.bias,
-        "soft_cap": logits.soft_cap,
-        "temperature": logits.temperature,
-        "weights": w.reshape(y.size),
-        "class_weights": class_weights,
-    }
-    inputs = {name: jnp.asarray(value) for name, value in inputs.items() if value is not None}
+    if class_weights is not None:
+        modifiers["class_weights"] = _checks.floating(_NAME, "class_weights", class_weights)
+        _checks.same_shape(_NAME, "class_weights", modifiers["class_weights"], (logits.classes,), "one number per class")
+    fields = {name: getattr(logits, name) for name in ("hidden", "kernel", "bias", "soft_cap", "temperature")}
+    fields |= {"hidden": logits.hidden.reshape(y.size, logits.hidden.shape[-1]), "weights": w.reshape(y.size)} | modifiers
+    inputs = {name: jnp.asarray(value) for name, value in fields.items() if value is not None}
+    inputs = {name: value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(logits.dtype) for name, value in inputs.items()}
     inputs = _mesh.vary(inputs, _mesh.varying(inputs, y))
+    options = _Options(chunk_size=chunk_size, class_axis=logits.class_axis, block_size=logits.block_size)
     total = _weighted_sum(options, y.reshape(y.size), inputs)
     return weighted_mean(total, normalizer=jnp.sum(w) if normalizer is None else normalizer)
 
 
 class _Options(NamedTuple):
-    label_smoothing: float
-    z_loss: float
     chunk_size: int | None
     class_axis: int
     block_size: int | None
@@ -148,15 +130,9 @@ class _Options(NamedTuple):
 Inputs = dict[str, Array]  # what the loss is differentiated by, with all examples on one axis
 
 
-def _sum_of_losses(options: _Options, logits: LinearLogits | Array, labels: Array, inputs: Inputs) -> Array:
-    losses = softmax_cross_entropy_with_integer_labels(
-        logits,
-        labels,
-        where=inputs["weights"] != 0,
-        label_smoothing=options.label_smoothing,
-        z_loss=options.z_loss,
-        class_weights=inputs.get("class_weights"),
-    )
+def _sum_of_losses(logits: LinearLogits | Array, labels: Array, inputs: Inputs) -> Array:
+    modifiers = {name: inputs[name] for name in ("label_smoothing", "z_loss", "class_weights") if name in inputs}
+    losses = softmax_cross_entropy_with_integer_labels(logits, labels, where=inputs["weights"] != 0, **modifiers)
     return jnp.sum(inputs["weights"] * losses)
 
 
@@ -171,7 +147,7 @@ def _sum_by_blocks(options: _Options, labels: Array, inputs: Inputs) -> Array:
         soft_cap=inputs.get("soft_cap"),
         temperature=inputs.get("temperature"),
     )
-    return _sum_of_losses(options, logits, labels, inputs)
+    return _sum_of_losses(logits, labels, inputs)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -211,9 +187,9 @@ def _sum_and_gradient(options: _Options, names: tuple[str, ...], labels: Array, 
         if "bias" in of_all:
             x = x + jnp.broadcast_to(of_all["bias"].astype(dtype), x.shape)
         x = shape_logits(x, of_all.get("temperature"), of_all.get("soft_cap"))
-        return _sum_of_losses(options, x, labels, of_examples | of_all)
+        return _sum_of_losses(x, labels, of_examples | of_all)
 
-    def product(a: Array, a_axis: int, b: Array, b_axis: int) -> Array:
+    def multiply(a: Array, a_axis: int, b: Array, b_axis: int) -> Array:
         a, b = (v.astype(jnp.bfloat16 if half else dtype) for v in (a, b))
         return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=dtype)
 
@@ -225,13 +201,13 @@ def _sum_and_gradient(options: _Options, names: tuple[str, ...], labels: Array, 
         hidden, weights, labels = chunk
         # What a row holds that takes no part must not be multiplied by anything, even 0.
         hidden = jnp.where(weights[:, None] != 0, hidden, 0)
-        of_examples = {"products": contract(hidden, kernel, options.class_axis, half), "weights": weights}
+        of_examples = {"products": product(hidden, kernel, options.class_axis, half), "weights": weights}
         value, (of_examples, parts) = jax.value_and_grad(loss_of, (0, 1))(of_examples, of_all, labels)
         g = of_examples.pop("products")
         if "hidden" in names:
-            of_examples["hidden"] = product(g, 1, kernel, class_axis)
+            of_examples["hidden"] = multiply(g, 1, kernel, class_axis)
         if "kernel" in names:
-            parts["kernel"] = product(hidden, 0, g, 0) if class_axis == 1 else product(g, 0, hidden, 0)
+            parts["kernel"] = multiply(hidden, 0, g, 0) if class_axis == 1 else multiply(g, 0, hidden, 0)
         sums = {name: sums[name] + parts[name].astype(dtype) for name in sums}
         return (total + value, sums), {name: of_examples[name] for name in of_examples if name in names}
 

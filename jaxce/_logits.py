@@ -92,17 +92,17 @@ class LinearLogits:
             bias = _checks.floating(name, "bias", self.bias)
             _checks.same_shape(name, "bias", bias, (kernel.shape[class_axis],), "one number per class")
         size = self.block_size
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1):
-            raise ValueError(f"{name}: block_size must be None or a positive integer, got {size!r}")
-        temperature = _positive(name, "temperature", self.temperature)
+        if size is not None:
+            size = _checks.positive_integer(name, "block_size", size, "None or a positive integer")
+        temperature = _checks.option(name, "temperature", self.temperature, _checks.POSITIVE)
         fields = {
             "hidden": hidden,
             "kernel": kernel,
             "bias": bias,
             "class_axis": class_axis,
-            "soft_cap": _positive(name, "soft_cap", self.soft_cap),
+            "soft_cap": _checks.option(name, "soft_cap", self.soft_cap, _checks.POSITIVE),
             "temperature": None if isinstance(temperature, float) and temperature == 1 else temperature,
-            "block_size": None if size is None else int(size),
+            "block_size": size,
             "axis_name": None if self.axis_name is None else _checks.axis_name(name, self.axis_name),
         }
         self._set(fields)
@@ -145,7 +145,7 @@ class LinearLogits:
 
     def materialize(self) -> Array:
         """The logits as an array, with all the memory that takes; of this device's classes if the kernel is sharded."""
-        x = contract(self.hidden, self.kernel, self.class_axis, self.half)
+        x = product(self.hidden, self.kernel, self.class_axis, self.half)
         if self.bias is not None:
             x = x + jnp.broadcast_to(self.bias.astype(x.dtype), x.shape)
         return shape_logits(x, self.temperature, self.soft_cap)
@@ -262,52 +262,41 @@ AnyLogits = ArrayLike | LinearLogits | ShardedLogits
 """What every function of logits takes."""
 
 
-def _positive(function: str, argument: str, value: Any) -> Any:
-    """A positive number, checked where it is one already, or an array without axes."""
-    if value is None:
-        return None
-    if isinstance(value, int | float | np.number):
-        return _checks.number(function, argument, value, "a positive number", lambda v: 0 < v < math.inf)
-    array = _checks.floating(function, argument, value)
-    _checks.same_shape(function, argument, array, (), "no axes")
-    return array
+def product(hidden: Array, kernel: Array, class_axis: int, half: bool) -> Array:
+    """The product of hidden states with the classes of a kernel, summed in at least float32.
 
-
-def contract(hidden: Array, kernel: Array, class_axis: int, half: bool) -> Array:
-    """The product of hidden and (a block of) the kernel, summed in at least float32.
-
-    ``half`` says that all factors are bfloat16 numbers, though hidden may come as float32: then a transpose, which sums
-    over the blocks, sums in float32 what are products of bfloat16s.
+    A kernel with strips of classes, two axes of them, takes hidden states of their own, [strips, ..., features], and gives
+    [..., strips, classes]. ``half`` says that all factors are bfloat16 numbers, though hidden may come as float32: then a
+    transpose, which sums over the blocks, sums in float32 what are products of bfloat16s.
     """
     if half:
-        return _contract_half(hidden, kernel, class_axis)
+        return _product_of_halves(hidden, kernel, class_axis)
     dtype = _checks.compute_dtype(hidden, kernel)
     return _dot(hidden.astype(dtype), kernel.astype(dtype), class_axis, dtype)
 
 
 def _dot(hidden: Array, kernel: Array, class_axis: int, dtype: Any) -> Array:
-    axes = ((hidden.ndim - 1,), (1 if class_axis == 0 else 0,))
-    return lax.dot_general(hidden, kernel, (axes, ((), ())), preferred_element_type=dtype)
+    features = kernel.ndim - 1 if class_axis == 0 else 0
+    if kernel.ndim == 2:
+        return lax.dot_general(hidden, kernel, (((hidden.ndim - 1,), (features,)), ((), ())), preferred_element_type=dtype)
+    axes = ((hidden.ndim - 1,), (features,)), ((0,), (0 if class_axis == 0 else 1,))
+    return jnp.moveaxis(lax.dot_general(hidden, kernel, axes, preferred_element_type=dtype), 0, -2)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _contract_half(hidden: Array, kernel: Array, class_axis: int) -> Array:
+def _product_of_halves(hidden: Array, kernel: Array, class_axis: int) -> Array:
     return _dot(hidden.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), class_axis, jnp.float32)
 
 
-@partial(_contract_half.defjvp, symbolic_zeros=True)
+@partial(_product_of_halves.defjvp, symbolic_zeros=True)
 def _(class_axis: int, primals: Any, tangents: Any) -> Any:
-    hidden, kernel = primals
-    dh, dw = (None if isinstance(t, SymbolicZero) else t for t in tangents)
-    return _contract_half(hidden, kernel, class_axis), contract_half_tangent(hidden, kernel, dh, dw, class_axis)
-
-
-def contract_half_tangent(hidden: Array, kernel: Array, dh: Array | None, dw: Array | None, class_axis: int) -> Array:
-    """The tangent of a product of bfloat16s, rounded to bfloat16: so a transpose multiplies two of those, which is fast."""
-    hidden, kernel = hidden.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    """The tangent is rounded to bfloat16: so a transpose multiplies two numbers of those, which is fast."""
+    hidden, kernel = (x.astype(jnp.bfloat16) for x in primals)
+    dh, dw = (None if isinstance(t, SymbolicZero) else t.astype(jnp.bfloat16) for t in tangents)
     terms = [] if dh is None else [_dot(dh, kernel, class_axis, jnp.bfloat16)]
     terms += [] if dw is None else [_dot(hidden, dw, class_axis, jnp.bfloat16)]
-    return sum((t.astype(jnp.float32) for t in terms[1:]), terms[0].astype(jnp.float32))
+    tangent = sum((t.astype(jnp.float32) for t in terms[1:]), terms[0].astype(jnp.float32))
+    return _product_of_halves(*primals, class_axis), tangent
 
 
 def shape_logits(x: Array, temperature: Any, soft_cap: Any) -> Array:
@@ -322,3 +311,4 @@ def shape_logits(x: Array, temperature: Any, soft_cap: Any) -> Array:
         cap = jnp.asarray(soft_cap).astype(x.dtype)
         x = cap * jnp.tanh(x / cap)
     return jnp.where(absent, -jnp.inf, x)
+

@@ -32,6 +32,15 @@ def index(function: str, axis_name: AxisName) -> Array:
         ) from None
 
 
+def check(function: str, argument: str, axis_name: AxisName, classes: Array) -> None:
+    """Demand that what has an axis of classes is sharded over the mesh axis."""
+    if not varying(index(function, axis_name)) <= varying(classes):
+        raise ValueError(
+            f"{function}: {argument} must be sharded over {axis_name!r}, which is their axis_name, "
+            f"got the same {_checks.describe(classes)} on all of its devices"
+        )
+
+
 def varying(*trees: Any) -> frozenset[str]:
     """The axes over which some leaf differs from device to device, as far as JAX keeps account (``check_vma=True``)."""
     axes = (jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(trees))
@@ -80,7 +89,9 @@ def on_each_device(result: str) -> Callable[[_F], _F]:
 
         @functools.wraps(function)
         def spread(*args: Any, **kwargs: Any) -> Any:
-            if not any(any(_spec(leaf)) for leaf in jax.tree.leaves((args, kwargs))):
+            given = (*args, *kwargs.values())
+            linear = [x for x in given if isinstance(x, LinearLogits)]
+            if not linear or not any(any(_spec(leaf)) for leaf in jax.tree.leaves(given)):
                 return function(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()

@@ -17,105 +17,55 @@ from jax.typing import ArrayLike
 
 from jaxce import _checks
 from jaxce._checks import Axis, compiled
-from jaxce._numerics import (
-    Pair,
-    add,
-    bregman_pair,
-    exp_pair,
-    log1p,
-    log_pair,
-    multiply,
-    neg_x_log_y,
-    negate,
-    scale,
-    select,
-    single,
-    sum_pairs,
-    two_sum,
-)
+from jaxce._terms import bregman, log_ratio, neg_x_log_not_y, neg_x_log_y, scale
 
 # --- terms: what one class adds ---------------------------------------------------------------------------------------
 
 
-def _log_of_ratio(t: Array, log_q: Array) -> Pair:
-    # log(t / q) for finite arguments
-    return add(log_pair(t), single(-log_q))
-
-
 def _slope_in_target(t: Array, log_q: Array, more: float) -> Array:
-    # log(t / q) + more: -inf at t = 0 < q; 0 at t = q = 0, a class that isn't there
+    """log(t / q) + more: -inf at t = 0 < q; 0 at t = q = 0, a class that isn't there."""
     absent = (t == 0) & (log_q == -jnp.inf)
-    log_t = log_pair(jnp.where(absent, 1, t))
-    slope = log_t[0] - jnp.where(absent, 0, log_q) + log_t[1] + more
-    return jnp.where(absent, 0, slope)
+    return jnp.where(absent, 0, jnp.log(t) - jnp.where(absent, 0, log_q) + more)
 
 
 @jax.custom_jvp
-def _kl_term(log_q: Array, t: Array) -> Pair:
-    """T log(t / q), 0 at t = 0."""
-    inside = (t > 0) & jnp.isfinite(log_q)
-    a, b = jnp.where(inside, t, 1), jnp.where(inside, log_q, 0)
-    outside = jnp.where((t == 0) & (log_q < jnp.inf), 0, t * (jnp.log(t) - log_q))
-    return select(inside, multiply(single(a), _log_of_ratio(a, b)), single(outside))
+def _kl_term(log_q: Array, t: Array) -> Array:
+    """t log(t / q), 0 at t = 0."""
+    absent = (t == 0) & (log_q < jnp.inf)
+    return t * (jnp.log(jnp.where(absent, 1, t)) - jnp.where(absent, 0, log_q))
 
 
 @_kl_term.defjvp
-def _kl_term_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
+def _(primals: Any, tangents: Any) -> Any:
     log_q, t = primals
-    tangent = -t * tangents[0] + scale(_slope_in_target(t, log_q, 1.0), tangents[1])
-    return _kl_term(log_q, t), single(tangent)
+    return _kl_term(log_q, t), -t * tangents[0] + scale(_slope_in_target(t, log_q, 1.0), tangents[1])
 
 
 @jax.custom_jvp
-def _log_target_term(log_q: Array, log_t: Array) -> Pair:
-    """T log(t / q), 0 at t = 0."""
-    inside = jnp.isfinite(log_t) & jnp.isfinite(log_q)
-    a, b = jnp.where(inside, log_t, 0), jnp.where(inside, log_q, 0)
-    outside = jnp.where((log_t == -jnp.inf) & (log_q < jnp.inf), 0, jnp.exp(log_t) * (log_t - log_q))
-    outside = jnp.where((log_q == -jnp.inf) & (log_t > -jnp.inf), jnp.inf, outside)  # also where t underflows
-    return select(inside, multiply(exp_pair(single(a)), two_sum(a, -b)), single(outside))
+def _log_target_term(log_q: Array, log_t: Array) -> Array:
+    """t log(t / q), 0 at t = 0; infinite where only q is 0, also where t underflows."""
+    absent = (log_t == -jnp.inf) & (log_q < jnp.inf)
+    term = jnp.exp(log_t) * (jnp.where(absent, 0, log_t) - jnp.where(absent, 0, log_q))
+    return jnp.where((log_q == -jnp.inf) & (log_t > -jnp.inf), jnp.inf, term)
 
 
 @_log_target_term.defjvp
-def _log_target_term_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
-    out = _log_target_term(*primals)
-    t = jnp.exp(primals[1])
-    tangent = -t * tangents[0] + scale(out[0] + out[1] + t, tangents[1])
-    return out, single(tangent)
+def _(primals: Any, tangents: Any) -> Any:
+    term, t = _log_target_term(*primals), jnp.exp(primals[1])
+    return term, -t * tangents[0] + scale(term + t, tangents[1])
 
 
 @jax.custom_jvp
-def _generalized_kl_term(log_q: Array, t: Array) -> Pair:
-    """T log(t / q) - t + q >= 0, q at t = 0."""
-    q = jnp.exp(log_q)
-    inside = (t > 0) & (log_q > -jnp.inf) & (q < jnp.inf)
-    a, b = jnp.where(inside, t, 1), jnp.where(inside, log_q, 0)
-    p, q_pair = single(a), exp_pair(single(b))
-    term = bregman_pair(p, q_pair, add(p, negate(q_pair)), _log_of_ratio(a, b))
-    outside = jnp.where(t == 0, q, t * (jnp.log(t) - log_q) - t + q)
-    return select(inside, term, single(outside))
+def _generalized_kl_term(log_q: Array, t: Array) -> Array:
+    """t log(t / q) - t + q >= 0, q at t = 0."""
+    return bregman(t, jnp.exp(log_q))
 
 
 @_generalized_kl_term.defjvp
-def _generalized_kl_term_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
+def _(primals: Any, tangents: Any) -> Any:
     log_q, t = primals
-    tangent = scale(jnp.exp(log_q) - t, tangents[0]) + scale(_slope_in_target(t, log_q, 0.0), tangents[1])
-    return _generalized_kl_term(log_q, t), single(tangent)
-
-
-@jax.custom_jvp
-def _neg_x_log_not_y(w: Array, q: Array) -> Array:
-    """-w log(1 - q), 0 at w = 0."""
-    absent = (w == 0) & (q <= 1)
-    return -w * log1p(-jnp.where(absent, 0, q))
-
-
-@_neg_x_log_not_y.defjvp
-def _neg_x_log_not_y_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    w, q = primals
-    q_safe = jnp.where((w == 0) & (q == 1), 0, q)
-    slopes = -log1p(-q_safe), w / (1 - q_safe)
-    return _neg_x_log_not_y(w, q), scale(slopes[0], tangents[0]) + scale(slopes[1], tangents[1])
+    q = jnp.exp(log_q)
+    return _generalized_kl_term(log_q, t), (q - t) * tangents[0] + scale(log_ratio(t, q), tangents[1])
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -134,18 +84,15 @@ def _dense(
     x, t = (_checks.floating(function, name, a) for name, a in zip(names, (prediction, target), strict=True))
     _checks.same_shape(function, names[1], t, x.shape, f"the shape of {names[0]}")
     class_axes = _checks.axes(function, axis, x.ndim)
-    keep = None
+    x, t = _checks.upcast(x, t)
     if where is not None:
-        keep = _checks.classes_last(_checks.where_entries(function, where, x.shape, class_axes), class_axes)
-    x, t = (_checks.classes_last(a, class_axes) for a in _checks.upcast(x, t))
-    if keep is not None:
+        keep = _checks.where_entries(function, where, x.shape, class_axes)
         x, t = (jnp.where(keep, a, fill) for a, fill in zip((x, t), absent, strict=True))
-    return x, t
+    return _checks.classes_last(x, class_axes), _checks.classes_last(t, class_axes)
 
 
-def _total(terms: Pair) -> Array:
-    hi, lo = sum_pairs(*terms)
-    return hi + lo
+def _total(terms: Array) -> Array:
+    return jnp.sum(terms, -1)
 
 
 def _pick(
@@ -258,8 +205,7 @@ def categorical_cross_entropy_with_integer_labels(
     Source: Good, "Rational Decisions", JRSS B 14 (1952).
     """
     function = "categorical_cross_entropy_with_integer_labels"
-    hi, lo = log_pair(_pick(function, "probs", probs, labels, axis, where, 0.0, 1.0))
-    return 0 - (hi + lo)  # 0 for what is certain, and not -0
+    return 0 - jnp.log(_pick(function, "probs", probs, labels, axis, where, 0.0, 1.0))  # 0 of what is certain, and not -0
 
 
 @compiled()
@@ -298,8 +244,7 @@ def binary_cross_entropy(probs: ArrayLike, labels: ArrayLike) -> Array:
     t = _checks.floating(function, "labels", t)
     _checks.same_shape(function, "labels", t, q.shape, "the shape of probs")
     q, t = _checks.upcast(q, t)
-    hi, lo = neg_x_log_y(t, q)
-    return hi + (lo + _neg_x_log_not_y(1 - t, q))
+    return neg_x_log_y(t, q) + neg_x_log_not_y(1 - t, q)
 
 
 # --- losses on log-probabilities --------------------------------------------------------------------------------------
@@ -416,7 +361,7 @@ def generalized_kl_divergence(
     """
     function, names = "generalized_kl_divergence", ("log_predictions", "targets")
     terms = _generalized_kl_term(*_dense(function, names, log_predictions, targets, axis, where, (0.0, 1.0)))
-    return jnp.maximum(_total(terms), 0)  # each term is >= 0 but for its last digit
+    return _total(terms)
 
 
 @compiled("axis")

@@ -9,8 +9,6 @@ The losses are written without a comparison, as XLA:CPU then makes a single loop
 
 from __future__ import annotations
 
-import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -20,8 +18,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxce import _checks
-from jaxce._checks import compiled
-from jaxce._numerics import scale
+from jaxce._checks import NOT_NEGATIVE, SHARE, compiled
+from jaxce._terms import scale
 
 
 def _atanh_coefficients(count: int) -> list[float]:
@@ -128,45 +126,55 @@ def _miss(x: Array, t: Array) -> Array:
     return (1 - t) * p + t * not_p
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _modulation(x: Array, t: Array, gamma: float) -> Array:
+@jax.custom_jvp
+def _modulation(x: Array, t: Array, gamma: Array) -> Array:
     """(1 - p_t)^gamma."""
-    return _miss(x, t) ** (int(gamma) if gamma == int(gamma) else gamma)
+    return _miss(x, t) ** gamma
 
 
 @_modulation.defjvp
-def _modulation_jvp(gamma: float, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    value = _modulation(*primals, gamma)
-    by_x = gamma * value * _log_slope(*primals)
-    return value, by_x * tangents[0] + scale(_modulation_by_label(*primals, gamma), tangents[1])
+def _modulation_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    x, t, gamma = primals
+    value = _modulation(x, t, gamma)
+    by_x, by_gamma = gamma * value * _log_slope(x, t), value * _log_miss(x, t)
+    by_t = scale(_modulation_by_label(x, t, gamma), tangents[1])
+    return value, by_x * tangents[0] + by_t + by_gamma * tangents[2]
 
 
-def _power_where_positive(x: Array, t: Array, gamma: float) -> Array:
+def _log_miss(x: Array, t: Array) -> Array:
+    """log(1 - p_t), and 0 where 1 - p_t is 0, since so is all that it is multiplied by."""
+    miss = _miss(x, t)
+    return jnp.log(jnp.where(miss == 0, 1, miss))
+
+
+def _power_where_positive(x: Array, t: Array, gamma: Array | float) -> Array:
     """(1 - p_t)^gamma, and 0 also for negative gamma where 1 - p_t is 0."""
     empty = _miss(x, t) == 0
-    return jnp.where(empty, 0, _modulation(jnp.where(empty, 0, x), t, gamma))
+    return jnp.where(empty, 0, _modulation(jnp.where(empty, 0, x), t, jnp.broadcast_to(gamma, x.shape).astype(x.dtype)))
 
 
-def _modulation_by_label(x: Array, t: Array, gamma: float) -> Array:
+def _modulation_by_label(x: Array, t: Array, gamma: Array) -> Array:
     p, not_p = _sigmoids(x)
     # A power below 1 has an infinite slope at 0, but the cross-entropy that it multiplies is 0 there: 0 is right.
     return gamma * (not_p - p) * _power_where_positive(x, t, gamma - 1)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _focal(x: Array, t: Array, gamma: float) -> Array:
+@jax.custom_jvp
+def _focal(x: Array, t: Array, gamma: Array) -> Array:
     return _modulation(x, t, gamma) * _binary_cross_entropy(x, t)
 
 
 @_focal.defjvp
-def _focal_jvp(gamma: float, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    x, t = primals
+def _focal_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    x, t, gamma = primals
     largest = float(jnp.finfo(x.dtype).max)
     factor, loss = _modulation(x, t, gamma), _binary_cross_entropy(x, t)
+    finite = jnp.minimum(loss, largest)
     # At infinite logits, where the factor has stopped changing, 0 times the largest number stands for 0 times infinity.
-    by_x = factor * (_slope(x, t) + gamma * _log_slope(x, t) * jnp.minimum(loss, largest))
+    by_x = factor * (_slope(x, t) + gamma * _log_slope(x, t) * finite)
     by_t = _modulation_by_label(x, t, gamma) * loss - factor * jnp.clip(x, -largest, largest)
-    return _focal(x, t, gamma), by_x * tangents[0] + scale(by_t, tangents[1])
+    by_gamma = factor * _log_miss(x, t) * finite
+    return _focal(x, t, gamma), by_x * tangents[0] + scale(by_t, tangents[1]) + by_gamma * tangents[2]
 
 
 def _arguments(function: str, logits: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
@@ -214,9 +222,9 @@ def sigmoid_binary_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Array:
     return _binary_cross_entropy(x, t)
 
 
-@compiled("alpha", "gamma")
+@compiled(alpha=SHARE._replace(neutral=None), gamma=NOT_NEGATIVE)
 def sigmoid_focal_loss(
-    logits: ArrayLike, labels: ArrayLike, *, alpha: float | None = None, gamma: float = 2.0
+    logits: ArrayLike, labels: ArrayLike, *, alpha: ArrayLike | None = None, gamma: ArrayLike = 2.0
 ) -> Array:
     r"""Binary cross-entropy that looks away from what is already right.
 
@@ -249,12 +257,13 @@ def sigmoid_focal_loss(
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, https://arxiv.org/abs/1708.02002.
     """
-    function = "sigmoid_focal_loss"
-    gamma = _checks.number(function, "gamma", gamma, "a number, at least 0", lambda g: 0 <= g < math.inf)
-    x, t = _checks.upcast(*_arguments(function, logits, labels))
-    loss = _focal(x, t, gamma) if gamma else _binary_cross_entropy(x, t)
+    x, t = _checks.upcast(*_arguments("sigmoid_focal_loss", logits, labels))
+    if gamma is None:
+        loss = _binary_cross_entropy(x, t)
+    else:
+        loss = _focal(x, t, jnp.broadcast_to(gamma, x.shape).astype(x.dtype))
     if alpha is None:
         return loss
-    alpha = _checks.number(function, "alpha", alpha, "None or a number in [0, 1]", lambda a: 0 <= a <= 1)
+    alpha = jnp.asarray(alpha).astype(x.dtype)
     weight = alpha * t + (1 - alpha) * (1 - t)
     return weight * jnp.where((weight == 0) & (loss == jnp.inf), 0, loss)

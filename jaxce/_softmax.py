@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from jaxce import _checks
-from jaxce._checks import Axis, compiled
-from jaxce._logits import AnyLogits, LinearLogits
+from jaxce._checks import FINITE, NOT_NEGATIVE, SHARE, Axis, compiled
+from jaxce._logits import AnyLogits
+from jaxce._measures import sum_of_terms
 from jaxce._mesh import on_each_device
-from jaxce._statistics import BlockLogits, Logits, Measures, read_logits
+from jaxce._statistics import Logits, read_logits
 
 
-@compiled("axis", "label_smoothing", "z_loss")
+@compiled("axis", label_smoothing=SHARE, z_loss=FINITE)
 @on_each_device("batch")
 def softmax_cross_entropy_with_integer_labels(
     logits: AnyLogits,
@@ -23,9 +26,9 @@ def softmax_cross_entropy_with_integer_labels(
     axis: Axis = -1,
     where: ArrayLike | None = None,
     *,
-    label_smoothing: float = 0.0,
+    label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None,
-    z_loss: float = 0.0,
+    z_loss: ArrayLike = 0.0,
 ) -> Array:
     r"""Cross-entropy between integer labels and the softmax of logits, in nats.
 
@@ -72,14 +75,12 @@ def softmax_cross_entropy_with_integer_labels(
       https://arxiv.org/abs/1512.00567, section 7; for z-loss Chowdhery et al., https://arxiv.org/abs/2204.02311, section 5.
     """
     name = "softmax_cross_entropy_with_integer_labels"
-    smoothing = _smoothing(name, "label_smoothing", label_smoothing)
     z = read_logits(name, "logits", logits, axis, where)
-    weights = _class_weights(name, class_weights, z)
-    known = z.measure(labels=z.integer_labels(name, labels), weights=weights, smoothing=smoothing)
-    return known.loss + _z_loss(name, z_loss, known)
+    z = z.with_labels(name, labels).with_weights(name, class_weights)
+    return _modified(z, "nll", label_smoothing, z_loss)
 
 
-@compiled("axis", "label_smoothing", "z_loss")
+@compiled("axis", label_smoothing=SHARE, z_loss=FINITE)
 @on_each_device("batch")
 def softmax_cross_entropy(
     logits: AnyLogits,
@@ -87,9 +88,9 @@ def softmax_cross_entropy(
     axis: Axis = -1,
     where: ArrayLike | None = None,
     *,
-    label_smoothing: float = 0.0,
+    label_smoothing: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None,
-    z_loss: float = 0.0,
+    z_loss: ArrayLike = 0.0,
 ) -> Array:
     r"""Cross-entropy between label distributions and the softmax of logits, in nats.
 
@@ -125,19 +126,17 @@ def softmax_cross_entropy(
       Murphy, Probabilistic Machine Learning: An Introduction, 2022, sections 6.1 and 10.3.
     """
     name = "softmax_cross_entropy"
-    smoothing = _smoothing(name, "label_smoothing", label_smoothing)
     given = _checks.floating(name, "labels", labels)
     z = read_logits(name, "logits", logits, axis, where, given)
-    weights = _class_weights(name, class_weights, z)
-    known = z.measure(targets=z.dense_labels(name, given), weights=weights, smoothing=smoothing)
-    return known.loss + _z_loss(name, z_loss, known)
+    z = z.with_targets(name, given).with_weights(name, class_weights)
+    return _modified(z, "given", label_smoothing, z_loss)
 
 
 safe_softmax_cross_entropy = softmax_cross_entropy
 """Optax's name for the cross-entropy that allows logits of -inf; here it is the same function, which always does."""
 
 
-@compiled("axis", "gamma")
+@compiled("axis", gamma=NOT_NEGATIVE)
 @on_each_device("batch")
 def softmax_focal_loss(
     logits: AnyLogits,
@@ -145,7 +144,7 @@ def softmax_focal_loss(
     axis: Axis = -1,
     where: ArrayLike | None = None,
     *,
-    gamma: float = 2.0,
+    gamma: ArrayLike = 2.0,
 ) -> Array:
     r"""Focal loss: cross-entropy in which examples count less the better they are classified.
 
@@ -172,18 +171,16 @@ def softmax_focal_loss(
     Reference:
       Lin et al., Focal Loss for Dense Object Detection, https://arxiv.org/abs/1708.02002.
     """
-    name = "softmax_focal_loss"
-    gamma = _checks.number(name, "gamma", gamma, "a number of at least 0", lambda g: 0 <= g < float("inf"))
-    return _by_label_dtype(name, logits, labels, axis, where, lambda nll: _focal(nll, gamma))
+    return _by_label_dtype("softmax_focal_loss", logits, labels, axis, where, _focal, gamma)
 
 
-@compiled("axis", "epsilon")
+@compiled("axis", epsilon=FINITE)
 @on_each_device("batch")
 def poly_loss_cross_entropy(
     logits: AnyLogits,
     labels: ArrayLike,
     *,
-    epsilon: float = 2.0,
+    epsilon: ArrayLike = 2.0,
     axis: Axis = -1,
     where: ArrayLike | None = None,
 ) -> Array:
@@ -212,13 +209,11 @@ def poly_loss_cross_entropy(
     Reference:
       Leng et al., PolyLoss, https://arxiv.org/abs/2204.12511.
     """
-    name = "poly_loss_cross_entropy"
-    epsilon = _checks.number(name, "epsilon", epsilon, "a finite number")
-    return _by_label_dtype(name, logits, labels, axis, where, lambda nll: nll - epsilon * jnp.expm1(-nll))
+    return _by_label_dtype("poly_loss_cross_entropy", logits, labels, axis, where, _poly, epsilon)
 
 
-@compiled("alpha", "axis")
-def smooth_labels(labels: ArrayLike, alpha: float, *, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+@compiled("axis", alpha=SHARE)
+def smooth_labels(labels: ArrayLike, alpha: ArrayLike, *, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
     r"""Labels mixed with the uniform distribution, :math:`(1 - \alpha) t_k + \alpha / n` over the n classes that take part.
 
     A masked class gets 0, and a row with no class left is 0. Optax gives masked classes a share that is then lost.
@@ -241,57 +236,68 @@ def smooth_labels(labels: ArrayLike, alpha: float, *, axis: Axis = -1, where: Ar
       Szegedy et al., Rethinking the Inception Architecture, https://arxiv.org/abs/1512.00567, section 7.
     """
     name = "smooth_labels"
-    alpha = _smoothing(name, "alpha", alpha)
     (t,) = _checks.upcast(_checks.floating(name, "labels", labels))
     class_axes = _checks.axes(name, axis, t.ndim)
-    keep = _checks.where_entries(name, where, t.shape, class_axes)
+    share = jnp.zeros((), t.dtype) if alpha is None else jnp.asarray(alpha).astype(t.dtype)
+    keep = jnp.ones(t.shape, bool) if where is None else _checks.where_entries(name, where, t.shape, class_axes)
     count = jnp.sum(keep, class_axes, dtype=t.dtype, keepdims=True)
-    return jnp.where(keep, (1 - alpha) * t + alpha / jnp.maximum(count, 1), 0)
+    return jnp.where(keep, (1 - share) * t + share / jnp.maximum(count, 1), 0)
 
 
-def _smoothing(function: str, argument: str, value: float) -> float:
-    return _checks.number(function, argument, value, "a number in [0, 1]", lambda a: 0 <= a <= 1)
+def _modified(z: Logits, loss: str, label_smoothing: Any, z_loss: Any) -> Array:
+    """A loss with its modifiers, of which those that are None make no difference."""
+    weighted = loss == "nll" and "weights" in z.inputs
+    asked = {"weight": weighted, "uniform": label_smoothing is not None, "log_normalizer": z_loss is not None}
+    values, state = z.measure(loss, *(name for name, wanted in asked.items() if wanted))
+    total = values[loss]
+    if weighted:
+        total = _times(values["weight"], total)
+    if label_smoothing is not None:
+        share = jnp.asarray(label_smoothing).astype(z.dtype)
+        total = _times(1 - share, total) + _times(share, values["uniform"])
+    if z_loss is not None:
+        total += jnp.asarray(z_loss).astype(z.dtype) * jnp.where(state.present, values["log_normalizer"], 0) ** 2
+    return total
 
 
-def _class_weights(
-    function: str, class_weights: ArrayLike | None, z: Logits | BlockLogits | LinearLogits
-) -> Array | None:
-    if class_weights is None:
-        return None
-    weights = _checks.floating(function, "class_weights", class_weights)
-    _checks.same_shape(function, "class_weights", weights, (z.classes,), "one number per class")
-    return weights.astype(z.dtype)
+def _times(weight: Array, loss: Array) -> Array:
+    """weight * loss, where a weight of 0 takes away an infinite loss too."""
+    return weight * jnp.where((weight == 0) & jnp.isposinf(loss), 0, loss)
 
 
-def _z_loss(function: str, z_loss: float, known: Measures) -> Array | float:
-    factor = _checks.number(function, "z_loss", z_loss, "a finite number")
-    if not factor:
-        return 0.0
-    return factor * jnp.where(known.present, known.log_normalizer, 0) ** 2
+Loss = Callable[[Array, Array], Array]
+"""A function of -log p and an option."""
 
 
 def _by_label_dtype(
-    function: str,
-    logits: AnyLogits,
-    labels: ArrayLike,
-    axis: Axis,
-    where: ArrayLike | None,
-    term: Callable[[Array], Array],
+    function: str, logits: AnyLogits, labels: ArrayLike, axis: Axis, where: ArrayLike | None, loss: Loss, option: Any
 ) -> Array:
-    """sum_k t_k term(-log p_k), or the label's term alone where labels are integers."""
+    """sum_k t_k loss(-log p_k), or the label's alone where labels are integers; cross-entropy where the option is None."""
     given = jnp.asarray(labels)
-    if jnp.issubdtype(given.dtype, jnp.integer):
-        z = read_logits(function, "logits", logits, axis, where)
-        return term(z.measure(labels=z.integer_labels(function, given)).loss)
-    given = _checks.floating(function, "labels", given)
-    z = read_logits(function, "logits", logits, axis, where, given)
-    return z.sum_of_terms(z.dense_labels(function, given), term)
+    integer = jnp.issubdtype(given.dtype, jnp.integer)
+    if not integer:
+        given = _checks.floating(function, "labels", given)
+    z = read_logits(function, "logits", logits, axis, where, *([] if integer else [given]))
+    z = z.with_labels(function, given) if integer else z.with_targets(function, given)
+    if option is None or integer:
+        value = z.measure(name := "nll" if integer else "given")[0][name]
+        return value if option is None else loss(value, jnp.asarray(option).astype(z.dtype))
+    option = jnp.asarray(option).astype(z.dtype)
+    total, (present,) = sum_of_terms(partial(_of_targets, loss), (z.spec,), (z.inputs,), option)
+    return jnp.where(present, total, 0)
 
 
-def _focal(nll: Array, gamma: float) -> Array:
+def _of_targets(loss: Loss, log_p: Array, t: Array, option: Array) -> Array:
+    return t * loss(jnp.where(t == 0, 0, -log_p), option)
+
+
+def _poly(nll: Array, epsilon: Array) -> Array:
+    return nll - epsilon * jnp.expm1(-nll)
+
+
+def _focal(nll: Array, gamma: Array) -> Array:
     """(1 - exp(-nll))^gamma nll, with its limits at 0 and infinity selected so that the derivatives have theirs."""
-    if gamma == 0:
-        return nll
     inside = (nll > 0) & (nll < jnp.inf)
     safe = jnp.where(inside, nll, 1)
-    return jnp.where(nll == 0, 0, jnp.where(inside, (-jnp.expm1(-safe)) ** gamma * safe, nll))
+    value = (-jnp.expm1(-safe)) ** jnp.broadcast_to(gamma, safe.shape) * safe
+    return jnp.where(inside, value, jnp.where(nll == 0, 0, nll))

@@ -2,114 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxce import _blocks, _checks, _rows
+from jaxce import _checks, _mesh
 from jaxce._checks import Axis, compiled
-from jaxce._logits import AnyLogits, LinearLogits, NotArray, ShardedLogits
+from jaxce._logits import AnyLogits, LinearLogits, ShardedLogits
+from jaxce._measures import Term, Values, log_probabilities, measure, sum_of_terms
 from jaxce._mesh import on_each_device
+from jaxce._passes import Inputs, Spec
+from jaxce._state import Ask, State
 
+BLOCK = 1 << 26
+"""About how many logits a block has at most."""
 
-class Measures(NamedTuple):
-    """What is asked of logits, one number per row."""
-
-    log_normalizer: Array  # -inf where a row doesn't count
-    present: Array  # whether any class is there, in a row that counts
-    prediction: Array
-    loss: Any  # the cross-entropy with the labels or targets given; None without
-    entropy: Any  # None unless asked for
+LEAST, MOST = 2048, 8192
+"""How many classes a block has at least and at most, unless the logits say it."""
 
 
 class Logits(NamedTuple):
-    """Logits past the door: classes on the last axis, masked entries absent (-inf), and the pass over their classes."""
+    """Logits of any kind past the door."""
 
-    x: Array  # half precision stays as it is, and is upcast where it is read
-    row: _rows.Row
-    axes: tuple[int, ...]
-    entries: Array | None
-    shape: tuple[int, ...]
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype to compute in."""
-        return self.row.maximum.dtype
-
-    @property
-    def classes(self) -> int:
-        return self.x.shape[-1]
-
-    def integer_labels(self, function: str, labels: ArrayLike) -> Array:
-        """``labels`` as classes, one for each row, in an integer dtype that can count the classes."""
-        return _integer_labels(function, labels, self.x.shape[:-1])
-
-    def dense_labels(self, function: str, labels: Array) -> Array:
-        """``labels`` as numbers for each class, on the last axis, 0 where an entry is masked."""
-        _checks.same_shape(function, "labels", labels, self.shape, "the shape of the logits")
-        targets = _checks.classes_last(labels, self.axes).astype(self.dtype)
-        return targets if self.entries is None else jnp.where(self.entries, targets, 0)
-
-    def measure(
-        self,
-        labels: Array | None = None,
-        targets: Array | None = None,
-        weights: Array | None = None,
-        smoothing: float = 0.0,
-        entropy: bool = False,
-    ) -> Measures:
-        """Cross-entropy with integer labels or with targets, and the rest; what isn't used costs nothing under jit."""
-        loss = None
-        if labels is not None:
-            weight = None if weights is None else jnp.take(weights, labels, mode="clip")
-            loss = _label_loss(_rows.label_nll(self.x, self.row, labels), weight)
-            if smoothing:
-                if weights is None:
-                    uniform = _rows.uniform_nll(self.x, self.row)
-                else:
-                    uniform = _rows.dense_nll(self.x, self.row, _weighted(weights, self._uniform()))
-                loss = _mix(loss, uniform, smoothing)
-        if targets is not None:
-            if smoothing:
-                targets = (1 - smoothing) * targets + smoothing * self._uniform()
-            loss = _rows.dense_nll(self.x, self.row, _weighted(weights, targets))
-        value = _rows.log_normalizer(self.x, self.row)
-        return Measures(
-            log_normalizer=value if self.row.counts is None else jnp.where(self.row.counts, value, -jnp.inf),
-            present=self.row.present,
-            prediction=jnp.where(self.row.present, _rows.top(self.x, self.row), 0),
-            loss=loss,
-            entropy=_rows.entropy(self.x, self.row) if entropy else None,
-        )
-
-    def sum_of_terms(self, targets: Array, term: Callable[[Array], Array]) -> Array:
-        """sum_k t_k term(-log p_k)."""
-        targets = self.row.select(targets)
-        nll = jnp.where(targets == 0, 0, -_rows.log_probabilities(self.x, self.row))
-        return jnp.sum(targets * term(nll), -1)
-
-    def _uniform(self) -> Array:
-        """The uniform distribution over the classes that are there."""
-        there = ~jnp.isneginf(self.x)
-        return there.astype(self.dtype) / jnp.maximum(jnp.sum(there, -1, dtype=self.dtype, keepdims=True), 1)
-
-    def log_probabilities(self) -> Array:
-        """log p for each class."""
-        values = _rows.log_probabilities(self.x, self.row)
-        return values if self.row.counts is None else jnp.where(self.row.counts[..., None], values, -jnp.inf)
-
-
-class BlockLogits(NamedTuple):
-    """`LinearLogits` or `ShardedLogits` past the door, with the methods of `Logits`."""
-
-    operands: _blocks.Operands
-    rows: Array | None  # the mask of rows; None where all of them count
-    spec: _blocks.Spec
-    axes: tuple[int, ...]
+    spec: Spec
+    inputs: Inputs
+    axes: tuple[int, ...]  # of the classes
     shape: tuple[int, ...]
 
     @property
@@ -119,114 +41,78 @@ class BlockLogits(NamedTuple):
 
     @property
     def classes(self) -> int:
-        return self.operands.shape[-1]
+        """How many classes there are, on this device."""
+        return self.spec.classes
 
-    def integer_labels(self, function: str, labels: ArrayLike) -> Array:
-        """As `Logits.integer_labels`."""
-        return _integer_labels(function, labels, self.operands.shape[:-1])
-
-    def dense_labels(self, function: str, labels: Array) -> Array:
-        """``labels`` with the classes last: a block is cast and masked where it is read."""
-        of = "the shape of the logits" if self.spec.axis_name is None else "the shape of the logits on each device"
-        _checks.same_shape(function, "labels", labels, self.shape, of)
-        return _checks.classes_last(labels, self.axes)
-
-    def measure(
-        self,
-        labels: Array | None = None,
-        targets: Array | None = None,
-        weights: Array | None = None,
-        smoothing: float = 0.0,
-        entropy: bool = False,
-    ) -> Measures:
-        """As `Logits.measure`, all in one pass over the classes."""
-        if smoothing == 1:
-            targets = None
-        if labels is not None and self.rows is not None:
-            labels = jnp.where(self.rows, labels, 0)
-        spec = self.spec._replace(entropy=entropy, uniform=smoothing > 0)
-        of_classes = weights if targets is not None or smoothing else None
-        values, row = _blocks.measure(spec, self.operands._replace(labels=labels, targets=targets, weights=of_classes))
-        loss = None
-        if labels is not None:
-            weight = None if weights is None else _blocks.at_label(self.spec, weights, labels)
-            loss = _label_loss(values["nll"], weight)
-        elif targets is not None:
-            loss = values["given"]
-        if smoothing:
-            loss = _mix(values["uniform"] if loss is None else loss, values["uniform"], smoothing)
-        present = row.present if self.rows is None else row.present & self.rows
-        return Measures(
-            log_normalizer=self._select(values["log_normalizer"], -jnp.inf),
-            present=present,
-            prediction=self._select(row.top, 0),
-            loss=None if loss is None else self._select(loss, 0),
-            entropy=self._select(values["entropy"], 0) if entropy else None,
+    def with_labels(self, function: str, labels: ArrayLike) -> Logits:
+        """With integer labels, one for each row; -1 of one that is no class."""
+        y = _checks.integer(function, "labels", labels)
+        _checks.same_shape(
+            function, "labels", y, _checks.batch_shape(self.shape, self.axes), "the shape of the logits without their class axes"
         )
+        name = self.spec.axis_name
+        classes = self.classes * (1 if name is None else lax.axis_size(name))
+        valid = (y >= 0) & (y < classes) if classes <= jnp.iinfo(y.dtype).max else y >= 0
+        return self._with(labels=jnp.where(valid, y, -1).astype(jnp.int32))
 
-    def sum_of_terms(self, targets: Array, term: Callable[[Array], Array]) -> Array:
-        """As `Logits.sum_of_terms`."""
+    def with_targets(self, function: str, labels: Array) -> Logits:
+        """With dense labels."""
+        of = "the shape of the logits" + ("" if self.spec.axis_name is None else " on each device")
+        _checks.same_shape(function, "labels", labels, self.shape, of)
+        return self._with(targets=_checks.classes_last(labels, self.axes))
 
-        def weighted(log_p: Array, t: Array) -> Array:
-            return t * term(jnp.where(t == 0, 0, -log_p))
+    def with_weights(self, function: str, class_weights: ArrayLike | None) -> Logits:
+        """With weights of the classes, unless these are None."""
+        if class_weights is None:
+            return self
+        weights = _checks.floating(function, "class_weights", class_weights)
+        _checks.same_shape(function, "class_weights", weights, (self.classes,), "one number per class")
+        return self._with(weights=weights)
 
-        operands = self.operands._replace(targets=targets)
-        value, (row,) = _blocks.sum_of_terms(weighted, (self.spec,), (operands,))
-        return self._select(jnp.where(row.present, value, 0), 0)
+    def _with(self, **inputs: Array) -> Logits:
+        return self._replace(inputs=self.inputs | inputs)
 
-    def log_probabilities(self) -> Array:
-        """As `Logits.log_probabilities`, of the classes of this device."""
-        values = _blocks.log_probabilities(self.spec, self.operands)
-        return values if self.rows is None else jnp.where(self.rows[..., None], values, -jnp.inf)
-
-    def _select(self, values: Array, otherwise: float) -> Array:
-        return values if self.rows is None else jnp.where(self.rows, values, otherwise)
-
-
-def _integer_labels(function: str, labels: ArrayLike, shape: tuple[int, ...]) -> Array:
-    array = _checks.integer(function, "labels", labels)
-    array = array.astype(jnp.int64 if array.dtype.itemsize == 8 else jnp.int32)
-    _checks.same_shape(function, "labels", array, shape, "the shape of the logits without their class axes")
-    return array
-
-
-def _label_loss(nll: Array, weight: Array | None) -> Array:
-    """weight * nll, where a weight of 0 takes away an infinite loss too."""
-    return nll if weight is None else weight * jnp.where((weight == 0) & jnp.isposinf(nll), 0, nll)
-
-
-def _weighted(weights: Array | None, targets: Array) -> Array:
-    return targets if weights is None else jnp.broadcast_to(weights, targets.shape) * targets
-
-
-def _mix(loss: Array, uniform: Array, smoothing: float) -> Array:
-    return (1 - smoothing) * loss + smoothing * uniform if smoothing < 1 else uniform
+    def measure(self, *names: str, prediction: bool = False) -> tuple[Values, State]:
+        """The measures of these names, and the state of the rows."""
+        return measure(self.spec._replace(ask=Ask(prediction=prediction)), self.inputs, names)
 
 
 def read_logits(
-    function: str,
-    argument: str,
-    logits: AnyLogits,
-    axis: Axis,
-    where: ArrayLike | None,
-    *others: Array,
-) -> Logits | BlockLogits:
+    function: str, argument: str, logits: AnyLogits, axis: Axis, where: ArrayLike | None, *others: Array
+) -> Logits:
     """``logits`` past the door. They are computed with in the widest dtype of them, ``others`` and float32."""
-    if isinstance(logits, NotArray):
-        operands, rows = _blocks.operands(function, argument, logits, axis, where)
-        axes = _checks.axes(function, axis, logits.ndim)
-        return BlockLogits(operands, rows, _blocks.spec_of(logits, operands, *others), axes, logits.shape)
-    array = _checks.floating(function, argument, logits)
-    axes = _checks.axes(function, axis, array.ndim)
-    rows, entries = _checks.where_mask(function, where, array.shape, axes)
-    x = _checks.classes_last(array, axes)
-    if x.shape[-1] == 0:
-        raise ValueError(f"{function}: {argument} must have at least one class, got shape {array.shape}")
-    if _checks.compute_dtype(x, *others) != _checks.compute_dtype(x):
-        x = x.astype(_checks.compute_dtype(x, *others))
-    if entries is not None:
-        x = jnp.where(entries, x, -jnp.inf)
-    return Logits(x, _rows.row_pass(x, rows), axes, entries, array.shape)
+    if not isinstance(logits, LinearLogits | ShardedLogits):
+        logits = _checks.floating(function, argument, logits)
+    axes = _checks.axes(function, axis, logits.ndim)
+    masks = {} if where is None else dict([_checks.where_mask(function, where, logits.shape, axes)])
+    dtype = _checks.compute_dtype(logits, *others)
+    if isinstance(logits, LinearLogits):
+        if axes != (logits.ndim - 1,):
+            raise ValueError(f"{function}: axis must be the last one where {argument} is computed by blocks, got {axis!r}")
+        there = masks.get("rows", masks["entries"].any(-1) if "entries" in masks else None)
+        spec, inputs = _read_linear(logits, dtype, there)
+    else:
+        x = _checks.classes_last(logits.logits if isinstance(logits, ShardedLogits) else logits, axes)
+        if x.shape[-1] == 0:
+            raise ValueError(f"{function}: {argument} must have at least one class, got shape {logits.shape}")
+        spec, inputs = Spec(dtype, x.shape[-1], x.shape[-1]), {"array": x}
+    if isinstance(logits, LinearLogits | ShardedLogits) and logits.axis_name is not None:
+        _mesh.check(function, argument, logits.axis_name, inputs["kernel"] if "kernel" in inputs else inputs["array"])
+        spec = spec._replace(axis_name=logits.axis_name)
+    return Logits(spec, inputs | masks, axes, logits.shape)
+
+
+def _read_linear(logits: LinearLogits, dtype: np.dtype, there: Array | None) -> tuple[Spec, Inputs]:
+    named = {name: getattr(logits, name) for name in ("hidden", "kernel", "bias", "temperature", "soft_cap")}
+    inputs = {name: jnp.asarray(value) for name, value in named.items() if value is not None}
+    if there is not None:  # what a row holds that takes no part must not be multiplied by anything
+        there = jnp.broadcast_to(there, logits.shape[:-1])
+        inputs["hidden"] = jnp.where(there[..., None], inputs["hidden"], 0)
+    strips = _mesh.strips(logits.classes)
+    length = logits.classes // strips
+    rows = max(1, math.prod(logits.shape[:-1]) // _mesh.devices())
+    size = min(MOST, max(LEAST, BLOCK // rows // 128 * 128)) if logits.block_size is None else -(-logits.block_size // strips)
+    return Spec(dtype, logits.classes, min(size, length), strips, logits.class_axis, logits.half), inputs
 
 
 class SoftmaxStatistics(NamedTuple):
@@ -277,8 +163,13 @@ def softmax_statistics(
       0.4076 3.4076 0.8324 2
     """
     z = read_logits("softmax_statistics", "logits", logits, axis, where)
-    known = z.measure(None if labels is None else z.integer_labels("softmax_statistics", labels), entropy=True)
-    return SoftmaxStatistics(known.loss, known.log_normalizer, known.entropy, known.prediction)
+    names = ["log_normalizer", "entropy"]
+    if labels is not None:
+        z = z.with_labels("softmax_statistics", labels)
+        names.append("nll")
+    values, state = z.measure(*names, prediction=True)
+    prediction = jnp.where(state.present, state.prediction, 0)
+    return SoftmaxStatistics(values.get("nll"), values["log_normalizer"], values["entropy"], prediction)
 
 
 @compiled("axis")
@@ -303,7 +194,7 @@ def logsumexp(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None
       >>> print(jaxce.logsumexp(jnp.array([0.0, -50.0])))
       1.92875e-22
     """
-    return read_logits("logsumexp", "logits", logits, axis, where).measure().log_normalizer
+    return read_logits("logsumexp", "logits", logits, axis, where).measure("log_normalizer")[0]["log_normalizer"]
 
 
 @compiled("axis")
@@ -332,5 +223,5 @@ def log_softmax(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = No
     z = read_logits("log_softmax", "logits", logits, axis, where)
     batch = [a for a in range(len(z.shape)) if a not in z.axes]
     order = [*batch, *z.axes]  # of the axes now
-    values = z.log_probabilities().reshape([z.shape[a] for a in order])
+    values = log_probabilities(z.spec, z.inputs).reshape([z.shape[a] for a in order])
     return jnp.transpose(values, [order.index(a) for a in range(len(order))])

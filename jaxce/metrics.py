@@ -334,10 +334,6 @@ def _top_k(logits: ArrayLike, labels: ArrayLike, weights: Any, where: Any, k: in
     return Sum.of(_weighted(_unless_nan(rows.nll, top), rows.weights)), Sum.of(rows.weights)
 
 
-def _positive(function: str, argument: str, value: Any) -> int:
-    return int(_checks.number(function, argument, value, "a positive integer", lambda n: n >= 1 and n == int(n)))
-
-
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "weight"], meta_fields=["k"])
 @dataclasses.dataclass(frozen=True)
 class TopKAccuracy(_Ratio):
@@ -355,7 +351,7 @@ class TopKAccuracy(_Ratio):
     def empty(cls, *, k: int = 5, dtype: DTypeLike = jnp.float32) -> TopKAccuracy:
         """The metric of no data."""
         zero = Sum.empty(dtype)
-        return cls(zero, zero, _positive("TopKAccuracy", "k", k))
+        return cls(zero, zero, _checks.positive_integer("TopKAccuracy", "k", k))
 
     @classmethod
     def from_batch(
@@ -368,7 +364,7 @@ class TopKAccuracy(_Ratio):
         k: int = 5,
     ) -> TopKAccuracy:
         """Logits [..., classes] and labels [...], weights and where as labels."""
-        k = _positive("TopKAccuracy", "k", k)
+        k = _checks.positive_integer("TopKAccuracy", "k", k)
         return cls(*_top_k(logits, labels, weights, where, k), k)
 
     def _options(self) -> dict[str, Any]:
@@ -465,7 +461,7 @@ class Calibration(Metric):
     @classmethod
     def empty(cls, *, bins: int = 15, dtype: DTypeLike = jnp.float32) -> Calibration:
         """The metric of no data."""
-        bins = _positive("Calibration", "bins", bins)
+        bins = _checks.positive_integer("Calibration", "bins", bins)
         zeros = Sum.empty(dtype, bins)
         return cls(zeros, zeros, zeros, bins)
 
@@ -480,7 +476,7 @@ class Calibration(Metric):
         bins: int = 15,
     ) -> Calibration:
         """Logits [..., classes] and labels [...], weights and where as labels."""
-        bins = _positive("Calibration", "bins", bins)
+        bins = _checks.positive_integer("Calibration", "bins", bins)
         return cls(*_calibration(logits, labels, weights, where, bins), bins)
 
     def _options(self) -> dict[str, Any]:
@@ -530,7 +526,7 @@ class _Options(NamedTuple):
 
 
 def _options_of(k: int, bins: int, per_class: bool) -> _Options:
-    return _Options(_positive("Evaluation", "k", k), _positive("Evaluation", "bins", bins), bool(per_class))
+    return _Options(_checks.positive_integer("Evaluation", "k", k), _checks.positive_integer("Evaluation", "bins", bins), bool(per_class))
 
 
 @compiled("options")

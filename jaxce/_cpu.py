@@ -1,0 +1,208 @@
+"""The state of a row in the way that is fast on XLA:CPU: from plain maxima and sums.
+
+This is the one file that knows a platform. XLA:CPU can't vectorise a reduction with several operands, which takes five times
+as long there as the sums by themselves, but for rows of a few classes, where it is the fastest. What its sums taught:
+
+- arithmetic, minima, maxima and exp are fast inside of a sum; a comparison or a selection makes it several times slower;
+- what two sums share is written out as an array of all classes, constants among it. So each sum has a barrier of its own,
+  through which constants come as numbers of the rows;
+- minimum(a, b) is b where either is NaN, and maxima lose NaN. Only a sum keeps it;
+- rows are summed as one list of blocks, two axes in all: three are several times slower, and so are rows that are longer
+  than the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxce import _mesh
+from jaxce._state import Ask, Block, State, Targets, leaves, meet_all, targets_of
+
+_FEW = 32
+"""Up to so many classes go through the reduction with several operands."""
+
+
+_MANY = 4096
+"""From so many classes on rows are cut into blocks."""
+
+
+def over_classes(block: Block, ask: Ask, dtype: np.dtype, strips: int = 1) -> State:
+    """The state of the rows of a block of classes, its last axis: the way over a row."""
+
+    def reduction(block: Block) -> State:
+        return meet_all(leaves(block, ask, dtype))
+
+    *batch, classes = block.x.shape
+    if classes <= _FEW or strips > 1 or _mesh.devices() > 1 or not math.prod(batch):
+        return reduction(block)
+    return lax.platform_dependent(block, cpu=lambda block: _from_sums(block, ask, dtype), default=reduction)
+
+
+def reread(x: Any) -> Any:
+    """The same arrays, to be read once more on a CPU, where else what is made of them twice would be kept."""
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
+def dynamic_slice(x: Array, start: Any, size: int, axis: int) -> Array:
+    """lax.dynamic_slice_in_dim; behind a barrier on a CPU, or a product of 16-bit floats would have all of them widened first."""
+    return reread(lax.dynamic_slice_in_dim(x, start, size, axis))
+
+
+class _Sums:
+    """Sums over the last axis of arrays of two, each behind a barrier of its own."""
+
+    def __init__(self, peak: Array) -> None:
+        self.peak = self.last = peak
+
+    def __call__(self, term: Callable[..., Array], *arrays: Array, constants: tuple[float, ...] = ()) -> Array:
+        """The sums of term(values of the classes, peak, constants)."""
+        rows = self.peak, *(jnp.full_like(self.peak, c) for c in constants)
+        # With the last sum, so that no two of the barriers are the same.
+        arrays, rows, _ = lax.optimization_barrier((arrays, rows, self.last))
+        wide = (a.astype(self.peak.dtype) for a in arrays)
+        self.last = lax.optimization_barrier(jnp.sum(term(*wide, *(r[:, None] for r in rows)), -1))
+        return self.last
+
+
+# Terms of such sums. The peak comes first in each minimum, so that NaN stays.
+
+
+def _weight(x: Array, peak: Array) -> Array:
+    """exp(-g): 0 of what is absent, and 1 of +inf."""
+    return jnp.exp(jnp.minimum(peak, x) - peak)
+
+
+def _below(x: Array, peak: Array, steep: Array, one: Array, zero: Array) -> Array:
+    """1 where x is below the maximum, 0 where it attains it."""
+    return jnp.maximum(zero, jnp.minimum(one, steep * (peak - x)))
+
+
+def _lesser(x: Array, peak: Array, steep: Array, one: Array) -> Array:
+    """exp(-g) where x is below the maximum, 0 where it attains it, -inf at +inf."""
+    return jnp.exp(x - peak) * jnp.minimum(one, steep * (peak - x))
+
+
+def _weighted_gap(x: Array, peak: Array, most: Array) -> Array:
+    """exp(-g) g, -inf at +inf."""
+    return jnp.exp(x - peak) * jnp.minimum(most, peak - x)
+
+
+def _target_gap(x: Array, t: Array, peak: Array, most: Array, one: Array) -> Array:
+    """t g: infinite where g is, unless t is 0."""
+    gap = peak - jnp.minimum(peak, x)
+    near = jnp.minimum(most, gap)
+    return t * near * (one + jnp.minimum(one, gap - near) * most)
+
+
+def _there(x: Array, _: Array, one: Array, least: Array, quarter: Array) -> Array:
+    """1 where a class is there, else 0; quarters tell the least finite number from -inf."""
+    return jnp.minimum(one, jnp.maximum(quarter * x, least) - least)
+
+
+def _gap_there(x: Array, peak: Array, one: Array, least: Array, quarter: Array, most: Array) -> Array:
+    """g where a class is there, else 0."""
+    return jnp.minimum(most, peak - jnp.minimum(peak, x)) * _there(x, peak, one, least, quarter)
+
+
+def _from_sums(block: Block, ask: Ask, dtype: np.dtype) -> State:
+    *batch, classes = block.x.shape
+    most, tiny = float(jnp.finfo(dtype).max), float(jnp.finfo(dtype).tiny)
+    length = _length(classes)
+    rows, blocks = math.prod(batch), classes // length
+    x = block.x.reshape(rows * blocks, length)
+
+    maxima = lax.optimization_barrier(jnp.max(x, -1)).astype(dtype).reshape(rows, blocks)
+    m = jnp.max(maxima, -1)
+    peak = lax.optimization_barrier(jnp.clip(m, -most, most))
+    of_blocks, of_top = _Sums(jnp.broadcast_to(peak[:, None], (rows, blocks)).reshape(-1)), _Sums(peak)
+    top = jnp.argmax(maxima, -1)
+
+    def total(*args: Any, **constants: Any) -> Array:
+        return jnp.sum(of_blocks(*args, **constants).reshape(rows, blocks), -1)
+
+    def but_top(*args: Any) -> Array:
+        """The sum over all blocks but the one with the top; in that, the top has to be left out of the sum."""
+        if blocks == 1:
+            return jnp.zeros(())
+        return jnp.sum(jnp.where(np.arange(blocks) == top[:, None], 0, of_blocks(*args).reshape(rows, blocks)), -1)
+
+    def take_top(values: Array) -> Array:
+        return values if blocks == 1 else _take(values.reshape(rows, blocks, length), top[:, None, None], 1)[:, 0]
+
+    x_top, step = take_top(x), (1 / tiny, 1.0, 0.0)
+    ties = length - of_top(_below, x_top, constants=step)
+    others = of_top(_lesser, x_top, constants=step[:2])
+    others = jnp.where(jnp.isneginf(others), 0, others)
+    # A selection also keeps XLA from making one loop of the two sums, which would write out what they share.
+    state = State(m, jnp.where(ties > 1, others + (ties - 1), others) + but_top(_weight, x))
+
+    def infinite(gap: Array) -> Array:
+        """Gaps below an infinite maximum are infinite; they were measured from the largest number."""
+        return jnp.where(jnp.isposinf(m) & (gap != 0), gap * np.inf, gap)
+
+    def targets(t: Array | None) -> Targets | None:
+        if t is None:
+            return None
+        t = t.reshape(rows * blocks, length)
+        rest = None
+        if ask.rest:
+            rest = of_top(lambda x, t, *rows: t * _below(x, *rows), x_top, take_top(t), constants=step)
+            rest += but_top(lambda t, _: t, t)
+        gap = total(_target_gap, x, t, constants=(most, 1.0))
+        return Targets(total(lambda t, _: t, t), infinite(gap), rest)
+
+    if ask.entropy:
+        h = total(_weighted_gap, x, constants=(most,))
+        state = state._replace(h=jnp.where(jnp.isneginf(h), 0, h))
+    given, uniform = targets_of(block, ask._replace(uniform=ask.uniform and block.weights is not None), dtype)
+    state = state._replace(given=targets(given), uniform=targets(uniform))
+    if ask.uniform:
+        constants = 1.0, -0.3 * most, 0.25
+        count = total(_there, x, constants=constants)
+        if block.weights is None:
+            gap = total(_gap_there, x, constants=(*constants, most))
+            state = state._replace(uniform=Targets(count, infinite(gap), count - 1 if ask.rest else None))
+        else:
+            state = state._replace(count=count)
+    if ask.prediction:
+        places = np.arange(length, dtype=dtype)[None]
+        first = jnp.min(places + length * _below(x_top.astype(dtype), peak[:, None], 1 / tiny, 1.0, 0.0), -1)
+        prediction = block.first + (top * length + jnp.clip(first, 0, length - 1).astype(top.dtype)).astype(jnp.int32)
+        state = state._replace(prediction=prediction)
+    state = state._replace(m=jnp.where(jnp.isnan(state.s), jnp.nan, m))
+    state = jax.tree.map(lambda v: v.reshape(batch), state)
+    return state if block.labels is None else state._replace(**_at_label(block, dtype))
+
+
+def _at_label(block: Block, dtype: np.dtype) -> dict[str, Array]:
+    """The label's logit and weight, 0 where it is none of these classes."""
+    place = block.labels - block.first
+    inside = (place >= 0) & (place < block.x.shape[-1])
+
+    def at_label(values: Array) -> Array:
+        return jnp.where(inside, _take(values, place[..., None])[..., 0].astype(dtype), 0)
+
+    found = {"label": at_label(block.x)}
+    if block.weights is not None:
+        found["label_weight"] = jnp.where(inside, jnp.take(block.weights, place, mode="clip").astype(dtype), 0)
+    return found
+
+
+def _length(classes: int) -> int:
+    """How many classes a block has: of many about the square root, if some such number divides them, else as many as there are."""
+    least = classes if classes < _MANY else math.isqrt(classes)
+    return next((n for n in range(least, classes // 2 + 1) if classes % n == 0), classes)
+
+
+def _take(x: Array, index: Array, axis: int = -1) -> Array:
+    """take_along_axis; of 16-bit floats by their bits, or XLA:CPU would widen the whole array first."""
+    bits = lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+    taken = jnp.take_along_axis(bits, index, axis, mode="clip")
+    return lax.bitcast_convert_type(taken, x.dtype) if x.dtype.itemsize == 2 else taken

@@ -1,0 +1,230 @@
+"""Passes over the classes of any kind of logits: block by block, strip by strip, device by device.
+
+A pass finds the state of the rows (`state_of`), or adds up over the classes what a function makes of some of them and of their
+tangents (`add_up`). An array is one block. `LinearLogits` are cut into blocks, each computed, used and forgotten. Where a mesh
+may shard the classes without saying how, they are seen as strips, as many as there are devices: a block has the same range of
+every strip, and strips meet after the loop, so that in it no device needs another.
+
+Tangents of what has an axis of classes go through a loop as its inputs, cut before it: so its transpose gives them block
+by block, and adds up no whole arrays. All other tangents are wide, since a transpose sums them over the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxce import _cpu, _mesh
+from jaxce._checks import AxisName
+from jaxce._logits import product, shape_logits
+from jaxce._state import Ask, Block, State, beside, meet, meet_all, meet_devices, nothing
+
+Inputs = dict[str, Array]
+"""What a pass goes over, by name.
+
+The logits are an "array", or "hidden" states and a "kernel", perhaps with "bias", "temperature" and "soft_cap". With them may
+come masks, True where something is there: of "rows", of "classes" and of "entries" (whose axes of rows may be of length 1);
+"labels", one for each row; "targets", as the logits; "weights", one for each class.
+"""
+
+ALONG_CLASSES = {"array": -1, "kernel": None, "bias": 0, "classes": 0, "entries": -1, "targets": -1, "weights": 0}
+"""The axis of classes of each input that has one; that of a kernel is its own."""
+
+
+class Spec(NamedTuple):
+    """What is fixed while tracing."""
+
+    dtype: np.dtype  # to compute in
+    classes: int  # on this device
+    size: int  # classes of a strip in a block
+    strips: int = 1
+    class_axis: int = -1  # of the kernel
+    half: bool = False  # whether hidden and kernel are bfloat16
+    axis_name: AxisName | None = None  # over which the classes are sharded
+    ask: Ask = Ask()
+
+    @property
+    def length(self) -> int:
+        """Classes of a strip."""
+        return self.classes // self.strips
+
+
+# ------------------------------------------------------------------------------------------------------------- one block
+
+
+def _axis(spec: Spec, name: str, x: Array) -> int | None:
+    if name not in ALONG_CLASSES:
+        return None
+    axis = ALONG_CLASSES[name]
+    return (spec.class_axis if axis is None else axis) % x.ndim
+
+
+def _strips(spec: Spec, x: Array, axis: int) -> Array:
+    """The axis of classes as two, strips and the classes of a strip."""
+    return x if spec.strips == 1 else x.reshape(*x.shape[:axis], spec.strips, spec.length, *x.shape[axis + 1 :])
+
+
+def _cut(spec: Spec, inputs: Inputs, start: Any, size: int) -> Inputs:
+    """The inputs of a block; hidden states once for each strip, if there are several."""
+
+    def cut(name: str, x: Array) -> Array:
+        axis = _axis(spec, name, x)
+        if axis is None:
+            return jnp.broadcast_to(x, (spec.strips, *x.shape)) if name == "hidden" and spec.strips > 1 else x
+        x = _strips(spec, x, axis)
+        return x if size == spec.length else _cpu.dynamic_slice(x, start, size, axis + (spec.strips > 1))
+
+    return {name: cut(name, x) for name, x in inputs.items()}
+
+
+def _masked(part: Inputs, x: Array, otherwise: float) -> Array:
+    """An array of the classes of a block, with another number where something isn't there."""
+    for name in ("rows", "classes", "entries"):
+        if name in part:
+            mask = beside(part[name], x) if name == "rows" else part[name]
+            x = jnp.where(jnp.broadcast_to(mask, x.shape), x, otherwise)
+    return x
+
+
+def logits_of(spec: Spec, part: Inputs) -> Array:
+    """The logits of a block, -inf where a class isn't there."""
+    if "array" in part:
+        x = part["array"]
+    else:
+        kernel = part["kernel"]
+        if "classes" in part:  # what isn't there in any row must not be multiplied by anything
+            axis = -1 if spec.class_axis == 0 else 0
+            kernel = jnp.where(jnp.expand_dims(part["classes"], axis), kernel, 0)
+        x = product(part["hidden"], kernel, spec.class_axis, spec.half).astype(spec.dtype)
+        if "bias" in part:
+            x = x + jnp.broadcast_to(part["bias"].astype(spec.dtype), x.shape)
+    x = _masked(part, x, -np.inf)
+    return x if "array" in part else shape_logits(x, part.get("temperature"), part.get("soft_cap"))
+
+
+def block_of(spec: Spec, part: Inputs, start: Any, x: Array | None = None) -> Block:
+    """The logits of a block, unless they are given, with what comes with them."""
+    x = logits_of(spec, part) if x is None else x
+    first = start if spec.axis_name is None else start + lax.axis_index(spec.axis_name) * spec.classes
+    places = first + lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    if spec.strips > 1:
+        places += spec.length * lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 2)
+    targets = _masked(part, part["targets"], 0) if "targets" in part else None
+    return Block(x, first, places, part.get("labels"), part.get("weights"), targets)
+
+
+# ------------------------------------------------------------------------------------------------------------ all blocks
+
+
+def _axes(specs: tuple[Spec, ...], *trees: Any) -> frozenset[str]:
+    """The axes of the mesh over which a block of logits differs."""
+    here = [lax.axis_index(spec.axis_name) for spec in specs if spec.axis_name is not None]
+    return _mesh.varying(trees, here)
+
+
+def _fold(spec: Spec, part: Callable[..., Any], join: Callable[..., Any], empty: Callable[..., Any], cuts: Any = ((), ())) -> Any:
+    """part(start, size, cut) of all blocks, joined in a loop. ``cuts`` are the stack of the equal blocks', and the rest's."""
+    count, rest = divmod(spec.length, spec.size)
+    stack, tail = cuts
+
+    def first(stack: Any) -> Any:
+        return part(0, spec.size, jax.tree.map(lambda x: x[0], stack))
+
+    if count == 1 and not rest:
+        return first(stack)
+    if rest:
+        total = part(count * spec.size, rest, tail)
+    else:
+        like = jax.eval_shape(first, stack)
+        total = jax.tree.map(lambda v, x: jnp.full(x.shape, v, x.dtype), empty(like), like)
+        total = _mesh.vary(total, _mesh.varying(like))
+
+    def body(total: Any, block: Any) -> tuple[Any, None]:
+        start, cut = block
+        return join(total, part(start, spec.size, cut)), None
+
+    return lax.scan(body, total, (spec.size * jnp.arange(count, dtype=jnp.int32), stack))[0]
+
+
+def state_of(spec: Spec, inputs: Inputs) -> State:
+    """The state of each row."""
+    # A reduction with several operands has no derivative of its own, nor needs one.
+    inputs = lax.stop_gradient(inputs)
+    inputs = _mesh.vary(inputs, _axes((spec,), inputs))
+
+    def part(start: Any, size: int, _: Any) -> State:
+        block = block_of(spec, _cut(spec, inputs, start, size), start)
+        return _cpu.over_classes(block, spec.ask, spec.dtype, spec.strips)
+
+    state = _fold(spec, part, meet, nothing)
+    if spec.strips > 1:
+        state = meet_all(state)
+    return state if spec.axis_name is None else meet_devices(state, spec.axis_name)
+
+
+Step = Callable[[tuple[Inputs, ...], tuple[Inputs, ...], Any, Any], Any]
+
+
+def add_up(specs: tuple[Spec, ...], inputs: tuple[Inputs, ...], tangents: tuple[Inputs, ...], rows: Any, step: Step) -> Any:
+    """The sum over blocks, strips and devices of step(parts, their tangents, rows, start), a tree of one number for each row.
+
+    ``inputs`` are those of one or several kinds of logits, which are cut alike; ``tangents`` of those among them that vary, and
+    ``rows`` is whatever else the step wants, without an axis of classes. Nothing of a block is kept for a transpose.
+    """
+    specs = tuple(s._replace(size=_even(s)) for s in specs)
+    inputs, tangents, rows = _mesh.vary((inputs, tangents, rows), _axes(specs, inputs, tangents, rows))
+    wide: list[Inputs] = []
+    cuts: tuple[list[Inputs], list[Inputs]] = [], []
+    for s, d in zip(specs, tangents, strict=True):
+        split = {n: _split(s, _axis(s, n, dx), dx) for n, dx in d.items() if n in ALONG_CLASSES}
+        for i, cut in enumerate(cuts):
+            cut.append({n: pair[i] for n, pair in split.items()})
+        wide.append(_cut(s, {n: dx.astype(s.dtype) for n, dx in d.items() if n not in split}, 0, s.length))
+
+    def part(start: Any, size: int, along: list[Inputs]) -> Any:
+        @partial(jax.checkpoint, prevent_cse=False)
+        def run(inputs: Any, wide: list[Inputs], along: list[Inputs], rows: Any, start: Any) -> Any:
+            parts = []
+            for s, whole, d in zip(specs, inputs, wide, strict=True):
+                cut = _cut(s, whole, start, size)
+                cut |= {n: cut[n].astype(s.dtype) for n in d}
+                parts.append(cut | _cpu.reread({n: cut[n] for n in ("array", "targets") if n in cut}))
+            return step(tuple(parts), tuple(d | a for d, a in zip(wide, along, strict=True)), rows, start)
+
+        return run(inputs, wide, along, rows, start)
+
+    spec = specs[0]
+    total = _fold(spec, part, partial(jax.tree.map, jnp.add), partial(jax.tree.map, lambda _: 0), cuts)
+    if spec.strips > 1:
+        total = jax.tree.map(lambda t: jnp.sum(t, -1), total)
+    return total if spec.axis_name is None else lax.psum(total, spec.axis_name)
+
+
+def _even(spec: Spec) -> int:
+    """The size of equal blocks, if they need be no smaller than half: what is left would be copied with the tangents."""
+    least = max(1, spec.size // 2)
+    return next((n for n in range(spec.size, least - 1, -1) if spec.length % n == 0), spec.size)
+
+
+def _split(spec: Spec, axis: int, x: Array) -> tuple[Array, Array]:
+    """All equal blocks, stacked, and what is left of each strip."""
+    x = _strips(spec, x, axis)
+    axis += spec.strips > 1
+    count = spec.length // spec.size
+    whole = lax.slice_in_dim(x, 0, count * spec.size, axis=axis)
+    stack = jnp.moveaxis(whole.reshape(*x.shape[:axis], count, spec.size, *x.shape[axis + 1 :]), axis, 0)
+    return stack, lax.slice_in_dim(x, count * spec.size, spec.length, axis=axis)
+
+
+def along(function: Callable[[Inputs], Any], part: Inputs, dpart: Inputs, *names: str) -> tuple[Any, Any]:
+    """function(part), and its tangent along those of the inputs named that vary; None if none does."""
+    tangents = {n: dpart[n] for n in names if n in dpart}
+    if not tangents:
+        return function(part), None
+    return jax.jvp(lambda varying: function(part | varying), ({n: part[n] for n in tangents},), (tangents,))

@@ -1,0 +1,261 @@
+r"""What one class adds to an entropy or a divergence: plain numbers, in formulas in which nothing cancels.
+
+Each is a function of probabilities, of log-probabilities or of both, elementwise, with its derivatives beside it: a class that isn't
+there, of probability 0 in both distributions, has the value 0 and the derivatives 0. The term of a divergence is
+
+.. math:: b(p, q) = p \log\frac pq - p + q \ge 0 .
+
+With :math:`s = (p - q) / (p + q)` it is :math:`\frac{(p - q)^2}{p + q} \left(1 + s (1 + s) A(s^2)\right)`,
+:math:`A(u) = \frac13 + \frac u5 + \frac{u^2}7 + \dots`, and with :math:`\delta = \log p - \log q` it is :math:`q\, \varphi(\delta)`,
+:math:`\varphi(d) = e^d (d - 1) + 1 = d^2 \left(\frac12 + \frac d3 + \frac{d^2}8 + \dots\right)`; so nearly equal
+probabilities lose nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+
+
+def largest(x: Array) -> float:
+    """The largest finite number of x's dtype."""
+    return float(jnp.finfo(x.dtype).max)
+
+
+def scale(coefficient: Array, tangent: Array) -> Array:
+    """coefficient * tangent, for derivative rules: an infinite coefficient times a zero tangent is 0, not NaN.
+
+    Multiplied in two steps by finite numbers, so it stays linear in the tangent and its transpose has the same property.
+    """
+    infinite = jnp.isinf(coefficient)
+    once = jnp.where(infinite, jnp.sign(lax.stop_gradient(coefficient)) * largest(coefficient), coefficient)
+    return (tangent * once) * jnp.where(infinite, largest(coefficient), 1).astype(once.dtype)
+
+
+def polynomial(coefficients: Sequence[float], x: Array) -> Array:
+    """c0 + c1 x + c2 x^2 + ... (Horner)."""
+    total = jnp.full_like(x, coefficients[-1])
+    for c in reversed(coefficients[:-1]):
+        total = total * x + c
+    return total
+
+
+def _rule(function: Callable[..., Any], slopes: Callable[..., tuple[Array, ...]]) -> None:
+    """Gives a function its derivative by each argument."""
+
+    def jvp(primals: Any, tangents: Any) -> Any:
+        terms = [scale(c, t) for c, t in zip(slopes(*primals), tangents, strict=True) if not isinstance(t, SymbolicZero)]
+        out = function(*primals)
+        return out, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(out)
+
+    function.defjvp(jvp, symbolic_zeros=True)  # type: ignore[attr-defined]
+
+
+# --------------------------------------------------------------------------------------------------- of one distribution
+
+
+@jax.custom_jvp
+def neg_x_log_x(p: Array) -> Array:
+    """-p log p, 0 at p = 0. d/dp = -(1 + log p), +inf at 0."""
+    return p * (0 - jnp.log(jnp.where(p == 0, 1, p)))  # 0 of what is certain, and not -0
+
+
+_rule(neg_x_log_x, lambda p: (-(1 + jnp.log(p)),))
+
+
+@jax.custom_jvp
+def neg_x_log_y(p: Array, q: Array) -> Array:
+    """-p log q, 0 at p = 0. d/dp = -log q, d/dq = -p / q."""
+    return p * (0 - jnp.log(jnp.where((p == 0) & (q >= 0), 1, q)))
+
+
+def _neg_x_log_y_slopes(p: Array, q: Array) -> tuple[Array, Array]:
+    q = jnp.where((p == 0) & (q == 0), 1, q)
+    return -jnp.log(q), -p / q
+
+
+_rule(neg_x_log_y, _neg_x_log_y_slopes)
+
+
+@jax.custom_jvp
+def neg_x_log_not_y(w: Array, q: Array) -> Array:
+    """-w log(1 - q), 0 at w = 0. d/dw = -log(1 - q), d/dq = w / (1 - q)."""
+    return w * (0 - jnp.log1p(-jnp.where((w == 0) & (q <= 1), 0, q)))
+
+
+def _neg_x_log_not_y_slopes(w: Array, q: Array) -> tuple[Array, Array]:
+    q = jnp.where((w == 0) & (q == 1), 0, q)
+    return -jnp.log1p(-q), w / (1 - q)
+
+
+_rule(neg_x_log_not_y, _neg_x_log_not_y_slopes)
+
+
+# ------------------------------------------------------------------------------------------ of two, from probabilities
+
+
+def _near(p: Array, q: Array) -> tuple[Array, Array, Array]:
+    """Whether p and q are within a factor of 2; there s = (p - q) / (p + q) and s^2 A(s^2), elsewhere 0."""
+    both = p + q
+    near = 3 * jnp.abs(p - q) < both
+    s = jnp.where(near, p - q, 0) / jnp.where(near, both, 1)
+    count = 8 if p.dtype.itemsize == 4 else 17
+    return near, s, (s * s) * polynomial([1 / (2 * k + 3) for k in range(count)], s * s)
+
+
+@jax.custom_jvp
+def log_ratio(p: Array, q: Array) -> Array:
+    """log(p / q), 0 where both are 0. d/dp = 1 / p, d/dq = -1 / q."""
+    near, s, series = _near(p, q)
+    ratio = p / jnp.where(q == 0, 1, q)
+    direct = (ratio >= float(jnp.finfo(p.dtype).tiny)) & (ratio < jnp.inf) & (q != 0)
+    far = jnp.where(direct, jnp.log(ratio), jnp.log(p) - jnp.log(q))
+    return jnp.where((p == 0) & (q == 0), 0, jnp.where(near, 2 * s * (1 + series), far))
+
+
+def _log_ratio_slopes(p: Array, q: Array) -> tuple[Array, Array]:
+    p, q = (jnp.where((p == 0) & (q == 0), jnp.inf, x) for x in (p, q))
+    return 1 / p, -1 / q
+
+
+_rule(log_ratio, _log_ratio_slopes)
+
+
+@jax.custom_jvp
+def bregman(p: Array, q: Array) -> Array:
+    """p log(p/q) - p + q >= 0: q at p = 0, and +inf at q = 0 < p. d/dp = log(p/q), d/dq = 1 - p/q."""
+    near, s, series = _near(p, q)
+    close = (p - q) * (s + (1 + s) * series)
+    far = p * jnp.where(p == 0, 0, log_ratio(p, q)) - (p - q)
+    return jnp.where(near, close, far)
+
+
+def _bregman_slopes(p: Array, q: Array) -> tuple[Array, Array]:
+    return log_ratio(p, q), jnp.where((p == 0) & (q == 0), 0, (q - p) / jnp.where((p == 0) & (q == 0), 1, q))
+
+
+_rule(bregman, _bregman_slopes)
+
+
+def _entropy_gap(s: Array) -> Array:
+    """((1 + s) log(1 + s) + (1 - s) log(1 - s)) / 2 = s^2/2 + s^4/12 + s^6/30 + ..., for |s| <= 1/2."""
+    count = 11 if s.dtype.itemsize == 4 else 25
+    return s * s * polynomial([1 / (2 * k * (2 * k - 1)) for k in range(1, count + 1)], s * s)
+
+
+def _logs_to_mean(p: Array, q: Array) -> tuple[Array, Array]:
+    """log(p/m) and log(q/m) with m = (p + q) / 2; 0 where both are 0."""
+    both = p + q
+    empty = both == 0
+    s = (p - q) / jnp.where(empty, 1, both)
+    near = jnp.abs(s) < 0.5
+    twice = tuple(2 * x / jnp.where(empty, 1, both) for x in (p, q))
+    logs = tuple(jnp.log(jnp.where(near, 1, ratio)) for ratio in twice)
+    a, b = (jnp.where(near, jnp.log1p(jnp.where(near, x, 0)), log) for x, log in zip((s, -s), logs, strict=True))
+    return jnp.where(empty, 0, a), jnp.where(empty, 0, b)
+
+
+@jax.custom_jvp
+def jensen_shannon(p: Array, q: Array) -> Array:
+    """(b(p, m) + b(q, m)) / 2 >= 0 with m = (p + q) / 2. d/dp = log(p/m) / 2, d/dq = log(q/m) / 2."""
+    s = (p - q) / jnp.where(p + q == 0, 1, p + q)
+    near = jnp.abs(s) < 0.5
+    a, b = _logs_to_mean(p, q)
+    far = (p * jnp.where(p == 0, 0, a) + q * jnp.where(q == 0, 0, b)) / 2
+    return jnp.where(near, (p + q) / 2 * _entropy_gap(jnp.where(near, s, 0)), far)
+
+
+def _jensen_shannon_slopes(p: Array, q: Array) -> tuple[Array, Array]:
+    a, b = _logs_to_mean(p, q)
+    return a / 2, b / 2
+
+
+_rule(jensen_shannon, _jensen_shannon_slopes)
+
+
+# -------------------------------------------------------------------------------------- of two, from log-probabilities
+
+
+def difference(log_p: Array, log_q: Array) -> Array:
+    """log p - log q: large but finite where only one of them is there, 0 where neither is."""
+    most = largest(log_p) / 8
+    there_p, there_q = log_p != -np.inf, log_q != -np.inf
+    both = there_p & there_q
+    delta = jnp.where(both, log_p, 0) - jnp.where(both, log_q, 0)
+    return jnp.where(both, delta, jnp.where(there_p, most, jnp.where(there_q, -most, 0)))
+
+
+def _exp_gap(d: Array) -> Array:
+    """exp(d) (d - 1) + 1 = d^2 (1/2 + d/3 + d^2/8 + ...), for |d| <= 1."""
+    count = 12 if d.dtype.itemsize == 4 else 19
+    return d * d * polynomial([(k - 1) / math.factorial(k) for k in range(2, 2 + count)], d)
+
+
+def _change(p: Array, q: Array, delta: Array) -> Array:
+    """p - q."""
+    near = jnp.abs(delta) < 1
+    return jnp.where(near, q * jnp.expm1(jnp.where(near, delta, 0)), p - q)
+
+
+@jax.custom_jvp
+def bregman_of_logs(log_p: Array, log_q: Array) -> Array:
+    """p log(p/q) - p + q >= 0: q where p isn't there, +inf where q alone isn't. d/dlog p = p log(p/q), d/dlog q = q - p."""
+    p, q, delta = jnp.exp(log_p), jnp.exp(log_q), difference(log_p, log_q)
+    near = jnp.abs(delta) < 1
+    value = jnp.where(near, q * _exp_gap(jnp.where(near, delta, 0)), p * delta - (p - q))
+    return jnp.where((log_q == -np.inf) & (log_p != -np.inf), jnp.inf, value)
+
+
+def _bregman_of_logs_slopes(log_p: Array, log_q: Array) -> tuple[Array, Array]:
+    p, q, delta = jnp.exp(log_p), jnp.exp(log_q), difference(log_p, log_q)
+    return p * delta, -_change(p, q, delta)
+
+
+_rule(bregman_of_logs, _bregman_of_logs_slopes)
+
+
+def change_of_logs(log_p: Array, log_q: Array) -> Array:
+    """p - q, whose sum says by how much all of log p - log q are off. It has no derivative."""
+    log_p, log_q = lax.stop_gradient((log_p, log_q))
+    return _change(jnp.exp(log_p), jnp.exp(log_q), difference(log_p, log_q))
+
+
+def _logs_to_mean_of(delta: Array) -> tuple[Array, Array]:
+    """log(p/m) and log(q/m), with m = (p + q) / 2, from log p - log q."""
+    size = jnp.where(delta >= 0, delta, -delta)  # jnp.abs has no derivative at 0
+    larger = -jnp.log1p(jnp.expm1(-size) / 2)
+    return jnp.where(delta >= 0, larger, larger - size), jnp.where(delta >= 0, larger - size, larger)
+
+
+@jax.custom_jvp
+def jensen_shannon_of_logs(log_p: Array, log_q: Array) -> Array:
+    """(b(p, m) + b(q, m)) / 2 >= 0 with m = (p + q) / 2. d/dlog p = p log(p/m) / 2, d/dlog q = q log(q/m) / 2."""
+    p, q, delta = jnp.exp(log_p), jnp.exp(log_q), difference(log_p, log_q)
+    s = jnp.tanh(delta / 2)
+    near = jnp.abs(s) < 0.5
+    a, b = _logs_to_mean_of(delta)
+    return jnp.where(near, (p + q) / 2 * _entropy_gap(jnp.where(near, s, 0)), (p * a + q * b) / 2)
+
+
+def _jensen_shannon_of_logs_slopes(log_p: Array, log_q: Array) -> tuple[Array, Array]:
+    a, b = _logs_to_mean_of(difference(log_p, log_q))
+    return jnp.exp(log_p) * a / 2, jnp.exp(log_q) * b / 2
+
+
+_rule(jensen_shannon_of_logs, _jensen_shannon_of_logs_slopes)
+
+
+@jax.custom_jvp
+def neg_x_log_y_of_logs(log_p: Array, log_q: Array) -> Array:
+    """-p log q, 0 where p isn't there. d/dlog p = -p log q, d/dlog q = -p."""
+    return -jnp.exp(log_p) * jnp.where(log_p == -np.inf, 0, log_q)
+
+
+_rule(neg_x_log_y_of_logs, lambda log_p, log_q: (neg_x_log_y_of_logs(log_p, log_q), -jnp.exp(log_p)))
