@@ -131,7 +131,7 @@ def _from_sums(block: Block, ask: Ask, dtype: np.dtype) -> State:
         """The sum over all blocks but the one with the top; in that, the top has to be left out of the sum."""
         if blocks == 1:
             return jnp.zeros(())
-        return jnp.sum(jnp.where(np.arange(blocks) == top[:, None], 0, of_blocks(*args).reshape(rows, blocks)), -1)
+        return jnp.sum(jnp.where(np.arange(blocks)[None] == top[:, None], 0, of_blocks(*args).reshape(rows, blocks)), -1)
 
     def take_top(values: Array) -> Array:
         return values if blocks == 1 else _take(values.reshape(rows, blocks, length), top[:, None, None], 1)[:, 0]
@@ -173,7 +173,8 @@ def _from_sums(block: Block, ask: Ask, dtype: np.dtype) -> State:
             state = state._replace(count=count)
     if ask.prediction:
         places = np.arange(length, dtype=dtype)[None]
-        first = jnp.min(places + length * _below(x_top.astype(dtype), peak[:, None], 1 / tiny, 1.0, 0.0), -1)
+        steps = (jnp.full((1, 1), c, dtype) for c in step)
+        first = jnp.min(places + length * _below(x_top.astype(dtype), peak[:, None], *steps), -1)
         prediction = block.first + (top * length + jnp.clip(first, 0, length - 1).astype(top.dtype)).astype(jnp.int32)
         state = state._replace(prediction=prediction)
     state = state._replace(m=jnp.where(jnp.isnan(state.s), jnp.nan, m))

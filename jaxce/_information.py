@@ -70,7 +70,7 @@ def surprisal(p: ArrayLike, *, base: float | None = None) -> Array:
     """
     log_base = _checks.log_base("surprisal", base)
     (array,) = _checks.upcast(_checks.floating("surprisal", "p", p))
-    return _in_base(0 - jnp.log(array), log_base)
+    return _in_base(_terms.neg_log(array), log_base)
 
 
 @compiled("axis", "base")
@@ -336,7 +336,7 @@ def differential_entropy(
 def _sum_of_terms(
     function: str, p_logits: AnyLogits, q_logits: AnyLogits, axis: Axis, where: ArrayLike | None, term: Term
 ) -> tuple[Any, tuple[Array, ...]]:
-    """sum_k term(log p_k, log q_k), and in which rows of each any class is there."""
+    """sum_k term(log p_k, p_k, log q_k, q_k, log p_k - log q_k), and in which rows of each any class is there."""
     given = {"p_logits": p_logits, "q_logits": q_logits}
     blocks = LinearLogits | ShardedLogits
     arrays = {n: x if isinstance(x, blocks) else _checks.floating(function, n, x) for n, x in given.items()}
@@ -429,8 +429,8 @@ def cross_entropy_with_logits(
     return _in_base(jnp.where(p_there & q_there, value, 0), log_base)
 
 
-def _relative_entropy_terms(log_p: Array, log_q: Array) -> tuple[Array, Array]:
-    return _terms.bregman_of_logs(log_p, log_q), _terms.change_of_logs(log_p, log_q)
+def _relative_entropy_terms(*logs: Array) -> tuple[Array, Array]:
+    return _terms.bregman_of_logs(*logs), _terms.change_of_logs(*logs)
 
 
 @compiled("axis", "base")
@@ -468,15 +468,15 @@ def relative_entropy_with_logits(
     """
     name = "relative_entropy_with_logits"
     log_base = _checks.log_base(name, base)
-    (total, change), (p_there, _) = _sum_of_terms(name, p_logits, q_logits, axis, where, _relative_entropy_terms)
+    (total, change), (p_there, q_there) = _sum_of_terms(name, p_logits, q_logits, axis, where, _relative_entropy_terms)
     # The sum of p - q is 0 but for the rounding by which all log p - log q are off: which enters as its square.
     shift = jnp.log1p(change)
     value = replaced(jnp.maximum(total * jnp.exp(-shift) - shift * shift / 2, 0), total)
-    return _in_base(jnp.where(p_there, value, 0), log_base)
+    return _in_base(jnp.where(p_there, jnp.where(q_there, value, jnp.inf), 0), log_base)
 
 
-def _jensen_shannon_terms(log_p: Array, log_q: Array) -> tuple[Array, Array]:
-    return _terms.jensen_shannon_of_logs(log_p, log_q), _terms.change_of_logs(log_p, log_q)
+def _jensen_shannon_terms(*logs: Array) -> tuple[Array, Array]:
+    return _terms.jensen_shannon_of_logs(*logs), _terms.change_of_logs(*logs)
 
 
 @compiled("axis", "base")

@@ -57,20 +57,25 @@ class Row(NamedTuple):
     present: Array
     peak: Array
     log_sum: Array
+    share: Array  # of the top class
     log_normalizer: Array
     top: Array
 
 
 def row_of(values: Values, state: State) -> Row:
     """The row of measured logits."""
-    return Row(state.present, state.peak, state.log_sum, values["log_normalizer"], values["top"])
+    return Row(state.present, state.peak, state.log_sum, 1 / (1 + state.s), values["log_normalizer"], values["top"])
+
+
+def _gap(x: Array, row: Row) -> Array:
+    """m - x, with an infinite logit as the largest finite number."""
+    return beside(row.peak, x) - jnp.minimum(x, float(jnp.finfo(x.dtype).max))
 
 
 @jax.custom_jvp
 def log_probability(x: Array, row: Row) -> Array:
     """log softmax(x) = -(g + L), -inf where a class isn't there."""
-    peak, log_sum = (beside(v, x) for v in (row.peak, row.log_sum))
-    return (jnp.minimum(x, float(jnp.finfo(x.dtype).max)) - peak) - log_sum
+    return -(_gap(x, row) + beside(row.log_sum, x))
 
 
 @log_probability.defjvp
@@ -80,6 +85,38 @@ def _(primals: Any, tangents: Any) -> Any:
     value = log_probability(x, row)
     mean, top = (beside(v, x) for v in (drow.log_normalizer, drow.top))
     return value, jnp.where(value > np.log(0.5), -top, dx - mean)
+
+
+@jax.custom_jvp
+def probability(x: Array, row: Row) -> Array:
+    """softmax(x) = exp(-g) / (1 + s): the gap is rounded once."""
+    return jnp.exp(-_gap(x, row)) * beside(row.share, x)
+
+
+@probability.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    p = probability(*primals)
+    return p, p * jax.jvp(log_probability, primals, tangents)[1]
+
+
+@jax.custom_jvp
+def log_ratio(x: Array, row: Row, y: Array, other: Row) -> Array:
+    """log p - log q, large but finite where only one is there, 0 where neither is.
+
+    The logits' own difference comes first: it is not rounded where they are nearly equal.
+    """
+    most = float(jnp.finfo(x.dtype).max) / 8
+    both = there(x) & there(y)
+    x_there, y_there = (jnp.where(both, jnp.minimum(v, most), 0) for v in (x, y))
+    shift = (row.peak - other.peak) + (row.log_sum - other.log_sum)
+    delta = jnp.clip((x_there - y_there) - beside(shift, x), -most, most)
+    return jnp.where(both, delta, jnp.where(there(x), most, jnp.where(there(y), -most, 0)))
+
+
+@log_ratio.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    dp, dq = (jax.jvp(log_probability, primals[i : i + 2], tangents[i : i + 2])[1] for i in (0, 2))
+    return log_ratio(*primals), jnp.where(there(primals[0]) & there(primals[2]), dp - dq, 0)
 
 
 # ------------------------------------------------------------------------------------------------------ values of the rows
@@ -152,8 +189,8 @@ def _tangents(spec: Spec, names: tuple[str, ...], parts: Any, dparts: Any, rows:
     def of_row(values: Any) -> Any:
         return beside(values, x)
 
-    log_p = log_probability(x, row_of(values, state))
-    p = jnp.exp(log_p)
+    row = row_of(values, state)
+    log_p, p = log_probability(x, row), probability(x, row)
     likely = p > 0.5
     others = of_row(state.s / (1 + state.s))  # 1 - p of the top class
     ask = Ask(uniform="uniform" in names or "total uniform" in names)
@@ -178,7 +215,7 @@ def _tangents(spec: Spec, names: tuple[str, ...], parts: Any, dparts: Any, rows:
                 at_label = jnp.where(is_bad, np.nan, of_row(-below / (1 + state.s)))
                 return replaced(jnp.where(is_label | is_bad, at_label, p), p)
             case "entropy":
-                gap = jnp.minimum(of_row(state.peak) - x, float(jnp.finfo(x.dtype).max))
+                gap = jnp.minimum(_gap(x, row), float(jnp.finfo(x.dtype).max))
                 return p * replaced(gap - of_row(state.h / (1 + state.s)), -(log_p + of_row(values["entropy"])))
         rest = of_row(getattr(state, name).rest / (1 + state.s))
         error = p * of_row(values[f"total {name}"]) - ts[name]
@@ -206,12 +243,12 @@ def _tangents(spec: Spec, names: tuple[str, ...], parts: Any, dparts: Any, rows:
 # --------------------------------------------------------------------------------------------------- sums over the classes
 
 
-Term = Callable[..., Array]
-"""A function of the log-probabilities of one or two softmaxes, of targets if there are any, and of options, class by class."""
+Term = Callable[..., Any]
+"""Of log p and p of a softmax, or of log p, p, log q, q and log p - log q of two; then of targets, if any, and of options."""
 
 
 def sum_of_terms(term: Term, specs: tuple[Spec, ...], inputs: tuple[Inputs, ...], *options: Array) -> tuple[Any, tuple[Array, ...]]:
-    """sum_k term(log p_k, ...), and in which rows any class is there.
+    """sum_k term(log p_k, p_k, ...), and in which rows any class is there.
 
     A class that isn't there has log p of -inf, but in a row that has none, where it is 0.
     """
@@ -239,8 +276,13 @@ def _classes(specs: tuple[Spec, ...], parts: tuple[Inputs, ...], start: Any) -> 
 
 
 def _terms(term: Term, xs: Any, ts: Any, rows: Any, options: Any) -> Any:
-    log_ps = [jnp.where(beside(row.present, x), log_probability(x, row), 0) for x, row in zip(xs, rows, strict=True)]
-    terms = term(*log_ps, *ts, *(beside(option, xs[0]) for option in options))
+    known: list[Array] = []
+    for x, row in zip(xs, rows, strict=True):
+        present = beside(row.present, x)
+        known += [jnp.where(present, log_probability(x, row), 0), jnp.where(present, probability(x, row), 1)]
+    if len(xs) == 2:
+        known.append(log_ratio(xs[0], rows[0], xs[1], rows[1]))
+    terms = term(*known, *ts, *(beside(option, xs[0]) for option in options))
     return jax.tree.map(lambda t: jnp.sum(t, -1), terms)
 
 

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from jaxce import _checks
 from jaxce._checks import Axis, compiled
-from jaxce._terms import bregman, log_ratio, neg_x_log_not_y, neg_x_log_y, scale
+from jaxce._terms import bregman, log_ratio, neg_log, neg_x_log_not_y, neg_x_log_y, scale
 
 # --- terms: what one class adds ---------------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ def categorical_cross_entropy_with_integer_labels(
     Source: Good, "Rational Decisions", JRSS B 14 (1952).
     """
     function = "categorical_cross_entropy_with_integer_labels"
-    return 0 - jnp.log(_pick(function, "probs", probs, labels, axis, where, 0.0, 1.0))  # 0 of what is certain, and not -0
+    return neg_log(_pick(function, "probs", probs, labels, axis, where, 0.0, 1.0))
 
 
 @compiled()

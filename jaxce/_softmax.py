@@ -287,7 +287,7 @@ def _by_label_dtype(
     return jnp.where(present, total, 0)
 
 
-def _of_targets(loss: Loss, log_p: Array, t: Array, option: Array) -> Array:
+def _of_targets(loss: Loss, log_p: Array, _: Array, t: Array, option: Array) -> Array:
     return t * loss(jnp.where(t == 0, 0, -log_p), option)
 
 

@@ -39,6 +39,11 @@ def scale(coefficient: Array, tangent: Array) -> Array:
     return (tangent * once) * jnp.where(infinite, largest(coefficient), 1).astype(once.dtype)
 
 
+def log1p(x: Array) -> Array:
+    """log(1 + x). XLA:CPU's own is up to 128 ulp off for x < 0 in float64."""
+    return jnp.sign(x) * jnp.log1p(jnp.where(x < 0, -x / (1 + x), x))
+
+
 def polynomial(coefficients: Sequence[float], x: Array) -> Array:
     """c0 + c1 x + c2 x^2 + ... (Horner)."""
     total = jnp.full_like(x, coefficients[-1])
@@ -47,11 +52,12 @@ def polynomial(coefficients: Sequence[float], x: Array) -> Array:
     return total
 
 
-def _rule(function: Callable[..., Any], slopes: Callable[..., tuple[Array, ...]]) -> None:
-    """Gives a function its derivative by each argument."""
+def _rule(function: Callable[..., Any], slopes: Callable[..., tuple[Array | None, ...]]) -> None:
+    """Gives a function its derivative by each argument; None of one that only says another more exactly."""
 
     def jvp(primals: Any, tangents: Any) -> Any:
-        terms = [scale(c, t) for c, t in zip(slopes(*primals), tangents, strict=True) if not isinstance(t, SymbolicZero)]
+        pairs = zip(slopes(*primals), tangents, strict=True)
+        terms = [scale(c, t) for c, t in pairs if c is not None and not isinstance(t, SymbolicZero)]
         out = function(*primals)
         return out, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(out)
 
@@ -62,9 +68,18 @@ def _rule(function: Callable[..., Any], slopes: Callable[..., tuple[Array, ...]]
 
 
 @jax.custom_jvp
+def neg_log(p: Array) -> Array:
+    """-log p. d/dp = -1 / p."""
+    return 0 - jnp.log(p)  # 0 of what is certain, and not -0
+
+
+_rule(neg_log, lambda p: (-1 / p,))
+
+
+@jax.custom_jvp
 def neg_x_log_x(p: Array) -> Array:
     """-p log p, 0 at p = 0. d/dp = -(1 + log p), +inf at 0."""
-    return p * (0 - jnp.log(jnp.where(p == 0, 1, p)))  # 0 of what is certain, and not -0
+    return p * neg_log(jnp.where(p == 0, 1, p))
 
 
 _rule(neg_x_log_x, lambda p: (-(1 + jnp.log(p)),))
@@ -73,7 +88,7 @@ _rule(neg_x_log_x, lambda p: (-(1 + jnp.log(p)),))
 @jax.custom_jvp
 def neg_x_log_y(p: Array, q: Array) -> Array:
     """-p log q, 0 at p = 0. d/dp = -log q, d/dq = -p / q."""
-    return p * (0 - jnp.log(jnp.where((p == 0) & (q >= 0), 1, q)))
+    return p * neg_log(jnp.where((p == 0) & (q >= 0), 1, q))
 
 
 def _neg_x_log_y_slopes(p: Array, q: Array) -> tuple[Array, Array]:
@@ -87,12 +102,12 @@ _rule(neg_x_log_y, _neg_x_log_y_slopes)
 @jax.custom_jvp
 def neg_x_log_not_y(w: Array, q: Array) -> Array:
     """-w log(1 - q), 0 at w = 0. d/dw = -log(1 - q), d/dq = w / (1 - q)."""
-    return w * (0 - jnp.log1p(-jnp.where((w == 0) & (q <= 1), 0, q)))
+    return w * (0 - log1p(-jnp.where((w == 0) & (q <= 1), 0, q)))
 
 
 def _neg_x_log_not_y_slopes(w: Array, q: Array) -> tuple[Array, Array]:
     q = jnp.where((w == 0) & (q == 1), 0, q)
-    return -jnp.log1p(-q), w / (1 - q)
+    return -log1p(-q), w / (1 - q)
 
 
 _rule(neg_x_log_not_y, _neg_x_log_not_y_slopes)
@@ -158,7 +173,7 @@ def _logs_to_mean(p: Array, q: Array) -> tuple[Array, Array]:
     near = jnp.abs(s) < 0.5
     twice = tuple(2 * x / jnp.where(empty, 1, both) for x in (p, q))
     logs = tuple(jnp.log(jnp.where(near, 1, ratio)) for ratio in twice)
-    a, b = (jnp.where(near, jnp.log1p(jnp.where(near, x, 0)), log) for x, log in zip((s, -s), logs, strict=True))
+    a, b = (jnp.where(near, log1p(jnp.where(near, x, 0)), log) for x, log in zip((s, -s), logs, strict=True))
     return jnp.where(empty, 0, a), jnp.where(empty, 0, b)
 
 
@@ -181,15 +196,8 @@ _rule(jensen_shannon, _jensen_shannon_slopes)
 
 
 # -------------------------------------------------------------------------------------- of two, from log-probabilities
-
-
-def difference(log_p: Array, log_q: Array) -> Array:
-    """log p - log q: large but finite where only one of them is there, 0 where neither is."""
-    most = largest(log_p) / 8
-    there_p, there_q = log_p != -np.inf, log_q != -np.inf
-    both = there_p & there_q
-    delta = jnp.where(both, log_p, 0) - jnp.where(both, log_q, 0)
-    return jnp.where(both, delta, jnp.where(there_p, most, jnp.where(there_q, -most, 0)))
+# These come with the probabilities and with delta = log p - log q, which may be more exact than what rounded logarithms give.
+# Where only one of the two is there, delta is large but finite, and 0 where neither is.
 
 
 def _exp_gap(d: Array) -> Array:
@@ -205,57 +213,53 @@ def _change(p: Array, q: Array, delta: Array) -> Array:
 
 
 @jax.custom_jvp
-def bregman_of_logs(log_p: Array, log_q: Array) -> Array:
+def bregman_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
     """p log(p/q) - p + q >= 0: q where p isn't there, +inf where q alone isn't. d/dlog p = p log(p/q), d/dlog q = q - p."""
-    p, q, delta = jnp.exp(log_p), jnp.exp(log_q), difference(log_p, log_q)
     near = jnp.abs(delta) < 1
     value = jnp.where(near, q * _exp_gap(jnp.where(near, delta, 0)), p * delta - (p - q))
     return jnp.where((log_q == -np.inf) & (log_p != -np.inf), jnp.inf, value)
 
 
-def _bregman_of_logs_slopes(log_p: Array, log_q: Array) -> tuple[Array, Array]:
-    p, q, delta = jnp.exp(log_p), jnp.exp(log_q), difference(log_p, log_q)
-    return p * delta, -_change(p, q, delta)
+def _bregman_of_logs_slopes(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> tuple[Array | None, ...]:
+    return p * delta, None, -_change(p, q, delta), None, None
 
 
 _rule(bregman_of_logs, _bregman_of_logs_slopes)
 
 
-def change_of_logs(log_p: Array, log_q: Array) -> Array:
+def change_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
     """p - q, whose sum says by how much all of log p - log q are off. It has no derivative."""
-    log_p, log_q = lax.stop_gradient((log_p, log_q))
-    return _change(jnp.exp(log_p), jnp.exp(log_q), difference(log_p, log_q))
+    return _change(*lax.stop_gradient((p, q, delta)))
 
 
 def _logs_to_mean_of(delta: Array) -> tuple[Array, Array]:
     """log(p/m) and log(q/m), with m = (p + q) / 2, from log p - log q."""
     size = jnp.where(delta >= 0, delta, -delta)  # jnp.abs has no derivative at 0
-    larger = -jnp.log1p(jnp.expm1(-size) / 2)
+    larger = -log1p(jnp.expm1(-size) / 2)
     return jnp.where(delta >= 0, larger, larger - size), jnp.where(delta >= 0, larger - size, larger)
 
 
 @jax.custom_jvp
-def jensen_shannon_of_logs(log_p: Array, log_q: Array) -> Array:
+def jensen_shannon_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
     """(b(p, m) + b(q, m)) / 2 >= 0 with m = (p + q) / 2. d/dlog p = p log(p/m) / 2, d/dlog q = q log(q/m) / 2."""
-    p, q, delta = jnp.exp(log_p), jnp.exp(log_q), difference(log_p, log_q)
     s = jnp.tanh(delta / 2)
     near = jnp.abs(s) < 0.5
     a, b = _logs_to_mean_of(delta)
     return jnp.where(near, (p + q) / 2 * _entropy_gap(jnp.where(near, s, 0)), (p * a + q * b) / 2)
 
 
-def _jensen_shannon_of_logs_slopes(log_p: Array, log_q: Array) -> tuple[Array, Array]:
-    a, b = _logs_to_mean_of(difference(log_p, log_q))
-    return jnp.exp(log_p) * a / 2, jnp.exp(log_q) * b / 2
+def _jensen_shannon_of_logs_slopes(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> tuple[Array | None, ...]:
+    a, b = _logs_to_mean_of(delta)
+    return p * a / 2, None, q * b / 2, None, None
 
 
 _rule(jensen_shannon_of_logs, _jensen_shannon_of_logs_slopes)
 
 
 @jax.custom_jvp
-def neg_x_log_y_of_logs(log_p: Array, log_q: Array) -> Array:
+def neg_x_log_y_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
     """-p log q, 0 where p isn't there. d/dlog p = -p log q, d/dlog q = -p."""
-    return -jnp.exp(log_p) * jnp.where(log_p == -np.inf, 0, log_q)
+    return p * jnp.where(log_p == -np.inf, 0, -log_q)
 
 
-_rule(neg_x_log_y_of_logs, lambda log_p, log_q: (neg_x_log_y_of_logs(log_p, log_q), -jnp.exp(log_p)))
+_rule(neg_x_log_y_of_logs, lambda *logs: (neg_x_log_y_of_logs(*logs), None, -logs[1], None, None))

@@ -141,13 +141,29 @@ def ulp_error(got: Any, exact: Any, scale: Any = None) -> np.ndarray:
     return np.where(np.isnan(error), np.inf, error).reshape(got.shape)
 
 
-def worst(errors: np.ndarray, names: Sequence[str], limit: float) -> list[str]:
-    """One line for each family with an error above the limit, for assertion messages: nothing when all is well."""
-    by_row = np.nan_to_num(errors.reshape(len(names), -1), nan=np.inf).max(axis=-1)
-    worst_of: dict[str, float] = {}
-    for name, error in zip(names, by_row, strict=True):
-        worst_of[name] = max(worst_of.get(name, 0.0), float(error))
-    return [f"{name}: {error:.3g} ulp" for name, error in worst_of.items() if not error <= limit]
+def contract(sizes: Any, nats: Any = None) -> np.ndarray:
+    """How many ulp losses and gradients of these sizes may be off.
+
+    4, and half an eps for each nat that the deciding classes lie below the maximum, which is -log of the size if nothing else is
+    said: a gap g is rounded by up to half an ulp of g, which exp turns into a relative error of eps g / 2.
+    """
+    sizes = np.array([float(abs(n)) for n in sizes])
+    if nats is None:
+        with np.errstate(divide="ignore"):
+            nats = np.clip(-np.log(sizes), 0, 800)
+    eps = np.frexp(np.where(np.isfinite(sizes), sizes, 1))[0] * 2  # in ulp of the size: 1 to 2
+    return 4 + np.asarray(nats, np.float64) / 2 * eps
+
+
+def worst(errors: np.ndarray, names: Sequence[str], limits: Any) -> list[str]:
+    """One line for each family with an error above its limit, for assertion messages: nothing when all is well."""
+    errors = np.nan_to_num(errors.reshape(len(names), -1), nan=np.inf)
+    ratios = errors / np.broadcast_to(limits, errors.size).reshape(errors.shape)
+    worst_of: dict[str, tuple[float, float]] = {}
+    for name, error, ratio in zip(names, errors, ratios, strict=True):
+        i = int(ratio.argmax())
+        worst_of[name] = max(worst_of.get(name, (0.0, 0.0)), (float(ratio[i]), float(error[i])))
+    return [f"{name}: {error:.3g} ulp, {ratio:.3g} of its limit" for name, (ratio, error) in worst_of.items() if ratio > 1]
 
 
 # --- nasty logits -----------------------------------------------------------------------------------------------------

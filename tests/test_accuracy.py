@@ -1,9 +1,8 @@
 """How exact the softmax losses are, in units in the last place, against 60 digits computed from the same binary inputs.
 
-Values: at most 4 ulp, and 2 for the log-normalizer of up to 1000 classes. Gradients: at most 4 ulp of the largest magnitude
-that the formula has to form for that entry. So a confident row's loss of 1e-20 has all its digits, in every dtype.
-
-What falls short of that, by measurement, has its own limit in `value_limit` and `gradient_limit`, with the reason.
+They hold the contract of `helpers.contract`: 4 ulp, and half of one for each nat that the deciding classes lie below the
+maximum, which is what the last bit of the logits themselves means. Gradients hold it in ulp of the largest magnitude that
+the formula has to form for that entry. So a confident row's loss of 1e-20 has its digits, in every dtype.
 """
 
 from __future__ import annotations
@@ -18,19 +17,9 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
-from helpers import Row, ulp_error
+from helpers import Row, contract, ulp_error
 
 import jaxce
-
-
-def value_limit(name: str, classes: int) -> float:
-    """2 or 4: XLA's exp is up to 1.1 ulp off, which can be 2.2 of the sum's logarithm (2.7 measured with the rest)."""
-    return 2 if ("logsumexp" in name or "log_normalizer" in name) and classes <= 1000 else 4
-
-
-def gradient_limit(name: str) -> float:
-    """4, but for the entropy's gradient: of a difference times a probability the errors add up (5.5 measured)."""
-    return 6 if "entropy" in name else 4
 
 
 class Measure(NamedTuple):
@@ -164,11 +153,11 @@ def check(name: str, dtype: str, classes: int, transform: Callable[..., Any]) ->
     if "logsumexp" in name or "log_normalizer" in name:  # the sum of m and L: no better than an ulp of either
         maxima = np.max(logits.astype(np.float64), -1)
         scale = [max(abs(v), abs(m)) if np.isfinite(m) else abs(v) for v, m in zip(values, maxima, strict=True)]
-    failures = helpers.worst(ulp_error(got, values, scale), names, value_limit(name, classes))
+    failures = helpers.worst(ulp_error(got, values, scale), names, contract(values if scale is None else scale))
     assert not failures, f"value of {name}, {dtype}, {classes} classes: {failures}"
     if "logsumexp" not in name and "log_normalizer" not in name:
         assert np.all(got >= 0), f"negative: {[n for n, v in zip(names, got, strict=True) if v < 0]}"
-    failures = helpers.worst(ulp_error(got_gradient, gradients, scales), names, gradient_limit(name))
+    failures = helpers.worst(ulp_error(got_gradient, gradients, scales), names, contract(scales))
     assert not failures, f"gradient of {name}, {dtype}, {classes} classes: {failures}"
     return got, got_gradient
 
@@ -181,15 +170,15 @@ def test_up_to_1000_classes(name: str, dtype: str, classes: int) -> None:
 
 @pytest.mark.parametrize("classes", [2, 33, 64, 100, 127, 777, 1000])
 def test_random_rows(classes: int) -> None:
-    """Against float64, in which the same formula has digits to spare. 5.4 ulp was the worst of ten million such rows: the
-    errors of exp, of the sum, of the quotient and of the logarithm all at once."""
+    """Against float64, in which the same formula has digits to spare."""
     rng = np.random.default_rng(classes)
     x = 3 * rng.normal(size=(1000, classes))
     x[:, 0] = x.max(-1) + rng.uniform(0.1, 12, 1000)  # the top class
     x = x.astype(np.float32)
     exact = np.log1p(np.sum(np.exp(x[:, 1:].astype(np.float64) - x[:, :1]), -1))
     losses = jaxce.softmax_cross_entropy_with_integer_labels(jnp.asarray(x), jnp.zeros(1000, "int32"))
-    assert np.max(np.abs(np.asarray(losses, np.float64) - exact) / np.spacing(exact.astype(np.float32))) <= 5.5
+    errors = np.abs(np.asarray(losses, np.float64) - exact) / np.spacing(exact.astype(np.float32))
+    assert np.max(errors / contract(exact)) <= 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -272,8 +261,7 @@ def test_log_softmax(dtype: str, classes: int) -> None:
     with jax.enable_x64(dtype == "float64"):
         got = np.asarray(jaxce.log_softmax(jnp.asarray(logits)))
     assert np.all(got <= 0)
-    # 2, and a bit: at a top class that many others outweigh, the errors of their sum and of L add up (2.3 measured).
-    failures = helpers.worst(ulp_error(got, values), names, 2.5)
+    failures = helpers.worst(ulp_error(got, values), names, contract(values))
     assert not failures, f"log_softmax, {dtype}, {classes} classes: {failures}"
 
 
@@ -288,18 +276,23 @@ def test_cross_entropy_with_logits(dtype: str, classes: int) -> None:
     names, logits = names * count, np.concatenate([logits] * count)
     other = np.roll(logits, 1, axis=0)
     other[len(names) // 2 :] = logits[len(names) // 2 :]  # and against itself
-    values, p_exact, p_scale, q_exact, q_scale = [], [], [], [], []
+    values, nats, p_nats, p_exact, p_scale, q_exact, q_scale = [], [], [], [], [], [], []
     tiny = float(jnp.finfo(dtype if dtype == "float64" else "float32").tiny)
     for p, q in zip(helpers.rows(logits), helpers.rows(other), strict=True):
         value = mpmath.fsum(p.p(k) * q.nll(k) for k in range(classes) if p.exps[k])
         values.append(value)
+        # How far below p's maximum the classes lie that make up the sum.
+        gaps = mpmath.fsum(p.p(k) * q.nll(k) * p.gaps[k] for k in range(classes) if p.exps[k]) if value < helpers.INF else 0
+        nats.append(max(0, float(gaps / value)) if value else 0)
         for k in range(classes):
             cost = q.nll(k)
+            p_nats.append(float(-mpmath.log(p.p(k))) + nats[-1] if p.exps[k] else 0)
             there = p.p(k) >= tiny and value < helpers.INF  # a smaller probability is 0 to XLA, whatever multiplies it
             p_exact.append(p.p(k) * (cost - value) if there else helpers.ZERO)
             p_scale.append(p.p(k) * max(cost, value) if there else helpers.ZERO)
+            larger = max(q.p(k) * p.not_p(k), q.not_p(k) * p.p(k))
             q_exact.append(q.p(k) * p.not_p(k) - q.not_p(k) * p.p(k))
-            q_scale.append(max(q.p(k) * p.not_p(k), q.not_p(k) * p.p(k)))
+            q_scale.append(larger)
 
     def total(p: jax.Array, q: jax.Array) -> Any:
         result = jaxce.cross_entropy_with_logits(p, q)
@@ -310,15 +303,17 @@ def test_cross_entropy_with_logits(dtype: str, classes: int) -> None:
             jnp.asarray(logits), jnp.asarray(other)
         )
         got, by_p, by_q = map(np.asarray, (got, *gradients))
-    failures = helpers.worst(ulp_error(got, values), names, 4)  # probabilities that are rounded, times losses that are
+    limits = np.maximum(contract(values, nats), contract(values))
+    failures = helpers.worst(ulp_error(got, values), names, limits)
     assert not failures, f"value: {failures}"
     assert np.all(got >= 0)
     finite = np.isfinite(np.array([float(v) for v in values]))  # where the loss is infinite, p's gradient is undefined
-    limit = gradient_limit("entropy")  # differences times probabilities, as there (4.2 measured)
-    errors = np.where(finite[:, None], ulp_error(by_p, p_exact, p_scale), 0)
-    failures = helpers.worst(errors, names, limit)
+    by_p_errors = ulp_error(by_p.ravel(), p_exact, p_scale).reshape(by_p.shape)
+    failures = helpers.worst(np.where(finite[:, None], by_p_errors, 0), names, contract(p_scale, p_nats))
     assert not failures, f"gradient by p_logits: {failures}"
-    failures = helpers.worst(ulp_error(by_q, q_exact, q_scale), names, limit)
+    flushed = np.array([s < 2 * tiny for s in q_scale])  # or one of the two may be: there is nothing to measure
+    by_q_errors = np.where(flushed, 0, ulp_error(by_q.ravel(), q_exact, q_scale))
+    failures = helpers.worst(by_q_errors, names, contract(q_scale))
     assert not failures, f"gradient by q_logits: {failures}"
 
 
@@ -333,8 +328,8 @@ def test_confident_rows_keep_their_digits(loss: float, classes: int) -> None:
         shifted = jnp.asarray(np.round(logits * 2**12) / 2**12 + offset, "float32")
         (row,) = helpers.rows(np.asarray(shifted)[None])
         got, gradient = jax.value_and_grad(jaxce.softmax_cross_entropy_with_integer_labels)(shifted, jnp.array(0))
-        assert ulp_error(got, [row.nll(0)]) <= 2
-        assert ulp_error(gradient[:1], [-row.not_p(0)]) <= 4
+        assert ulp_error(got, [row.nll(0)]) <= contract([row.nll(0)])
+        assert ulp_error(gradient[:1], [-row.not_p(0)]) <= contract([row.not_p(0)])
 
 
 def test_terms_below_the_smallest_normal_number_are_lost() -> None:
@@ -367,8 +362,8 @@ def test_unchanged_when_a_constant_is_added_exactly(name: str) -> None:
     both = jax.jit(value_and_gradient(MEASURES[name]))
     (before, gradient), (after, shifted_gradient) = both(x, labels, targets), both(shifted, labels, targets)
     # Each is off by its own error, at most.
-    assert np.max(np.abs(np.asarray(before - after)) / np.spacing(np.abs(before))) <= 2 * value_limit(name, 20)
-    # Gradients may be off by 4 ulp on either side, of the largest magnitude in the formula.
+    assert np.max(np.abs(np.asarray(before - after)) / np.spacing(np.abs(before)) / contract(before)) <= 2
+    # So are gradients, in ulp of the largest magnitude in the formula.
     scale = np.exp(np.asarray(jaxce.log_softmax(x))) * (1 if name != "dense" else targets.sum(-1, keepdims=True))
     if name == "dense":
         scale = np.maximum(scale, targets)
@@ -377,4 +372,5 @@ def test_unchanged_when_a_constant_is_added_exactly(name: str) -> None:
     if name == "integer":
         scale = np.abs(np.asarray(gradient))
     unit = np.spacing(np.maximum(scale, 1e-30).astype("float32"))
-    assert np.max(np.abs(np.asarray(gradient - shifted_gradient)) / unit) <= 8
+    errors = np.abs(np.asarray(gradient - shifted_gradient)) / unit
+    assert np.max(errors.ravel() / contract(np.maximum(scale, 1e-30).ravel())) <= 2
