@@ -20,6 +20,7 @@ from jaxce._checks import Axis, compiled
 from jaxce._logits import AnyLogits, LinearLogits, ShardedLogits
 from jaxce._measures import Term, replaced, sum_of_terms
 from jaxce._mesh import on_each_device
+from jaxce._rules import custom_jvp
 from jaxce._statistics import read_logits
 
 
@@ -205,7 +206,7 @@ def _product_of_marginals(joint: Array) -> tuple[Array, Array]:
     return x / total * y, total
 
 
-@jax.custom_jvp
+@custom_jvp
 def _mutual_information(joint: Array) -> Array:
     product, total = _product_of_marginals(joint)
     return jnp.sum(_terms.bregman(joint, product), (-2, -1)) / total[..., 0, 0]

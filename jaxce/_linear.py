@@ -25,16 +25,16 @@ from jax.typing import ArrayLike
 from jaxce import _checks, _mesh
 from jaxce._checks import FINITE, SHARE, compiled
 from jaxce._logits import LinearLogits, product, shape_logits
+from jaxce._passes import join_rows, split_rows
 from jaxce._reduction import weighted_mean
+from jaxce._rules import custom_jvp
 from jaxce._softmax import softmax_cross_entropy_with_integer_labels
 
 _NAME = "linear_cross_entropy"
 
-_CHUNK = 1 << 24
-"""How many logits a chunk of examples has by default..."""
-
 _EXAMPLES = 512
-"""... but at least so many examples: each chunk reads and writes the gradient of the whole kernel."""
+"""How many examples a chunk has at least. By default it has as many as there are features: each chunk reads and writes the
+gradient of the whole kernel, than which its own logits then aren't smaller."""
 
 
 @compiled("chunk_size", label_smoothing=SHARE, z_loss=FINITE)
@@ -74,7 +74,7 @@ def linear_cross_entropy(
       class_weights: one number per class, by which its part of the loss is multiplied.
       z_loss: the factor of the squared log-normalizer.
       normalizer: a number to divide by in place of the sum of the weights, say that of all micro-batches.
-      chunk_size: how many examples at a time where a gradient is formed; by default as many as make 2^24 logits, and at
+      chunk_size: how many examples at a time where a gradient is formed; by default as many as there are features, and at
         least 512.
 
     Returns:
@@ -111,8 +111,10 @@ def linear_cross_entropy(
     if class_weights is not None:
         modifiers["class_weights"] = _checks.floating(_NAME, "class_weights", class_weights)
         _checks.same_shape(_NAME, "class_weights", modifiers["class_weights"], (logits.classes,), "one number per class")
-    fields = {name: getattr(logits, name) for name in ("hidden", "kernel", "bias", "soft_cap", "temperature")}
-    fields |= {"hidden": logits.hidden.reshape(y.size, logits.hidden.shape[-1]), "weights": w.reshape(y.size)} | modifiers
+    # What a row holds that takes no part must not be multiplied by anything, even 0.
+    hidden, y = jnp.where((w != 0)[..., None], logits.hidden, 0), jnp.where(w != 0, y, 0)
+    fields = {name: getattr(logits, name) for name in ("kernel", "bias", "soft_cap", "temperature")}
+    fields |= {"hidden": hidden.reshape(y.size, hidden.shape[-1]), "weights": w.reshape(y.size)} | modifiers
     inputs = {name: jnp.asarray(value) for name, value in fields.items() if value is not None}
     inputs = {name: value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(logits.dtype) for name, value in inputs.items()}
     inputs = _mesh.vary(inputs, _mesh.varying(inputs, y))
@@ -132,8 +134,8 @@ Inputs = dict[str, Array]  # what the loss is differentiated by, with all exampl
 
 def _sum_of_losses(logits: LinearLogits | Array, labels: Array, inputs: Inputs) -> Array:
     modifiers = {name: inputs[name] for name in ("label_smoothing", "z_loss", "class_weights") if name in inputs}
-    losses = softmax_cross_entropy_with_integer_labels(logits, labels, where=inputs["weights"] != 0, **modifiers)
-    return jnp.sum(inputs["weights"] * losses)
+    losses = softmax_cross_entropy_with_integer_labels(logits, labels, **modifiers)
+    return jnp.sum(inputs["weights"] * jnp.where(inputs["weights"] == 0, 0, losses))
 
 
 def _sum_by_blocks(options: _Options, labels: Array, inputs: Inputs) -> Array:
@@ -150,7 +152,7 @@ def _sum_by_blocks(options: _Options, labels: Array, inputs: Inputs) -> Array:
     return _sum_of_losses(logits, labels, inputs)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(custom_jvp, nondiff_argnums=(0,))
 def _weighted_sum(options: _Options, labels: Array, inputs: Inputs) -> Array:
     return _sum_by_blocks(options, labels, inputs)
 
@@ -164,23 +166,14 @@ def _(options: _Options, primals: Any, tangents: Any) -> Any:
     return total, sum(terms, jnp.zeros_like(total))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@partial(custom_jvp, nondiff_argnums=(0, 1))
 def _sum_and_gradient(options: _Options, names: tuple[str, ...], labels: Array, inputs: Inputs) -> tuple[Array, Inputs]:
     """The sum and its derivatives by the inputs with these names, in the dtype of the logits."""
     kernel, class_axis = inputs["kernel"], options.class_axis % 2
     half = inputs["hidden"].dtype == kernel.dtype == jnp.bfloat16
     dtype = _checks.compute_dtype(inputs["hidden"], kernel)
     examples = labels.size
-    chunks = -(-examples // (options.chunk_size or max(_EXAMPLES, _CHUNK // kernel.shape[class_axis])))
-    size = -(-examples // max(chunks, 1))
-
-    def cut(x: Array) -> Array:
-        """Chunks of every so many examples: each has a part of what any device holds of the batch."""
-        x = jnp.pad(x, [(0, size * chunks - examples)] + [(0, 0)] * (x.ndim - 1))
-        return jnp.moveaxis(x.reshape(size, chunks, *x.shape[1:]), 1, 0)
-
-    def join(x: Array) -> Array:
-        return jnp.moveaxis(x, 0, 1).reshape(size * chunks, *x.shape[2:])[:examples]
+    chunks = max(1, -(-examples // (options.chunk_size or max(_EXAMPLES, inputs["hidden"].shape[-1]))))
 
     def loss_of(of_examples: Inputs, of_all: Inputs, labels: Array) -> Array:
         x = of_examples["products"]
@@ -199,8 +192,6 @@ def _sum_and_gradient(options: _Options, names: tuple[str, ...], labels: Array, 
     def step(carry: tuple[Array, Inputs], chunk: tuple[Array, Array, Array]) -> Any:
         total, sums = carry
         hidden, weights, labels = chunk
-        # What a row holds that takes no part must not be multiplied by anything, even 0.
-        hidden = jnp.where(weights[:, None] != 0, hidden, 0)
         of_examples = {"products": product(hidden, kernel, options.class_axis, half), "weights": weights}
         value, (of_examples, parts) = jax.value_and_grad(loss_of, (0, 1))(of_examples, of_all, labels)
         g = of_examples.pop("products")
@@ -211,10 +202,10 @@ def _sum_and_gradient(options: _Options, names: tuple[str, ...], labels: Array, 
         sums = {name: sums[name] + parts[name].astype(dtype) for name in sums}
         return (total + value, sums), {name: of_examples[name] for name in of_examples if name in names}
 
-    chunked = cut(inputs["hidden"]), cut(inputs["weights"]), cut(labels)
+    chunked = tuple(split_rows(x, chunks) for x in (inputs["hidden"], inputs["weights"], labels))
     start = _mesh.vary((jnp.zeros((), dtype), sums), _mesh.varying(inputs))
     (total, sums), of_examples = lax.scan(step, start, chunked)
-    return total, sums | {name: join(value) for name, value in of_examples.items()}
+    return total, sums | {name: join_rows(value, examples) for name, value in of_examples.items()}
 
 
 @_sum_and_gradient.defjvp

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from jaxce import _checks
 from jaxce._checks import AxisName
+from jaxce._rules import custom_jvp
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -283,7 +284,7 @@ def _dot(hidden: Array, kernel: Array, class_axis: int, dtype: Any) -> Array:
     return jnp.moveaxis(lax.dot_general(hidden, kernel, axes, preferred_element_type=dtype), 0, -2)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
+@partial(custom_jvp, nondiff_argnums=(2,))
 def _product_of_halves(hidden: Array, kernel: Array, class_axis: int) -> Array:
     return _dot(hidden.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), class_axis, jnp.float32)
 

@@ -28,7 +28,8 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from jaxce import _mesh
-from jaxce._passes import Inputs, Spec, add_up, along, block_of, logits_of, state_of
+from jaxce._passes import Inputs, Spec, add_up, along, block_of, by_rows, logits_of, state_of
+from jaxce._rules import custom_jvp
 from jaxce._state import Ask, State, beside, targets_of, there
 
 Values = dict[str, Array]
@@ -40,7 +41,7 @@ KINDS = "given", "uniform"  # of targets
 LOGITS = "array", "hidden", "kernel", "bias", "temperature", "soft_cap"
 
 
-@jax.custom_jvp
+@custom_jvp
 def replaced(value: Array, other: Array) -> Array:
     """``value``, which stands for the same number as ``other`` with more of its digits, with the derivatives of that."""
     return value
@@ -72,7 +73,7 @@ def _gap(x: Array, row: Row) -> Array:
     return beside(row.peak, x) - jnp.minimum(x, float(jnp.finfo(x.dtype).max))
 
 
-@jax.custom_jvp
+@custom_jvp
 def log_probability(x: Array, row: Row) -> Array:
     """log softmax(x) = -(g + L), -inf where a class isn't there."""
     return -(_gap(x, row) + beside(row.log_sum, x))
@@ -87,7 +88,7 @@ def _(primals: Any, tangents: Any) -> Any:
     return value, jnp.where(value > np.log(0.5), -top, dx - mean)
 
 
-@jax.custom_jvp
+@custom_jvp
 def probability(x: Array, row: Row) -> Array:
     """softmax(x) = exp(-g) / (1 + s): the gap is rounded once."""
     return jnp.exp(-_gap(x, row)) * beside(row.share, x)
@@ -99,7 +100,7 @@ def _(primals: Any, tangents: Any) -> Any:
     return p, p * jax.jvp(log_probability, primals, tangents)[1]
 
 
-@jax.custom_jvp
+@custom_jvp
 def log_ratio(x: Array, row: Row, y: Array, other: Row) -> Array:
     """log p - log q, large but finite where only one is there, 0 where neither is.
 
@@ -124,10 +125,10 @@ def _(primals: Any, tangents: Any) -> Any:
 
 def measure(spec: Spec, inputs: Inputs, names: tuple[str, ...]) -> tuple[Values, State]:
     """The measures of these names, which are differentiable, and the state of the rows, which is not."""
-    return _measure(spec, names, inputs)
+    return by_rows(spec.chunks, (inputs,), partial(_measure, spec, names))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@partial(custom_jvp, nondiff_argnums=(0, 1))
 def _measure(spec: Spec, names: tuple[str, ...], inputs: Inputs) -> tuple[Values, State]:
     ask = spec.ask._replace(entropy="entropy" in names, uniform="uniform" in names)
     state = state_of(spec._replace(ask=ask), inputs)
@@ -173,6 +174,8 @@ def _(spec: Spec, names: tuple[str, ...], primals: Any, tangents: Any) -> Any:
     wanted = tuple(dict.fromkeys((*names, "log_normalizer", "top", *totals)))
     values, state = _measure(spec._replace(ask=spec.ask._replace(rest=True)), wanted, inputs)
     out = add_up((spec,), (inputs,), (dinputs,), (values, state), partial(_tangents, spec, names))
+    if "nll" in out:  # a bad label's derivatives are NaN, too
+        out["nll"] *= jnp.where(inputs["labels"] < 0, np.nan, 1).astype(spec.dtype)
     out = jax.tree.map(lambda t: jnp.where(state.present, t, 0), out)
     if not spec.ask.rest:
         state = state._replace(**{n: t._replace(rest=None) for n in KINDS if (t := getattr(state, n)) is not None})
@@ -200,8 +203,7 @@ def _tangents(spec: Spec, names: tuple[str, ...], parts: Any, dparts: Any, rows:
         return {n: t for n, t in zip(KINDS, (given, uniform), strict=True) if t is not None}
 
     ts, dts = along(targets, part, dpart, "targets", "weights")
-    if block.labels is not None:
-        is_label, is_bad = block.places == of_row(block.labels), of_row(block.labels) < 0
+    is_label = None if block.labels is None else block.places == of_row(block.labels)
 
     def coefficient(name: str) -> Array:
         """That of the logit's tangent."""
@@ -212,8 +214,7 @@ def _tangents(spec: Spec, names: tuple[str, ...], parts: Any, dparts: Any, rows:
                 return replaced(jnp.where(likely, -others, p), p)
             case "nll":
                 below = jnp.where(state.label == state.m, state.s, (1 - jnp.exp(state.label - state.m)) + state.s)
-                at_label = jnp.where(is_bad, np.nan, of_row(-below / (1 + state.s)))
-                return replaced(jnp.where(is_label | is_bad, at_label, p), p)
+                return replaced(jnp.where(is_label, of_row(-below / (1 + state.s)), p), p)
             case "entropy":
                 gap = jnp.minimum(_gap(x, row), float(jnp.finfo(x.dtype).max))
                 return p * replaced(gap - of_row(state.h / (1 + state.s)), -(log_p + of_row(values["entropy"])))
@@ -252,15 +253,24 @@ def sum_of_terms(term: Term, specs: tuple[Spec, ...], inputs: tuple[Inputs, ...]
 
     A class that isn't there has log p of -inf, but in a row that has none, where it is 0.
     """
-    known = [
-        measure(spec, {n: x for n, x in i.items() if n not in ("targets", "labels", "weights")}, ("log_normalizer", "top"))
-        for spec, i in zip(specs, inputs, strict=True)
-    ]
-    rows = tuple(row_of(*k) for k in known)
-    return _sum_of_terms(term, specs, inputs, rows, options), tuple(row.present for row in rows)
+
+    def whole(*inputs: Inputs) -> tuple[Any, tuple[Array, ...]]:
+        inputs = tuple(_widened(spec, i) for spec, i in zip(specs, inputs, strict=True))
+        rows = []
+        for spec, i in zip(specs, inputs, strict=True):
+            logits = {n: x for n, x in i.items() if n not in ("targets", "labels", "weights")}
+            rows.append(row_of(*_measure(spec, ("log_normalizer", "top"), logits)))
+        return _sum_of_terms(term, specs, inputs, tuple(rows), options), tuple(row.present for row in rows)
+
+    return by_rows(max(spec.chunks for spec in specs), inputs, whole)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _widened(spec: Spec, inputs: Inputs) -> Inputs:
+    """With an array in the dtype to compute in, since its gradient is a sum of two, which is rounded once."""
+    return inputs | {n: x.astype(spec.dtype) for n, x in inputs.items() if n == "array"}
+
+
+@partial(custom_jvp, nondiff_argnums=(0, 1))
 def _sum_of_terms(term: Term, specs: tuple[Spec, ...], inputs: Any, rows: Any, options: Any) -> Any:
     def step(parts: Any, _: Any, rows: Any, start: Any) -> Any:
         return _terms(term, *_classes(specs, parts, start), *rows)
@@ -310,6 +320,7 @@ def _(term: Term, specs: tuple[Spec, ...], primals: Any, tangents: Any) -> Any:
 
 def log_probabilities(spec: Spec, inputs: Inputs) -> Array:
     """log p of all classes of an array, -inf where one isn't there."""
+    inputs = _widened(spec, inputs)
     values, state = measure(spec, inputs, ("log_normalizer", "top"))
-    x = logits_of(spec, inputs).astype(spec.dtype)
+    x = logits_of(spec, inputs)
     return log_probability(*_mesh.vary((x, row_of(values, state)), _mesh.varying(x, values)))

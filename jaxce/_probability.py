@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from jaxce import _checks
 from jaxce._checks import Axis, compiled
+from jaxce._rules import custom_jvp
 from jaxce._terms import bregman, log_ratio, neg_log, neg_x_log_not_y, neg_x_log_y, scale
 
 # --- terms: what one class adds ---------------------------------------------------------------------------------------
@@ -28,7 +29,7 @@ def _slope_in_target(t: Array, log_q: Array, more: float) -> Array:
     return jnp.where(absent, 0, jnp.log(t) - jnp.where(absent, 0, log_q) + more)
 
 
-@jax.custom_jvp
+@custom_jvp
 def _kl_term(log_q: Array, t: Array) -> Array:
     """t log(t / q), 0 at t = 0."""
     absent = (t == 0) & (log_q < jnp.inf)
@@ -41,7 +42,7 @@ def _(primals: Any, tangents: Any) -> Any:
     return _kl_term(log_q, t), -t * tangents[0] + scale(_slope_in_target(t, log_q, 1.0), tangents[1])
 
 
-@jax.custom_jvp
+@custom_jvp
 def _log_target_term(log_q: Array, log_t: Array) -> Array:
     """t log(t / q), 0 at t = 0; infinite where only q is 0, also where t underflows."""
     absent = (log_t == -jnp.inf) & (log_q < jnp.inf)
@@ -55,7 +56,7 @@ def _(primals: Any, tangents: Any) -> Any:
     return term, -t * tangents[0] + scale(term + t, tangents[1])
 
 
-@jax.custom_jvp
+@custom_jvp
 def _generalized_kl_term(log_q: Array, t: Array) -> Array:
     """t log(t / q) - t + q >= 0, q at t = 0."""
     return bregman(t, jnp.exp(log_q))

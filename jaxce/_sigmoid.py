@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 
 from jaxce import _checks
 from jaxce._checks import NOT_NEGATIVE, SHARE, compiled
+from jaxce._rules import custom_jvp
 from jaxce._terms import scale
 
 
@@ -54,7 +55,7 @@ def _unless_zero(weight: Array, x: Array) -> Array:
     return 2 * jnp.minimum(x / 2, jnp.abs(jnp.sign(weight)) * largest)  # 2 * largest = inf
 
 
-@jax.custom_jvp
+@custom_jvp
 def _sigmoids(x: Array) -> tuple[Array, Array]:
     """sigma(x) and sigma(-x) = 1 - sigma(x)."""
     e = jnp.exp(-jnp.abs(x))
@@ -71,7 +72,7 @@ def _sigmoids_jvp(primals: tuple[Array], tangents: tuple[Array]) -> Any:
     return (p, not_p), (slope, -slope)
 
 
-@jax.custom_jvp
+@custom_jvp
 def _slope(x: Array, t: Array) -> Array:
     """sigma(x) - t."""
     p, not_p = _sigmoids(x)
@@ -84,7 +85,7 @@ def _slope_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> t
     return _slope(*primals), p * not_p * tangents[0] - tangents[1]
 
 
-@jax.custom_jvp
+@custom_jvp
 def _binary_cross_entropy(x: Array, t: Array) -> Array:
     """-t log sigma(x) - (1 - t) log sigma(-x)."""
     x, t = _checks.upcast(x, t)
@@ -104,7 +105,7 @@ def _binary_cross_entropy_jvp(primals: tuple[Array, Array], tangents: tuple[Arra
 # --- focal: the loss times (1 - p_t)^gamma, with p_t the probability of the label ---
 
 
-@jax.custom_jvp
+@custom_jvp
 def _log_slope(x: Array, t: Array) -> Array:
     """d log(1 - p_t) / dx: between -1 and 1, where (1 - p_t)' and 1 - p_t both may underflow."""
     (p, not_p), miss = _sigmoids(x), _miss(x, t)
@@ -126,7 +127,7 @@ def _miss(x: Array, t: Array) -> Array:
     return (1 - t) * p + t * not_p
 
 
-@jax.custom_jvp
+@custom_jvp
 def _modulation(x: Array, t: Array, gamma: Array) -> Array:
     """(1 - p_t)^gamma."""
     return _miss(x, t) ** gamma
@@ -159,7 +160,7 @@ def _modulation_by_label(x: Array, t: Array, gamma: Array) -> Array:
     return gamma * (not_p - p) * _power_where_positive(x, t, gamma - 1)
 
 
-@jax.custom_jvp
+@custom_jvp
 def _focal(x: Array, t: Array, gamma: Array) -> Array:
     return _modulation(x, t, gamma) * _binary_cross_entropy(x, t)
 

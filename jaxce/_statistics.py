@@ -111,8 +111,12 @@ def _read_linear(logits: LinearLogits, dtype: np.dtype, there: Array | None) -> 
     strips = _mesh.strips(logits.classes)
     length = logits.classes // strips
     rows = max(1, math.prod(logits.shape[:-1]) // _mesh.devices())
-    size = min(MOST, max(LEAST, BLOCK // rows // 128 * 128)) if logits.block_size is None else -(-logits.block_size // strips)
-    return Spec(dtype, logits.classes, min(size, length), strips, logits.class_axis, logits.half), inputs
+    if logits.block_size is None:
+        size = min(length, max(LEAST, min(MOST, BLOCK // rows // 128 * 128)))
+        chunks = -(-rows * size // BLOCK)
+    else:
+        size, chunks = min(length, -(-logits.block_size // strips)), 1
+    return Spec(dtype, logits.classes, size, strips, logits.class_axis, logits.half, chunks=chunks), inputs
 
 
 class SoftmaxStatistics(NamedTuple):

@@ -23,6 +23,8 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
+from jaxce._rules import custom_jvp
+
 
 def largest(x: Array) -> float:
     """The largest finite number of x's dtype."""
@@ -67,7 +69,7 @@ def _rule(function: Callable[..., Any], slopes: Callable[..., tuple[Array | None
 # --------------------------------------------------------------------------------------------------- of one distribution
 
 
-@jax.custom_jvp
+@custom_jvp
 def neg_log(p: Array) -> Array:
     """-log p. d/dp = -1 / p."""
     return 0 - jnp.log(p)  # 0 of what is certain, and not -0
@@ -76,7 +78,7 @@ def neg_log(p: Array) -> Array:
 _rule(neg_log, lambda p: (-1 / p,))
 
 
-@jax.custom_jvp
+@custom_jvp
 def neg_x_log_x(p: Array) -> Array:
     """-p log p, 0 at p = 0. d/dp = -(1 + log p), +inf at 0."""
     return p * neg_log(jnp.where(p == 0, 1, p))
@@ -85,7 +87,7 @@ def neg_x_log_x(p: Array) -> Array:
 _rule(neg_x_log_x, lambda p: (-(1 + jnp.log(p)),))
 
 
-@jax.custom_jvp
+@custom_jvp
 def neg_x_log_y(p: Array, q: Array) -> Array:
     """-p log q, 0 at p = 0. d/dp = -log q, d/dq = -p / q."""
     return p * neg_log(jnp.where((p == 0) & (q >= 0), 1, q))
@@ -99,7 +101,7 @@ def _neg_x_log_y_slopes(p: Array, q: Array) -> tuple[Array, Array]:
 _rule(neg_x_log_y, _neg_x_log_y_slopes)
 
 
-@jax.custom_jvp
+@custom_jvp
 def neg_x_log_not_y(w: Array, q: Array) -> Array:
     """-w log(1 - q), 0 at w = 0. d/dw = -log(1 - q), d/dq = w / (1 - q)."""
     return w * (0 - log1p(-jnp.where((w == 0) & (q <= 1), 0, q)))
@@ -125,7 +127,7 @@ def _near(p: Array, q: Array) -> tuple[Array, Array, Array]:
     return near, s, (s * s) * polynomial([1 / (2 * k + 3) for k in range(count)], s * s)
 
 
-@jax.custom_jvp
+@custom_jvp
 def log_ratio(p: Array, q: Array) -> Array:
     """log(p / q), 0 where both are 0. d/dp = 1 / p, d/dq = -1 / q."""
     near, s, series = _near(p, q)
@@ -143,7 +145,7 @@ def _log_ratio_slopes(p: Array, q: Array) -> tuple[Array, Array]:
 _rule(log_ratio, _log_ratio_slopes)
 
 
-@jax.custom_jvp
+@custom_jvp
 def bregman(p: Array, q: Array) -> Array:
     """p log(p/q) - p + q >= 0: q at p = 0, and +inf at q = 0 < p. d/dp = log(p/q), d/dq = 1 - p/q."""
     near, s, series = _near(p, q)
@@ -177,7 +179,7 @@ def _logs_to_mean(p: Array, q: Array) -> tuple[Array, Array]:
     return jnp.where(empty, 0, a), jnp.where(empty, 0, b)
 
 
-@jax.custom_jvp
+@custom_jvp
 def jensen_shannon(p: Array, q: Array) -> Array:
     """(b(p, m) + b(q, m)) / 2 >= 0 with m = (p + q) / 2. d/dp = log(p/m) / 2, d/dq = log(q/m) / 2."""
     s = (p - q) / jnp.where(p + q == 0, 1, p + q)
@@ -212,7 +214,7 @@ def _change(p: Array, q: Array, delta: Array) -> Array:
     return jnp.where(near, q * jnp.expm1(jnp.where(near, delta, 0)), p - q)
 
 
-@jax.custom_jvp
+@custom_jvp
 def bregman_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
     """p log(p/q) - p + q >= 0: q where p isn't there, +inf where q alone isn't. d/dlog p = p log(p/q), d/dlog q = q - p."""
     near = jnp.abs(delta) < 1
@@ -239,7 +241,7 @@ def _logs_to_mean_of(delta: Array) -> tuple[Array, Array]:
     return jnp.where(delta >= 0, larger, larger - size), jnp.where(delta >= 0, larger - size, larger)
 
 
-@jax.custom_jvp
+@custom_jvp
 def jensen_shannon_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
     """(b(p, m) + b(q, m)) / 2 >= 0 with m = (p + q) / 2. d/dlog p = p log(p/m) / 2, d/dlog q = q log(q/m) / 2."""
     s = jnp.tanh(delta / 2)
@@ -256,7 +258,7 @@ def _jensen_shannon_of_logs_slopes(log_p: Array, p: Array, log_q: Array, q: Arra
 _rule(jensen_shannon_of_logs, _jensen_shannon_of_logs_slopes)
 
 
-@jax.custom_jvp
+@custom_jvp
 def neg_x_log_y_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
     """-p log q, 0 where p isn't there. d/dlog p = -p log q, d/dlog q = -p."""
     return p * jnp.where(log_p == -np.inf, 0, -log_q)

@@ -1,0 +1,100 @@
+"""Functions with derivative rules of their own that hold wherever the function ends up.
+
+`jax.custom_jvp` in jax 0.10 forgets its rule where a loop is differentiated twice: `lax.scan` partially evaluates its body to find
+what doesn't change from step to step, and there replaces each such function that does by its plain body, whose derivative is another
+one. (Newer ones keep it.) Here the function is a primitive, which partial evaluation leaves whole.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+
+_ruled = Primitive("ruled")
+_ruled.multiple_results = True
+
+
+class custom_jvp:  # noqa: N801: used as jax.custom_jvp
+    """As `jax.custom_jvp`, of positional arguments alone."""
+
+    def __init__(self, function: Callable[..., Any], nondiff_argnums: Sequence[int] = ()) -> None:
+        functools.update_wrapper(self, function)
+        self.function, self.static = function, nondiff_argnums
+
+    def defjvp(self, rule: Callable[..., Any], symbolic_zeros: bool = False) -> Callable[..., Any]:
+        """Sets rule(*static arguments, primals, tangents) -> (primals, tangents) of the results."""
+        self.rule, self.symbolic_zeros = rule, symbolic_zeros
+        return rule
+
+    def __call__(self, *args: Any) -> Any:
+        static = tuple(args[i] for i in self.static)
+        leaves, tree = jax.tree.flatten(tuple(a for i, a in enumerate(args) if i not in self.static))
+        out_tree = None
+
+        def plain(*leaves: Any) -> list[Any]:
+            nonlocal out_tree
+            given = iter(static), iter(tree.unflatten(leaves))
+            out, out_tree = jax.tree.flatten(self.function(*(next(given[i not in self.static]) for i in range(len(args)))))
+            return out
+
+        def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
+            if not self.symbolic_zeros:
+                tangents = [ad.instantiate_zeros(ad.Zero(t.aval)) if _is_zero(t) else t for t in tangents]
+            out, dout = self.rule(*static, tree.unflatten(primals), tree.unflatten(tangents))
+            return jax.tree.leaves(out), jax.tree.leaves(dout, is_leaf=_is_zero)
+
+        out = _bind(plain, rule, leaves)
+        return jax.tree.unflatten(out_tree, out)
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+def _bind(plain: Callable[..., Any], rule: Callable[..., Any], args: Sequence[Any]) -> list[Any]:
+    return _ruled.bind(*args, jaxpr=jax.make_jaxpr(plain)(*args), rule=rule)
+
+
+def _evaluate(*args: Any, jaxpr: Any, rule: Any) -> list[Any]:
+    return jaxpr_as_fun(jaxpr)(*args)
+
+
+def _jvp(primals: Any, tangents: Any, *, jaxpr: Any, rule: Any) -> tuple[list[Any], list[Any]]:
+    out, dout = rule(primals, [SymbolicZero(t.aval) if type(t) is ad.Zero else t for t in tangents])
+    return out, [ad.Zero(t.aval) if _is_zero(t) else t for t in dout]
+
+
+def _batch(axis: Any, args: Any, axes: Any, *, jaxpr: Any, rule: Any) -> tuple[list[Any], list[int | None]]:
+    if not any(a is not None for a in axes):
+        out = _ruled.bind(*args, jaxpr=jaxpr, rule=rule)
+        return out, [None] * len(out)
+    vmap = functools.partial(jax.vmap, axis_size=axis.size, axis_name=axis.name, spmd_axis_name=axis.spmd_name)
+
+    def batched(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
+        some = {i: t for i, t in enumerate(tangents) if not _is_zero(t)}
+        zeros: list[bool] = []
+
+        def one(primals: Any, some: dict[int, Any]) -> Any:
+            out, dout = rule(primals, [some.get(i, zero_from_primal(x, symbolic_zeros=True)) for i, x in enumerate(primals)])
+            zeros[:] = map(_is_zero, dout)
+            return out, [t for t in dout if not _is_zero(t)]
+
+        out, dout = vmap(one, (list(axes), {i: axes[i] for i in some}))(list(primals), some)
+        left = iter(dout)
+        return out, [zero_from_primal(x, symbolic_zeros=True) if zero else next(left) for x, zero in zip(out, zeros, strict=True)]
+
+    out = _bind(vmap(jaxpr_as_fun(jaxpr), in_axes=tuple(axes)), batched, args)
+    return out, [0] * len(out)
+
+
+_ruled.def_impl(_evaluate)
+_ruled.def_abstract_eval(lambda *args, jaxpr, rule: jaxpr.out_avals)
+ad.primitive_jvps[_ruled] = _jvp
+batching.fancy_primitive_batchers[_ruled] = _batch
+mlir.register_lowering(_ruled, mlir.lower_fun(_evaluate, multiple_results=True))
