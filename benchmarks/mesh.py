@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxce
 
-sys.path.insert(0, str(Path(__file__).parent))  # also where this file is run by its path
+sys.path.append(str(Path(__file__).parent))  # where this file is run by its path, too
 
 from programs import collectives
 

@@ -1,16 +1,17 @@
-"""What the compilers for a TPU and a GPU make of each function of the library, beside Optax' or else the plain formula.
+"""What the compilers for a TPU and a GPU make of the library's functions, beside Optax' or else the plain formula.
 
     pip install '.[programs]'                    # the compilers: neither TPU nor GPU nor CUDA has to be here
-    python benchmarks/programs.py tpu            # all of the table, many minutes; or gpu
+    python benchmarks/programs.py tpu            # all of the table, in some minutes; or gpu
     python benchmarks/programs.py tpu --only 'integer labels' entropy
 
-Programs are compiled, by XLA's own compilers, for a TPU v5e and for an H100, and counted; nothing is run. A row says of the
-library's program and of its peer's:
+Programs are compiled, by XLA's own compilers, for a TPU v5e and for an H100, and counted; nothing is run. A row says of
+the library's program and of its peer's:
 
-GB            what all kernels read and write in the device's memory, those in a loop as often as it turns. Of an array that
-              is sliced, gathered from or updated in place only that part counts, and nothing that a TPU keeps on the chip.
+GB            what all kernels read and write in the device's memory, those in a loop as often as it turns. Of an array
+              that is sliced, gathered from or updated in place only that part counts, and nothing that a TPU keeps on
+              the chip.
 kernels       how many are started.
-conditionals  how many branches on data there are: a GPU makes the host wait for each, a TPU keeps the memory of both sides.
+conditionals  how many branches on data there are: a GPU makes the host wait for each, a TPU keeps the memory of both.
 MB            XLA's figure for temporary memory.
 megacycles    the sum of the TPU compiler's own estimates, in which nothing overlaps.
 seconds       to trace and compile, with all caches empty.
@@ -27,7 +28,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":
@@ -65,14 +66,11 @@ TPU = {
 """What libtpu wants to be told where there is no TPU to ask, and other processes that use it."""
 
 
-# -------------------------------------------------------------------------------------------------------------- compiling
+# ------------------------------------------------------------------------------------------------------------ compiling
 
 
 def devices(kind: str, topology: str | None = None) -> list[Any]:
-    """The devices of a topology: of a "tpu" four v5e by default; of a "gpu" one H100, with "1x1x8" eight.
-
-    A process holds one kind: the compilers share names of symbols.
-    """
+    """The devices of a topology: of a "tpu" four v5e by default; of a "gpu" one H100, with "1x1x8" eight."""
     if kind == "tpu":
         for name, value in TPU.items():
             os.environ.setdefault(name, value)
@@ -123,7 +121,7 @@ def report(function: Callable[..., Any], *args: Any) -> Report:
     )
 
 
-# ------------------------------------------------------------------------------------------------- reading what came of it
+# ---------------------------------------------------------------------------------------------- reading what came of it
 
 
 class Instruction(NamedTuple):
@@ -250,9 +248,7 @@ def _read(program: Program, i: Instruction, n: int) -> int:
 
 def _written(program: Program, i: Instruction) -> int:
     """The bytes that an instruction writes."""
-    if (
-        i.op.endswith("-start") and i.op != "all-reduce-start"
-    ):  # whose result has the operands beside what will be written
+    if i.op.endswith("-start") and i.op != "all-reduce-start":  # the operands are in the result, too
         return _bytes(i.result) - sum(map(_bytes, i.types))
     sizes = [size if here else 0 for size, _, here in _arrays(i.result)]
     outputs = _outputs(program, i)
@@ -298,7 +294,7 @@ def collectives(text: str) -> list[Collective]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------- what is put together
+# ------------------------------------------------------------------------------------------------- what is put together
 
 
 Loss = Callable[..., Any]
@@ -500,7 +496,7 @@ def measure(case: Case, place: Any, shape: Shape, dtype: str, mode: str) -> tupl
     return ours, peer
 
 
-# -------------------------------------------------------------------------------------------------------------- the table
+# ------------------------------------------------------------------------------------------------------------ the table
 
 
 COLUMNS = {
@@ -519,11 +515,15 @@ def line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def known(kind: str, columns: Iterable[str]) -> list[str]:
+    """Those of the columns that there is something to say in."""
+    return [column for column in columns if kind == "tpu" or column != "megacycles"]
+
+
 def heading(kind: str) -> str:
     """The first lines of the table."""
-    names = [title for column, (title, _) in COLUMNS.items() if kind == "tpu" or column != "megacycles"]
-    ratios = [f"{COLUMNS[r][0]}, ratio" for r in RATIOS if kind == "tpu" or r != "megacycles"]
-    cells = ["function", "mode", "shape", *(f"{name}: jaxce / peer" for name in names), *ratios]
+    cells = ["function", "mode", "shape", *(f"{COLUMNS[c][0]}: jaxce / peer" for c in known(kind, COLUMNS))]
+    cells += [f"{COLUMNS[c][0]}, ratio" for c in known(kind, RATIOS)]
     return line(cells) + "\n" + "|---" * len(cells) + "|"
 
 
@@ -531,13 +531,9 @@ def row(kind: str, name: str, mode: str, struct: Struct, ours: Report, peer: Rep
     """A line for a function."""
     shape, dtype = struct
     cells = [name, mode, f"{'x'.join(map(str, shape))} {dtype}"]
-    for column, (_, form) in COLUMNS.items():
-        if kind == "tpu" or column != "megacycles":
-            cells.append(" / ".join(form.format(getattr(r, column)) for r in (ours, peer)))
-    for column in RATIOS:
-        if kind == "tpu" or column != "megacycles":
-            cells.append(f"{getattr(ours, column) / getattr(peer, column):.2f}")
-    return line(cells)
+    for column in known(kind, COLUMNS):
+        cells.append(" / ".join(COLUMNS[column][1].format(getattr(r, column)) for r in (ours, peer)))
+    return line(cells + [f"{getattr(ours, c) / getattr(peer, c):.2f}" for c in known(kind, RATIOS)])
 
 
 def main() -> None:
@@ -551,9 +547,7 @@ def main() -> None:
     package = "libtpu" if args.kind == "tpu" else "jax-cuda13-plugin"
     print(f"{place.device_kind}, jax {jax.__version__}, {package} {importlib.metadata.version(package)}", end="")
     print(f", optax {optax.__version__}\n\n{heading(args.kind)}", flush=True)
-    report(
-        jnp.negative, array(place, (8, 128), "float32")
-    )  # the first to be compiled waits for more than its compilation
+    report(jnp.negative, array(place, (8, 128), "float32"))  # the first waits for the compiler itself
     for name, case in CASES.items():
         if any(part in name for part in args.only):
             for struct in case.shapes:

@@ -53,6 +53,10 @@ class custom_jvp:  # noqa: N801: used as jax.custom_jvp
         return jax.tree.unflatten(out_tree, out)
 
 
+def _zero(primal: Any) -> SymbolicZero:
+    return zero_from_primal(primal, symbolic_zeros=True)
+
+
 def _is_zero(tangent: Any) -> bool:
     return isinstance(tangent, SymbolicZero)
 
@@ -71,26 +75,43 @@ def _jvp(primals: Any, tangents: Any, *, jaxpr: Any, rule: Any) -> tuple[list[An
 
 
 def _batch(axis: Any, args: Any, axes: Any, *, jaxpr: Any, rule: Any) -> tuple[list[Any], list[int | None]]:
-    if not any(a is not None for a in axes):
+    if all(a is None for a in axes):
         out = _ruled.bind(*args, jaxpr=jaxpr, rule=rule)
         return out, [None] * len(out)
     vmap = functools.partial(jax.vmap, axis_size=axis.size, axis_name=axis.name, spmd_axis_name=axis.spmd_name)
+    plain = jaxpr_as_fun(jaxpr)
+    out_axes = _out_axes(vmap, plain, args, axes)
 
     def batched(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
-        some = {i: t for i, t in enumerate(tangents) if not _is_zero(t)}
-        zeros: list[bool] = []
+        def one(primals: Any, tangents: Any) -> Any:
+            out, dout = rule(primals, [_zero(x) if t is None else t for x, t in zip(primals, tangents, strict=True)])
+            return out, [None if _is_zero(t) else t for t in dout]
 
-        def one(primals: Any, some: dict[int, Any]) -> Any:
-            out, dout = rule(primals, [some.get(i, zero_from_primal(x, symbolic_zeros=True)) for i, x in enumerate(primals)])
-            zeros[:] = map(_is_zero, dout)
-            return out, [t for t in dout if not _is_zero(t)]
+        some = [None if _is_zero(t) else t for t in tangents]
+        out, dout = vmap(one, (list(axes), list(axes)), (out_axes, out_axes))(list(primals), some)
+        return out, [_zero(x) if t is None else t for x, t in zip(out, dout, strict=True)]
 
-        out, dout = vmap(one, (list(axes), {i: axes[i] for i in some}))(list(primals), some)
-        left = iter(dout)
-        return out, [zero_from_primal(x, symbolic_zeros=True) if zero else next(left) for x, zero in zip(out, zeros, strict=True)]
+    return _bind(vmap(plain, tuple(axes), out_axes), batched, args), out_axes
 
-    out = _bind(vmap(jaxpr_as_fun(jaxpr), in_axes=tuple(axes)), batched, args)
-    return out, [0] * len(out)
+
+def _out_axes(vmap: Any, function: Callable[..., Any], args: Any, axes: Any) -> list[int | None]:
+    """0 of each result that is mapped, None of one that isn't, such as a sum over the axis."""
+    mapped: dict[int, int] = {}
+
+    def look(i: int, x: Any) -> Any:
+        @jax.custom_batching.custom_vmap
+        def see(x: Any) -> Any:
+            return x
+
+        @see.def_vmap
+        def _(size: int, in_batched: Any, x: Any) -> Any:
+            mapped[i] = 0
+            return x, True
+
+        return see(x)
+
+    out = jax.eval_shape(vmap(lambda *args: [look(i, x) for i, x in enumerate(function(*args))], tuple(axes)), *args)
+    return [mapped.get(i) for i in range(len(out))]
 
 
 _ruled.def_impl(_evaluate)
