@@ -214,7 +214,8 @@ def where_mask(function: str, where: ArrayLike, shape: tuple[int, ...], class_ax
     if mask.shape == batch:
         return "rows", mask
     if mask.ndim != len(shape) or any(n not in (1, m) for n, m in zip(mask.shape, shape, strict=True)):
-        hint = f"; for a mask of classes give where[{'None, ' * (len(shape) - mask.ndim)}...]" if 0 < mask.ndim < len(shape) else ""
+        axes = ", ".join(["None"] * (len(shape) - mask.ndim))
+        hint = f"; for a mask of classes give where[{axes}]" if 0 < mask.ndim < len(shape) else ""
         raise ValueError(
             f"{function}: where must have the batch shape, {batch}, to say which rows take part, or {len(shape)} axes that "
             f"broadcast to {shape} to say which entries do, got {describe(mask)}{hint}"

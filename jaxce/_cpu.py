@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxce import _mesh
-from jaxce._state import Ask, Block, State, Targets, leaves, meet_all, targets_of
+from jaxce._state import SHARE, Ask, Block, State, Targets, leaves, meet_all, targets_of
 
 _FEW = 32
 """Up to so many classes go through the reduction with several operands."""
@@ -89,6 +89,14 @@ def _lesser(x: Array, peak: Array, steep: Array, one: Array) -> Array:
     return jnp.exp(x - peak) * jnp.minimum(one, steep * (peak - x))
 
 
+def _weight_squared(x: Array, peak: Array) -> Array:
+    return jnp.square(_weight(x, peak))
+
+
+def _lesser_squared(x: Array, peak: Array, steep: Array, one: Array) -> Array:
+    return jnp.exp(x - peak) * _lesser(x, peak, steep, one)
+
+
 def _weighted_gap(x: Array, peak: Array, most: Array) -> Array:
     """exp(-g) g, -inf at +inf."""
     return jnp.exp(x - peak) * jnp.minimum(most, peak - x)
@@ -106,9 +114,9 @@ def _there(x: Array, _: Array, one: Array, least: Array, quarter: Array) -> Arra
     return jnp.minimum(one, jnp.maximum(quarter * x, least) - least)
 
 
-def _gap_there(x: Array, peak: Array, one: Array, least: Array, quarter: Array, most: Array) -> Array:
-    """g where a class is there, else 0."""
-    return jnp.minimum(most, peak - jnp.minimum(peak, x)) * _there(x, peak, one, least, quarter)
+def _gap_there(x: Array, peak: Array, one: Array, least: Array, quarter: Array, most: Array, share: Array) -> Array:
+    """t g of a uniform target t where a class is there, else 0."""
+    return share * jnp.minimum(most, peak - jnp.minimum(peak, x)) * _there(x, peak, one, least, quarter)
 
 
 def _from_sums(block: Block, ask: Ask, dtype: np.dtype) -> State:
@@ -138,10 +146,14 @@ def _from_sums(block: Block, ask: Ask, dtype: np.dtype) -> State:
 
     x_top, step = take_top(x), (1 / tiny, 1.0, 0.0)
     ties = length - of_top(_below, x_top, constants=step)
-    others = of_top(_lesser, x_top, constants=step[:2])
-    others = jnp.where(jnp.isneginf(others), 0, others)
-    # A selection also keeps XLA from making one loop of the two sums, which would write out what they share.
-    state = State(m, jnp.where(ties > 1, others + (ties - 1), others) + but_top(_weight, x))
+
+    def all_but_one(lesser: Any, weight: Any) -> Array:
+        others = of_top(lesser, x_top, constants=step[:2])
+        others = jnp.where(jnp.isneginf(others), 0, others)
+        # A selection also keeps XLA from making one loop of the two sums, which would write out what they share.
+        return jnp.where(ties > 1, others + (ties - 1), others) + but_top(weight, x)
+
+    state = State(m, all_but_one(_lesser, _weight), all_but_one(_lesser_squared, _weight_squared) if ask.squares else None)
 
     def infinite(gap: Array) -> Array:
         """Gaps below an infinite maximum are infinite; they were measured from the largest number."""
@@ -165,10 +177,10 @@ def _from_sums(block: Block, ask: Ask, dtype: np.dtype) -> State:
     state = state._replace(given=targets(given), uniform=targets(uniform))
     if ask.uniform:
         constants = 1.0, -0.3 * most, 0.25
-        count = total(_there, x, constants=constants)
+        count = SHARE * total(_there, x, constants=constants)
         if block.weights is None:
-            gap = total(_gap_there, x, constants=(*constants, most))
-            state = state._replace(uniform=Targets(count, infinite(gap), count - 1 if ask.rest else None))
+            gap = total(_gap_there, x, constants=(*constants, most, SHARE))
+            state = state._replace(uniform=Targets(count, infinite(gap), count - SHARE if ask.rest else None))
         else:
             state = state._replace(count=count)
     if ask.prediction:

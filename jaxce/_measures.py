@@ -56,7 +56,7 @@ class Row(NamedTuple):
     """What the probabilities of a row's classes are made of: constants, and two numbers of which only the derivatives count."""
 
     present: Array
-    peak: Array
+    m: Array  # 0 where no class is there
     log_sum: Array
     share: Array  # of the top class
     log_normalizer: Array
@@ -65,12 +65,14 @@ class Row(NamedTuple):
 
 def row_of(values: Values, state: State) -> Row:
     """The row of measured logits."""
-    return Row(state.present, state.peak, state.log_sum, 1 / (1 + state.s), values["log_normalizer"], values["top"])
+    m = jnp.where(state.present, state.m, 0)
+    return Row(state.present, m, state.log_sum, 1 / (1 + state.s), values["log_normalizer"], values["top"])
 
 
 def _gap(x: Array, row: Row) -> Array:
-    """m - x, with an infinite logit as the largest finite number."""
-    return beside(row.peak, x) - jnp.minimum(x, float(jnp.finfo(x.dtype).max))
+    """m - x, 0 at the maximum, infinite or not."""
+    m = beside(row.m, x)
+    return jnp.where(x == m, 0, m - x)
 
 
 @custom_jvp
@@ -104,14 +106,15 @@ def _(primals: Any, tangents: Any) -> Any:
 def log_ratio(x: Array, row: Row, y: Array, other: Row) -> Array:
     """log p - log q, large but finite where only one is there, 0 where neither is.
 
-    The logits' own difference comes first: it is not rounded where they are nearly equal.
+    The logits' own difference comes first: it is not rounded where they are nearly equal. In quarters no difference overflows.
     """
+    log_p, log_q = log_probability(x, row), log_probability(y, other)
+    shift = beside(row.m / 4 - other.m / 4, x), beside(row.log_sum - other.log_sum, x)
+    finite = beside(jnp.isfinite(row.m) & jnp.isfinite(other.m), x)
+    delta = jnp.where(finite, 4 * ((x / 4 - y / 4) - shift[0]) - shift[1], log_p - log_q)
     most = float(jnp.finfo(x.dtype).max) / 8
-    both = there(x) & there(y)
-    x_there, y_there = (jnp.where(both, jnp.minimum(v, most), 0) for v in (x, y))
-    shift = (row.peak - other.peak) + (row.log_sum - other.log_sum)
-    delta = jnp.clip((x_there - y_there) - beside(shift, x), -most, most)
-    return jnp.where(both, delta, jnp.where(there(x), most, jnp.where(there(y), -most, 0)))
+    in_p, in_q = there(log_p), there(log_q)
+    return jnp.where(in_p & in_q, jnp.clip(delta, -most, most), jnp.where(in_p, most, jnp.where(in_q, -most, 0)))
 
 
 @log_ratio.defjvp
@@ -162,8 +165,9 @@ def _values(names: tuple[str, ...], inputs: Inputs, state: State) -> Values:
 
 
 def _count(state: State) -> Array:
-    """How many classes there are, for the uniform distribution."""
-    return jnp.maximum(state.uniform.total if state.count is None else state.count, 1)
+    """By what uniform targets are divided, to be a distribution of the classes that are there."""
+    count = state.uniform.total if state.count is None else state.count
+    return jnp.where(count == 0, 1, count)
 
 
 @partial(_measure.defjvp, symbolic_zeros=True)

@@ -166,6 +166,8 @@ def _places(name: str, x: Any, shape: tuple[int, ...], batch: list[int], class_a
         return [[*range(last), None], kernel] + [[last] * leaf.ndim for leaf in jax.tree.leaves(x)[2:]]
     if name == "class_weights":
         return [[class_axis] if x.ndim == 1 else None]
+    if not x.ndim:  # an option
+        return [[]]
     if x.shape == shape:
         return [[*range(len(shape))]]
     if x.shape == tuple(shape[a] for a in batch):

@@ -23,6 +23,10 @@ from jax import Array, lax
 from jaxce._checks import AxisName
 
 
+SHARE = 2.0**-24
+"""A uniform target: so small that gaps of huge logits add up to a finite number, and exact."""
+
+
 class Targets(NamedTuple):
     """What a row's targets t, one number for each class, add up to."""
 
@@ -36,32 +40,24 @@ class State(NamedTuple):
 
     m: Any  # the maximum
     s: Any  # the sum of exp(-g_k) over all classes but one that attains the maximum; -1 of no class
+    squares: Any = None  # the sum of exp(-2 g_k), as s
     h: Any = None  # the sum of exp(-g_k) g_k
     label: Any = None  # the label's logit
     label_weight: Any = None  # the label's class weight
     prediction: Any = None  # the first class that attains the maximum
-    count: Any = None  # how many classes are there
+    count: Any = None  # the sum of `SHARE` over the classes that are there
     given: Targets | None = None
-    uniform: Targets | None = None  # of t_k = 1, or the class weight, where class k is there
+    uniform: Targets | None = None  # of t_k = `SHARE`, times the class weight, where class k is there
 
     @property
     def present(self) -> Array:
         """Whether any class is there."""
-        return self.m != -np.inf
-
-    @property
-    def peak(self) -> Array:
-        """The maximum as a finite number, so that it can be subtracted; 0 where no class is there."""
-        return jnp.where(self.present, jnp.minimum(self.m, _largest(self.m)), 0)
+        return there(self.m)
 
     @property
     def log_sum(self) -> Array:
         """L."""
         return lax.log1p(self.s, accuracy=lax.AccuracyMode.HIGHEST)
-
-
-def _largest(x: Array) -> float:
-    return float(jnp.finfo(x.dtype).max)
 
 
 def lift(part: State, m: Array) -> State:
@@ -78,7 +74,8 @@ def lift(part: State, m: Array) -> State:
 
     return part._replace(
         s=weight * e,
-        h=None if part.h is None else part.h * e + weight * (jnp.minimum(rise, _largest(m)) * e),
+        squares=None if part.squares is None else (part.squares + 1) * (e * e),
+        h=None if part.h is None else part.h * e + weight * (jnp.minimum(rise, float(jnp.finfo(m.dtype).max)) * e),
         given=lifted(part.given),
         uniform=lifted(part.uniform),
     )
@@ -105,7 +102,8 @@ def nothing(like: State) -> State:
     """The state of no class, with which any state meets unchanged: numbers of the dtypes of a state's."""
     zero = jax.tree.map(lambda x: np.zeros((), x.dtype), like)
     most = None if like.prediction is None else np.int32(np.iinfo(np.int32).max)
-    return zero._replace(m=zero.m - np.inf, s=zero.s - 1, prediction=most)
+    squares = None if like.squares is None else zero.squares - 1
+    return zero._replace(m=zero.m - np.inf, s=zero.s - 1, squares=squares, prediction=most)
 
 
 def meet_devices(state: State, axis_name: AxisName) -> State:
@@ -117,9 +115,9 @@ def meet_devices(state: State, axis_name: AxisName) -> State:
     prediction = state.prediction
     if prediction is not None:
         prediction = lax.pmin(jnp.where(top, prediction, np.iinfo(np.int32).max), axis_name)
-    s = total.s + (tops - 1)  # all tops but one
+    s, squares = (None if v is None else v + (tops - 1) for v in (total.s, total.squares))  # all tops but one
     # Not every network's maximum keeps NaN.
-    return total._replace(m=jnp.where(jnp.isnan(s), jnp.nan, m), s=s, prediction=prediction)
+    return total._replace(m=jnp.where(jnp.isnan(s), jnp.nan, m), s=s, squares=squares, prediction=prediction)
 
 
 class Block(NamedTuple):
@@ -137,6 +135,7 @@ class Ask(NamedTuple):
     """What is asked of a row beside what comes with its logits."""
 
     entropy: bool = False
+    squares: bool = False
     prediction: bool = False
     uniform: bool = False
     rest: bool = False  # of the targets
@@ -153,9 +152,9 @@ def there(x: Array) -> Array:
 
 
 def targets_of(block: Block, ask: Ask, dtype: np.dtype) -> tuple[Array | None, Array | None]:
-    """The targets given and the uniform ones, of each class: 1 where it is there. Both times the weights of the classes."""
+    """The targets given and the uniform ones, of each class that is there. Both times the weights of the classes."""
     given = None if block.targets is None else block.targets.astype(dtype)
-    uniform = there(block.x).astype(dtype) if ask.uniform else None
+    uniform = SHARE * there(block.x).astype(dtype) if ask.uniform else None
     if block.weights is not None:
         weights = jnp.broadcast_to(block.weights.astype(dtype), block.x.shape)
         given, uniform = (None if t is None else t * weights for t in (given, uniform))
@@ -178,11 +177,12 @@ def leaves(block: Block, ask: Ask, dtype: np.dtype) -> State:
     return State(
         m=x,
         s=zero,
+        squares=zero if ask.squares else None,
         h=zero if ask.entropy else None,
         label=label,
         label_weight=label_weight,
         prediction=block.places if ask.prediction else None,
-        count=there(x).astype(dtype) if ask.uniform and block.weights is not None else None,
+        count=SHARE * there(x).astype(dtype) if ask.uniform and block.weights is not None else None,
         given=given,
         uniform=uniform,
     )

@@ -159,20 +159,26 @@ def test_a_masked_row_may_hold_soft_labels_of_any_kind() -> None:
         assert np.all(by_labels[1] == 0) and np.all(np.isfinite(by_labels))
 
 
-@pytest.mark.parametrize("shape", [(1, 4), (4,), (3, 1), (3, 4), ()])
-def test_masks_broadcast_to_the_logits(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(1, 4), (3, 1), (3, 4), (1, 1)])
+def test_a_mask_with_the_axes_of_the_logits_broadcasts_to_them(shape: tuple[int, ...]) -> None:
     x = RNG.normal(size=(3, 4)).astype("float32")
     mask = np.arange(np.prod(shape, dtype=int)).reshape(shape) != 1
     got = jaxce.entropy_with_logits(x, where=mask)
     np.testing.assert_allclose(got, helpers.plain_entropy_with_logits(x, where=mask), rtol=1e-6)
+    assert jnp.array_equal(got, jaxce.entropy_with_logits(x, where=mask.astype("int32") * 3))
 
 
-def test_a_square_mask_of_the_batch_shape_masks_rows() -> None:
-    """A [K] mask of [K, K] logits has the batch's shape, and masks rows: the rule that the docstring gives."""
+def test_a_mask_with_the_axes_of_the_batch_masks_rows() -> None:
+    """Also of [K, K] logits, where classes might have been meant; and what broadcasts to neither says how to mask classes."""
     x, mask = RNG.normal(size=(4, 4)).astype("float32"), np.array([True, True, False, True])
     assert np.asarray(jaxce.entropy_with_logits(x, where=mask))[2] == 0
     got = np.asarray(jaxce.entropy_with_logits(x, where=mask[None]))
     np.testing.assert_allclose(got, helpers.plain_entropy_with_logits(x[:, mask]), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"where\[None\]"):
+        jaxce.entropy_with_logits(x[:3], where=mask)
+    for shape in ((), (1,), (1, 4, 4), (2, 4)):
+        with pytest.raises(ValueError, match="where must have the batch shape"):
+            jaxce.entropy_with_logits(x, where=np.ones(shape, bool))
 
 
 # --- infinities and NaN ---

@@ -219,7 +219,7 @@ def test_a_confident_row_keeps_its_digits() -> None:
 
 MASKS = {
     "rows": np.array([True, False, True]),
-    "classes": np.arange(V) % 4 != 1,
+    "classes": np.arange(V)[None] % 4 != 1,
     "entries": np.random.default_rng(3).uniform(size=(N, V)) < 0.6,
     "entries, one row empty": (np.random.default_rng(3).uniform(size=(N, V)) < 0.6) & (np.arange(N) != 1)[:, None],
     "a column": np.array([[True], [False], [True]]),
@@ -256,7 +256,7 @@ def test_a_masked_class_may_hold_anything() -> None:
     a = arguments()
     a["kernel"] = a["kernel"].at[:, 5].set(jnp.nan)
     a["bias"] = a["bias"].at[5].set(jnp.nan)
-    where = jnp.arange(V) != 5
+    where = jnp.arange(V)[None] != 5
 
     def loss(a: Any) -> jax.Array:
         return jnp.sum(integer(linear(a, block_size=4), LABELS, where=where))
@@ -476,7 +476,7 @@ def test_no_array_of_all_logits(mode: str, class_axis: int) -> None:
 
     def loss(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
         x = jaxce.LinearLogits(hidden, kernel, class_axis=class_axis, block_size=BLOCK)
-        where = jnp.arange(CLASSES) > 3
+        where = jnp.arange(CLASSES)[None] > 3
         return jnp.sum(sum(jaxce.softmax_statistics(x, labels, where=where)[:3]))
 
     gradient = jax.grad(loss, (0, 1))
