@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from jaxce import _mesh
-from jaxce._state import SHARE, Ask, Block, State, Targets, leaves, meet_all, targets_of
+from jaxce._state import SHARE, Ask, Block, State, Targets, before, leaves, meet_all, targets_of
 
 _FEW = 32
 """Up to so many classes go through the reduction with several operands."""
@@ -39,10 +40,36 @@ def over_classes(block: Block, ask: Ask, dtype: np.dtype, strips: int = 1) -> St
     def reduction(block: Block) -> State:
         return meet_all(leaves(block, ask, dtype))
 
-    *batch, classes = block.x.shape
-    if classes <= _FEW or strips > 1 or _mesh.devices() > 1 or not math.prod(batch):
+    if not _has_sums(block, strips):
         return reduction(block)
     return lax.platform_dependent(block, cpu=lambda block: _from_sums(block, ask, dtype), default=reduction)
+
+
+def rank(block: Block, label: Array, dtype: np.dtype, strips: int = 1) -> Array:
+    """How many classes of a block come before the label, whose logit is given."""
+
+    def count(block: Block, label: Array) -> Array:
+        return jnp.sum(before(block, label, dtype), -1, dtype=jnp.int32)
+
+    if not _has_sums(block, strips):
+        return count(block, label)
+    return lax.platform_dependent(block, label, cpu=lambda block, label: _rank_from_sum(block, label, dtype), default=count)
+
+
+def _has_sums(block: Block, strips: int) -> bool:
+    """Whether plain sums are possible and fast."""
+    *batch, classes = block.x.shape
+    return classes > _FEW and strips == 1 and _mesh.devices() == 1 and math.prod(batch) > 0
+
+
+def sums(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The sums of arrays over their last axis, without derivatives: a single reduction, but on a CPU."""
+
+    def reduction(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+        zeros = tuple(np.zeros((), x.dtype) for x in arrays)
+        return tuple(lax.reduce(arrays, zeros, lambda a, b: tuple(map(jnp.add, a, b)), (arrays[0].ndim - 1,)))
+
+    return lax.platform_dependent(arrays, cpu=lambda arrays: tuple(jnp.sum(x, -1) for x in arrays), default=reduction)
 
 
 def reread(x: Any) -> Any:
@@ -61,7 +88,7 @@ class _Sums:
     def __init__(self, peak: Array) -> None:
         self.peak = self.last = peak
 
-    def __call__(self, term: Callable[..., Array], *arrays: Array, constants: tuple[float, ...] = ()) -> Array:
+    def __call__(self, term: Callable[..., Array], *arrays: Array, constants: tuple[ArrayLike, ...] = ()) -> Array:
         """The sums of term(values of the classes, peak, constants)."""
         rows = self.peak, *(jnp.full_like(self.peak, c) for c in constants)
         # With the last sum, so that no two of the barriers are the same.
@@ -117,6 +144,23 @@ def _there(x: Array, _: Array, one: Array, least: Array, quarter: Array) -> Arra
 def _gap_there(x: Array, peak: Array, one: Array, least: Array, quarter: Array, most: Array, share: Array) -> Array:
     """t g of a uniform target t where a class is there, else 0."""
     return share * jnp.minimum(most, peak - jnp.minimum(peak, x)) * _there(x, peak, one, least, quarter)
+
+
+def _before(x: Array, label: Array, y: Array, steep: Array, one: Array, zero: Array, quarter: Array, most: Array) -> Array:
+    """1 of a class that comes before the label, else 0; quarters tell the largest numbers from the infinities."""
+    ahead = y - lax.broadcasted_iota(y.dtype, x.shape, 1)
+    lower, other = jnp.maximum(zero, jnp.minimum(one, ahead)), jnp.minimum(one, jnp.abs(ahead))
+    x, label = (jnp.maximum(zero - most, jnp.minimum(most, quarter * v)) for v in (x, label))
+    # The difference counts for at least 1, unless it is 0.
+    return jnp.maximum(zero, jnp.minimum(other, steep * (x - label) + lower))
+
+
+def _rank_from_sum(block: Block, label: Array, dtype: np.dtype) -> Array:
+    most, tiny = float(jnp.finfo(dtype).max), float(jnp.finfo(dtype).tiny)
+    y = (block.labels - block.first).astype(dtype).reshape(-1)
+    x = block.x.reshape(y.size, block.x.shape[-1])
+    count = _Sums(label.reshape(-1))(_before, x, constants=(y, 1 / tiny, 1.0, 0.0, 0.25, 0.3 * most))
+    return count.astype(jnp.int32).reshape(label.shape)
 
 
 def _from_sums(block: Block, ask: Ask, dtype: np.dtype) -> State:

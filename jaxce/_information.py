@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from jaxce import _checks, _terms
 from jaxce._checks import Axis, compiled
 from jaxce._logits import AnyLogits, LinearLogits, ShardedLogits
-from jaxce._measures import Term, replaced, sum_of_terms
+from jaxce._measures import Slopes, Term, replaced, sum_of_terms
 from jaxce._mesh import on_each_device
 from jaxce._rules import custom_jvp
 from jaxce._statistics import read_logits
@@ -335,9 +335,15 @@ def differential_entropy(
 
 
 def _sum_of_terms(
-    function: str, p_logits: AnyLogits, q_logits: AnyLogits, axis: Axis, where: ArrayLike | None, term: Term
+    function: str,
+    p_logits: AnyLogits,
+    q_logits: AnyLogits,
+    axis: Axis,
+    where: ArrayLike | None,
+    *terms: Term,
+    slopes: Slopes | None = None,
 ) -> tuple[Any, tuple[Array, ...]]:
-    """sum_k term(log p_k, p_k, log q_k, q_k, log p_k - log q_k), and in which rows of each any class is there."""
+    """sum_k term(log p_k, p_k, log q_k, q_k, log p_k - log q_k) of each, and in which rows of either any class is there."""
     given = {"p_logits": p_logits, "q_logits": q_logits}
     blocks = LinearLogits | ShardedLogits
     arrays = {n: x if isinstance(x, blocks) else _checks.floating(function, n, x) for n, x in given.items()}
@@ -352,7 +358,7 @@ def _sum_of_terms(
     read = [read_logits(function, n, x, axis, where, p, q) for n, x in arrays.items()]
     size, strips = min(z.spec.size for z in read), max(z.spec.strips for z in read)
     specs = tuple(z.spec._replace(size=size, strips=strips) for z in read)
-    return sum_of_terms(term, specs, tuple(z.inputs for z in read))
+    return sum_of_terms(terms, specs, tuple(z.inputs for z in read), slopes=slopes)
 
 
 @compiled("axis", "base")
@@ -392,6 +398,11 @@ def entropy_with_logits(
     return _in_base(z.measure("entropy")[0]["entropy"], log_base)
 
 
+def _cross_entropy_slopes(total: Array) -> tuple[Array, float]:
+    """The sums of -p log q, and of -p."""
+    return total, -1.0
+
+
 @compiled("axis", "base")
 @on_each_device("batch")
 def cross_entropy_with_logits(
@@ -426,12 +437,18 @@ def cross_entropy_with_logits(
     """
     name = "cross_entropy_with_logits"
     log_base = _checks.log_base(name, base)
-    value, (p_there, q_there) = _sum_of_terms(name, p_logits, q_logits, axis, where, _terms.neg_x_log_y_of_logs)
+    (value,), (p_there, q_there) = _sum_of_terms(name, p_logits, q_logits, axis, where, _terms.neg_x_log_y_of_logs, slopes=_cross_entropy_slopes)
     return _in_base(jnp.where(p_there & q_there, value, 0), log_base)
 
 
-def _relative_entropy_terms(*logs: Array) -> tuple[Array, Array]:
-    return _terms.bregman_of_logs(*logs), _terms.change_of_logs(*logs)
+def _off(total: Array, drift: Array) -> Array:
+    """By how much all of log p - log q are off, of the sums of the terms and of p log(p/q). It counts where p is near q."""
+    return jnp.where(total < 0.01, drift - total, 0)
+
+
+def _divergence_slopes(total: Array, drift: Array) -> tuple[Array, Array]:
+    """The sums of p log(p/q), and of q - p, which is 0 but for what is off."""
+    return replaced(drift, total), replaced(-_off(total, drift), jnp.zeros_like(total))
 
 
 @compiled("axis", "base")
@@ -469,15 +486,11 @@ def relative_entropy_with_logits(
     """
     name = "relative_entropy_with_logits"
     log_base = _checks.log_base(name, base)
-    (total, change), (p_there, q_there) = _sum_of_terms(name, p_logits, q_logits, axis, where, _relative_entropy_terms)
-    # The sum of p - q is 0 but for the rounding by which all log p - log q are off: which enters as its square.
-    shift = jnp.log1p(change)
-    value = replaced(jnp.maximum(total * jnp.exp(-shift) - shift * shift / 2, 0), total)
+    terms = _terms.bregman_of_logs, _terms.drift_of_logs
+    (total, drift), (p_there, q_there) = _sum_of_terms(name, p_logits, q_logits, axis, where, *terms, slopes=_divergence_slopes)
+    # What all log p - log q are off by enters as its square.
+    value = replaced(jnp.maximum(total - _off(total, drift) ** 2 / 2, 0), total)
     return _in_base(jnp.where(p_there, jnp.where(q_there, value, jnp.inf), 0), log_base)
-
-
-def _jensen_shannon_terms(*logs: Array) -> tuple[Array, Array]:
-    return _terms.jensen_shannon_of_logs(*logs), _terms.change_of_logs(*logs)
 
 
 @compiled("axis", "base")
@@ -514,7 +527,8 @@ def jensen_shannon_divergence_with_logits(
     """
     name = "jensen_shannon_divergence_with_logits"
     log_base = _checks.log_base(name, base)
-    (total, change), there = _sum_of_terms(name, p_logits, q_logits, axis, where, _jensen_shannon_terms)
-    shift = jnp.log1p(change)
-    value = replaced(jnp.maximum(total - shift * shift / 8, 0), total)
+    terms = _terms.jensen_shannon_of_logs, _terms.drift_of_logs
+    (total, drift), there = _sum_of_terms(name, p_logits, q_logits, axis, where, *terms)
+    # As in relative_entropy_with_logits, which near q is four times this.
+    value = replaced(jnp.maximum(total - _off(4 * total, drift) ** 2 / 8, 0), total)
     return _in_base(jnp.where(there[0] & there[1], value, 0), log_base)

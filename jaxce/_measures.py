@@ -17,7 +17,7 @@ coefficients are functions of the logits that have derivatives, so all orders an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ import numpy as np
 from jax import Array
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
-from jaxce import _mesh
+from jaxce import _cpu, _mesh
 from jaxce._passes import Inputs, Spec, add_up, along, block_of, by_rows, logits_of, state_of
 from jaxce._rules import custom_jvp
 from jaxce._state import Ask, State, beside, targets_of, there
@@ -56,17 +56,18 @@ class Row(NamedTuple):
     """What the probabilities of a row's classes are made of: constants, and two numbers of which only the derivatives count."""
 
     present: Array
-    m: Array  # 0 where no class is there
+    m: Array
     log_sum: Array
-    share: Array  # of the top class
+    share: Array  # of the top class, 0 where no class is there
+    others: Array  # that of all other classes
     log_normalizer: Array
     top: Array
 
 
 def row_of(values: Values, state: State) -> Row:
     """The row of measured logits."""
-    m = jnp.where(state.present, state.m, 0)
-    return Row(state.present, m, state.log_sum, 1 / (1 + state.s), values["log_normalizer"], values["top"])
+    share, others = jnp.where(state.present, 1 / (1 + state.s), 0), state.s / (1 + state.s)
+    return Row(state.present, state.m, state.log_sum, share, others, values["log_normalizer"], values["top"])
 
 
 def _gap(x: Array, row: Row) -> Array:
@@ -77,7 +78,7 @@ def _gap(x: Array, row: Row) -> Array:
 
 @custom_jvp
 def log_probability(x: Array, row: Row) -> Array:
-    """log softmax(x) = -(g + L), -inf where a class isn't there."""
+    """log softmax(x) = -(g + L), -inf where a class isn't there but others are."""
     return -(_gap(x, row) + beside(row.log_sum, x))
 
 
@@ -104,17 +105,17 @@ def _(primals: Any, tangents: Any) -> Any:
 
 @custom_jvp
 def log_ratio(x: Array, row: Row, y: Array, other: Row) -> Array:
-    """log p - log q, large but finite where only one is there, 0 where neither is.
+    """log p - log q: large but finite where only one is there, anything finite where neither is.
 
-    The logits' own difference comes first: it is not rounded where they are nearly equal. In quarters no difference overflows.
+    The logits' own difference comes first: it is not rounded where they are nearly equal. Eighths, so that none overflows.
     """
-    log_p, log_q = log_probability(x, row), log_probability(y, other)
-    shift = beside(row.m / 4 - other.m / 4, x), beside(row.log_sum - other.log_sum, x)
-    finite = beside(jnp.isfinite(row.m) & jnp.isfinite(other.m), x)
-    delta = jnp.where(finite, 4 * ((x / 4 - y / 4) - shift[0]) - shift[1], log_p - log_q)
     most = float(jnp.finfo(x.dtype).max) / 8
-    in_p, in_q = there(log_p), there(log_q)
-    return jnp.where(in_p & in_q, jnp.clip(delta, -most, most), jnp.where(in_p, most, jnp.where(in_q, -most, 0)))
+
+    def eighth(x: Array) -> Array:
+        return jnp.clip(x / 8, -most, most)
+
+    shift = beside(eighth(row.m) - eighth(other.m), x), beside(row.log_sum - other.log_sum, x)
+    return jnp.clip(8 * ((eighth(x) - eighth(y)) - shift[0]) - shift[1], -most, most)
 
 
 @log_ratio.defjvp
@@ -199,7 +200,7 @@ def _tangents(spec: Spec, names: tuple[str, ...], parts: Any, dparts: Any, rows:
     row = row_of(values, state)
     log_p, p = log_probability(x, row), probability(x, row)
     likely = p > 0.5
-    others = of_row(state.s / (1 + state.s))  # 1 - p of the top class
+    others = of_row(row.others)
     ask = Ask(uniform="uniform" in names or "total uniform" in names)
 
     def targets(part: Inputs) -> Values:
@@ -248,23 +249,32 @@ def _tangents(spec: Spec, names: tuple[str, ...], parts: Any, dparts: Any, rows:
 # --------------------------------------------------------------------------------------------------- sums over the classes
 
 
-Term = Callable[..., Any]
+Term = Callable[..., Array]
 """Of log p and p of a softmax, or of log p, p, log q, q and log p - log q of two; then of targets, if any, and of options."""
 
 
-def sum_of_terms(term: Term, specs: tuple[Spec, ...], inputs: tuple[Inputs, ...], *options: Array) -> tuple[Any, tuple[Array, ...]]:
-    """sum_k term(log p_k, p_k, ...), and in which rows any class is there.
+Slopes = Callable[..., tuple[Any, Any]]
+"""Of the sums of all terms, to what the derivatives of the first by log p, and those by log q, add up to."""
 
-    A class that isn't there has log p of -inf, but in a row that has none, where it is 0.
+
+def sum_of_terms(
+    terms: tuple[Term, ...],
+    specs: tuple[Spec, ...],
+    inputs: tuple[Inputs, ...],
+    *options: Array,
+    slopes: Slopes | None = None,
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """sum_k term(log p_k, p_k, ...) of each term, of which the first has derivatives, and in which rows any class is there.
+
+    A class that isn't there has log p of -inf and p of 0; a row that has none has p of 0.
     """
 
-    def whole(*inputs: Inputs) -> tuple[Any, tuple[Array, ...]]:
-        inputs = tuple(_widened(spec, i) for spec, i in zip(specs, inputs, strict=True))
+    def whole(*inputs: Inputs) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         rows = []
         for spec, i in zip(specs, inputs, strict=True):
             logits = {n: x for n, x in i.items() if n not in ("targets", "labels", "weights")}
             rows.append(row_of(*_measure(spec, ("log_normalizer", "top"), logits)))
-        return _sum_of_terms(term, specs, inputs, tuple(rows), options), tuple(row.present for row in rows)
+        return _sum_of_terms(1, terms, specs, slopes, inputs, tuple(rows), options), tuple(row.present for row in rows)
 
     return by_rows(max(spec.chunks for spec in specs), inputs, whole)
 
@@ -274,57 +284,94 @@ def _widened(spec: Spec, inputs: Inputs) -> Inputs:
     return inputs | {n: x.astype(spec.dtype) for n, x in inputs.items() if n == "array"}
 
 
-@partial(custom_jvp, nondiff_argnums=(0, 1))
-def _sum_of_terms(term: Term, specs: tuple[Spec, ...], inputs: Any, rows: Any, options: Any) -> Any:
-    def step(parts: Any, _: Any, rows: Any, start: Any) -> Any:
-        return _terms(term, *_classes(specs, parts, start), *rows)
+@partial(custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _sum_of_terms(
+    count: int, terms: tuple[Term, ...], specs: tuple[Spec, ...], slopes: Slopes | None, inputs: Any, rows: Any, options: Any
+) -> tuple[Array, ...]:
+    """With derivatives of the first ``count``, by the inputs; those by the rows are among them."""
+
+    def step(parts: Any, _: Any, known: Any, start: Any) -> tuple[Array, ...]:
+        blocks = [block_of(spec, part, start) for spec, part in zip(specs, parts, strict=True)]
+        args = _arguments(specs[0].dtype, [b.x for b in blocks], [b.targets for b in blocks], *known)
+        return _cpu.sums(tuple(term(*args) for term in terms))
 
     return add_up(specs, inputs, ({},) * len(inputs), (rows, options), step)
 
 
-def _classes(specs: tuple[Spec, ...], parts: tuple[Inputs, ...], start: Any) -> tuple[Any, Any]:
-    """Logits and targets of a block."""
-    blocks = [block_of(spec, part, start) for spec, part in zip(specs, parts, strict=True)]
-    dtype = specs[0].dtype
-    return tuple(b.x.astype(dtype) for b in blocks), tuple(b.targets.astype(dtype) for b in blocks if b.targets is not None)
-
-
-def _terms(term: Term, xs: Any, ts: Any, rows: Any, options: Any) -> Any:
-    known: list[Array] = []
-    for x, row in zip(xs, rows, strict=True):
-        present = beside(row.present, x)
-        known += [jnp.where(present, log_probability(x, row), 0), jnp.where(present, probability(x, row), 1)]
+def _arguments(dtype: np.dtype, xs: Any, targets: Any, rows: Any, options: Any) -> list[Array]:
+    """The arguments of a term."""
+    xs = [x.astype(dtype) for x in xs]
+    known = [f(x, row) for x, row in zip(xs, rows, strict=True) for f in (log_probability, probability)]
     if len(xs) == 2:
         known.append(log_ratio(xs[0], rows[0], xs[1], rows[1]))
-    terms = term(*known, *ts, *(beside(option, xs[0]) for option in options))
-    return jax.tree.map(lambda t: jnp.sum(t, -1), terms)
+    return [*known, *(t.astype(dtype) for t in targets if t is not None), *(beside(option, xs[0]) for option in options)]
 
 
 @partial(_sum_of_terms.defjvp, symbolic_zeros=True)
-def _(term: Term, specs: tuple[Spec, ...], primals: Any, tangents: Any) -> Any:
-    inputs, *known = primals
+def _(count: int, terms: tuple[Term, ...], specs: tuple[Spec, ...], slopes: Slopes | None, primals: Any, tangents: Any) -> Any:
+    r"""The coefficient of dx_k is the derivative by log p_k, f_k, less p_k F with F the sum of all f.
+
+    For a class with over half of the probability it is f_k (1 - p_k) - p_k (F - f_k), where less cancels.
+    """
+    inputs, rows, options = primals
     dinputs = tuple({n: t for n, t in d.items() if not isinstance(t, SymbolicZero)} for d in tangents[0])
-    dknown = dict(enumerate(jax.tree.leaves(tangents[1:], is_leaf=lambda t: isinstance(t, SymbolicZero))))
-    dknown = {i: t for i, t in dknown.items() if not isinstance(t, SymbolicZero)}
+    doptions = [None if isinstance(t, SymbolicZero) else t for t in tangents[2]]
+    sides = [i for i, d in enumerate(dinputs) if any(n in LOGITS for n in d)]
+    pairs = [(side, partial(_slope, term, len(specs), side)) for term in terms[:count] for side in sides]
+    more = () if slopes else tuple(slope for _, slope in pairs)
+    sums = _sum_of_terms(count + len(more), (*terms[:count], *more, *terms[count:]), specs, slopes, *primals)
+    of_slopes, sums = sums[count : count + len(more)], (*sums[:count], *sums[count + len(more) :])
+    if slopes:
+        of_slopes = [jnp.broadcast_to(slopes(*sums)[side], sums[0].shape) for side in sides]
 
-    def step(parts: Any, dparts: Any, rows: Any, start: Any) -> Any:
-        (known, dknown), tree = rows, jax.tree.structure(rows[0])
+    def step(parts: Any, dparts: Any, known: Any, start: Any) -> tuple[Array, ...]:
+        rows, options, doptions, of_slopes = known
+        read = [along(partial(logits_of, s), p, d, *LOGITS) for s, p, d in zip(specs, parts, dparts, strict=True)]
 
-        def terms(dparts: Any, dknown: dict[int, Array]) -> Any:
-            classes = _classes(specs, tuple(p | v for p, v in zip(parts, dparts, strict=True)), start)
-            leaves = [dknown.get(i, leaf) for i, leaf in enumerate(jax.tree.leaves(known))]
-            return _terms(term, *classes, *tree.unflatten(leaves))
+        def targets(spec: Spec, x: Array, part: Inputs) -> Array | None:
+            return block_of(spec, part, start, x).targets
 
-        varying = tuple({n: p[n] for n in d} for p, d in zip(parts, dparts, strict=True))
-        some = {i: leaf for i, leaf in enumerate(jax.tree.leaves(known)) if i in dknown}
-        return jax.jvp(terms, (varying, some), (dparts, dknown))[1]
+        weighed = [
+            along(partial(targets, s, x), p, d, "targets")
+            for s, p, d, (x, _) in zip(specs, parts, dparts, read, strict=True)
+        ]
+        args = _arguments(specs[0].dtype, [x for x, _ in read], [t for t, _ in weighed], rows, options)
+        others = [dt for t, dt in weighed if t is not None] + [None if d is None else beside(d, args[0]) for d in doptions]
+        varying = {len(args) - len(others) + i: d.astype(args[0].dtype) for i, d in enumerate(others) if d is not None}
 
-    return _sum_of_terms(term, specs, *primals), add_up(specs, inputs, dinputs, (known, dknown), step)
+        none = jnp.zeros(args[0].shape[:-1], args[0].dtype)
+        total = [jnp.sum(_derivative(term, args, varying), -1) if varying else none for term in terms[:count]]
+        for i, (side, slope) in enumerate(pairs):
+            p, f = args[2 * side + 1], slope(*args)
+            all_f, others = (beside(v, p) for v in (of_slopes[i], rows[side].others))
+            coefficient = f - p * all_f
+            coefficient = replaced(jnp.where(p > 0.5, f * others - p * (all_f - f), coefficient), coefficient)
+            total[i // len(sides)] += jnp.sum(coefficient * read[side][1].astype(p.dtype), -1)
+        return tuple(total)
+
+    out = add_up(specs, inputs, dinputs, (rows, options, doptions, of_slopes), step)
+    return sums, (*out, *(zero_from_primal(x, symbolic_zeros=True) for x in sums[count:]))
+
+
+def _slope(term: Term, count: int, side: int, *args: Array) -> Array:
+    """The derivative of a term by log p or, of the other side, log q."""
+    one = jnp.ones_like(args[0])
+    along = {2 * side: one, 2 * side + 1: args[2 * side + 1]}
+    return _derivative(term, args, along if count == 1 else along | {4: -one if side else one})
+
+
+def _derivative(term: Term, args: Sequence[Array], tangents: dict[int, Array]) -> Array:
+    """That of a term along some of its arguments."""
+
+    def of(some: dict[int, Array]) -> Array:
+        return term(*(some.get(i, x) for i, x in enumerate(args)))
+
+    return jax.jvp(of, ({i: args[i] for i in tangents},), (tangents,))[1]
 
 
 def log_probabilities(spec: Spec, inputs: Inputs) -> Array:
     """log p of all classes of an array, -inf where one isn't there."""
     inputs = _widened(spec, inputs)
     values, state = measure(spec, inputs, ("log_normalizer", "top"))
-    x = logits_of(spec, inputs)
-    return log_probability(*_mesh.vary((x, row_of(values, state)), _mesh.varying(x, values)))
+    x, row = _mesh.vary((logits_of(spec, inputs), row_of(values, state)), _mesh.varying(inputs, values))
+    return jnp.where(there(x), log_probability(x, row), -np.inf)

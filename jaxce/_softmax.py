@@ -283,7 +283,7 @@ def _by_label_dtype(
         value = z.measure(name := "nll" if integer else "given")[0][name]
         return value if option is None else loss(value, jnp.asarray(option).astype(z.dtype))
     option = jnp.asarray(option).astype(z.dtype)
-    total, (present,) = sum_of_terms(partial(_of_targets, loss), (z.spec,), (z.inputs,), option)
+    (total,), (present,) = sum_of_terms((partial(_of_targets, loss),), (z.spec,), (z.inputs,), option)
     return jnp.where(present, total, 0)
 
 

@@ -115,7 +115,8 @@ def meet_devices(state: State, axis_name: AxisName) -> State:
     prediction = state.prediction
     if prediction is not None:
         prediction = lax.pmin(jnp.where(top, prediction, np.iinfo(np.int32).max), axis_name)
-    s, squares = (None if v is None else v + (tops - 1) for v in (total.s, total.squares))  # all tops but one
+    s = total.s + (tops - 1)  # all tops but one
+    squares = None if total.squares is None else total.squares + (tops - 1)
     # Not every network's maximum keeps NaN.
     return total._replace(m=jnp.where(jnp.isnan(s), jnp.nan, m), s=s, squares=squares, prediction=prediction)
 
@@ -159,6 +160,14 @@ def targets_of(block: Block, ask: Ask, dtype: np.dtype) -> tuple[Array | None, A
         weights = jnp.broadcast_to(block.weights.astype(dtype), block.x.shape)
         given, uniform = (None if t is None else t * weights for t in (given, uniform))
     return given, uniform
+
+
+def before(block: Block, label: Array, dtype: np.dtype) -> Array:
+    """Whether a class comes before the label, whose logit is given: a larger one, and of equal ones the first."""
+    x, place = block.x.astype(dtype), block.places
+    label, y = beside(label, x), beside(block.labels, x)
+    # The label itself doesn't, even if its logit was rounded otherwise in another pass.
+    return jnp.where(place < y, x >= label, x > label) & (place != y)
 
 
 def leaves(block: Block, ask: Ask, dtype: np.dtype) -> State:

@@ -5,10 +5,9 @@ there, of probability 0 in both distributions, has the value 0 and the derivativ
 
 .. math:: b(p, q) = p \log\frac pq - p + q \ge 0 .
 
-With :math:`s = (p - q) / (p + q)` it is :math:`\frac{(p - q)^2}{p + q} \left(1 + s (1 + s) A(s^2)\right)`,
-:math:`A(u) = \frac13 + \frac u5 + \frac{u^2}7 + \dots`, and with :math:`\delta = \log p - \log q` it is :math:`q\, \varphi(\delta)`,
-:math:`\varphi(d) = e^d (d - 1) + 1 = d^2 \left(\frac12 + \frac d3 + \frac{d^2}8 + \dots\right)`; so nearly equal
-probabilities lose nothing.
+With :math:`\delta = \log p - \log q` it is :math:`p (e^{-\delta} + \delta - 1) = p \delta^2 \left(\frac12 - \frac\delta6 +
+\frac{\delta^2}{24} - \dots\right)`, and with :math:`s = (p - q) / (p + q)` it is :math:`\delta = 2 \operatorname{atanh} s =
+2 s \left(1 + \frac{s^2}3 + \frac{s^4}5 + \dots\right)`; so nearly equal probabilities lose nothing.
 """
 
 from __future__ import annotations
@@ -36,9 +35,8 @@ def scale(coefficient: Array, tangent: Array) -> Array:
 
     Multiplied in two steps by finite numbers, so it stays linear in the tangent and its transpose has the same property.
     """
-    infinite = jnp.isinf(coefficient)
-    once = jnp.where(infinite, jnp.sign(lax.stop_gradient(coefficient)) * largest(coefficient), coefficient)
-    return (tangent * once) * jnp.where(infinite, largest(coefficient), 1).astype(once.dtype)
+    most = largest(coefficient)
+    return (tangent * jnp.clip(coefficient, -most, most)) * jnp.where(jnp.isinf(coefficient), most, 1).astype(coefficient.dtype)
 
 
 def log1p(x: Array) -> Array:
@@ -54,12 +52,16 @@ def polynomial(coefficients: Sequence[float], x: Array) -> Array:
     return total
 
 
-def _rule(function: Callable[..., Any], slopes: Callable[..., tuple[Array | None, ...]]) -> None:
+def _rule(
+    function: Callable[..., Any],
+    slopes: Callable[..., tuple[Array | None, ...]],
+    times: Callable[[Array, Array], Array] = scale,
+) -> None:
     """Gives a function its derivative by each argument; None of one that only says another more exactly."""
 
     def jvp(primals: Any, tangents: Any) -> Any:
         pairs = zip(slopes(*primals), tangents, strict=True)
-        terms = [scale(c, t) for c, t in pairs if c is not None and not isinstance(t, SymbolicZero)]
+        terms = [times(c, t) for c, t in pairs if c is not None and not isinstance(t, SymbolicZero)]
         out = function(*primals)
         return out, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(out)
 
@@ -118,23 +120,22 @@ _rule(neg_x_log_not_y, _neg_x_log_not_y_slopes)
 # ------------------------------------------------------------------------------------------ of two, from probabilities
 
 
-def _near(p: Array, q: Array) -> tuple[Array, Array, Array]:
-    """Whether p and q are within a factor of 2; there s = (p - q) / (p + q) and s^2 A(s^2), elsewhere 0."""
-    both = p + q
-    near = 3 * jnp.abs(p - q) < both
-    s = jnp.where(near, p - q, 0) / jnp.where(near, both, 1)
-    count = 8 if p.dtype.itemsize == 4 else 17
-    return near, s, (s * s) * polynomial([1 / (2 * k + 3) for k in range(count)], s * s)
+def _spread(p: Array, q: Array) -> Array:
+    """s = (p - q) / (p + q), 0 where both are 0."""
+    return (p - q) / jnp.maximum(p + q, float(jnp.finfo(p.dtype).tiny))
+
+
+def _atanh_rest(s: Array) -> Array:
+    """atanh(s) / s - 1 = s^2 A(s^2), for |s| <= 1/3."""
+    return s * s * polynomial([1 / (2 * k + 3) for k in range(8 if s.dtype.itemsize == 4 else 17)], s * s)
 
 
 @custom_jvp
 def log_ratio(p: Array, q: Array) -> Array:
     """log(p / q), 0 where both are 0. d/dp = 1 / p, d/dq = -1 / q."""
-    near, s, series = _near(p, q)
-    ratio = p / jnp.where(q == 0, 1, q)
-    direct = (ratio >= float(jnp.finfo(p.dtype).tiny)) & (ratio < jnp.inf) & (q != 0)
-    far = jnp.where(direct, jnp.log(ratio), jnp.log(p) - jnp.log(q))
-    return jnp.where((p == 0) & (q == 0), 0, jnp.where(near, 2 * s * (1 + series), far))
+    s = _spread(p, q)
+    far = 2 * jnp.log(jnp.sqrt(p) / jnp.sqrt(q))  # a quotient of roots neither overflows nor underflows
+    return jnp.where(jnp.abs(s) <= 1 / 3, 2 * s * (1 + _atanh_rest(s)), far)
 
 
 def _log_ratio_slopes(p: Array, q: Array) -> tuple[Array, Array]:
@@ -145,20 +146,22 @@ def _log_ratio_slopes(p: Array, q: Array) -> tuple[Array, Array]:
 _rule(log_ratio, _log_ratio_slopes)
 
 
+def _bregman(p: Array, q: Array, delta: Array) -> Array:
+    """p delta - p + q, where delta is log(p/q), large but finite where p is 0."""
+    near = jnp.abs(delta) < 1
+    count = 10 if p.dtype.itemsize == 4 else 17
+    gap = delta * delta * polynomial([(-1) ** k / math.factorial(k + 2) for k in range(count)], delta)
+    return jnp.where(near, p * gap, p * delta - (p - q))
+
+
 @custom_jvp
 def bregman(p: Array, q: Array) -> Array:
     """p log(p/q) - p + q >= 0: q at p = 0, and +inf at q = 0 < p. d/dp = log(p/q), d/dq = 1 - p/q."""
-    near, s, series = _near(p, q)
-    close = (p - q) * (s + (1 + s) * series)
-    far = p * jnp.where(p == 0, 0, log_ratio(p, q)) - (p - q)
-    return jnp.where(near, close, far)
+    return _bregman(p, q, jnp.maximum(log_ratio(p, q), -largest(p)))
 
 
-def _bregman_slopes(p: Array, q: Array) -> tuple[Array, Array]:
-    return log_ratio(p, q), jnp.where((p == 0) & (q == 0), 0, (q - p) / jnp.where((p == 0) & (q == 0), 1, q))
-
-
-_rule(bregman, _bregman_slopes)
+# The other way round, or XLA on a GPU would keep what the value and its derivative have in common.
+_rule(bregman, lambda p, q: (-log_ratio(q, p), jnp.where(p == q, 0, (q - p) / q)))
 
 
 def _entropy_gap(s: Array) -> Array:
@@ -169,32 +172,22 @@ def _entropy_gap(s: Array) -> Array:
 
 def _logs_to_mean(p: Array, q: Array) -> tuple[Array, Array]:
     """log(p/m) and log(q/m) with m = (p + q) / 2; 0 where both are 0."""
-    both = p + q
-    empty = both == 0
-    s = (p - q) / jnp.where(empty, 1, both)
+    s, m = _spread(p, q), (p + q) / 2
     near = jnp.abs(s) < 0.5
-    twice = tuple(2 * x / jnp.where(empty, 1, both) for x in (p, q))
-    logs = tuple(jnp.log(jnp.where(near, 1, ratio)) for ratio in twice)
-    a, b = (jnp.where(near, log1p(jnp.where(near, x, 0)), log) for x, log in zip((s, -s), logs, strict=True))
-    return jnp.where(empty, 0, a), jnp.where(empty, 0, b)
+    small = jnp.where(near, s, 0)
+    a, b = (jnp.where(near, log1p(t), jnp.log(jnp.where(near, 1, x / m))) for t, x in ((small, p), (-small, q)))
+    return a, b
 
 
 @custom_jvp
 def jensen_shannon(p: Array, q: Array) -> Array:
     """(b(p, m) + b(q, m)) / 2 >= 0 with m = (p + q) / 2. d/dp = log(p/m) / 2, d/dq = log(q/m) / 2."""
-    s = (p - q) / jnp.where(p + q == 0, 1, p + q)
-    near = jnp.abs(s) < 0.5
-    a, b = _logs_to_mean(p, q)
-    far = (p * jnp.where(p == 0, 0, a) + q * jnp.where(q == 0, 0, b)) / 2
-    return jnp.where(near, (p + q) / 2 * _entropy_gap(jnp.where(near, s, 0)), far)
+    s, m = _spread(p, q), (p + q) / 2
+    far = (x * jnp.maximum(jnp.log(x / m), -largest(x)) for x in (p, q))
+    return jnp.where(jnp.abs(s) < 0.5, m * _entropy_gap(s), sum(far) / 2)
 
 
-def _jensen_shannon_slopes(p: Array, q: Array) -> tuple[Array, Array]:
-    a, b = _logs_to_mean(p, q)
-    return a / 2, b / 2
-
-
-_rule(jensen_shannon, _jensen_shannon_slopes)
+_rule(jensen_shannon, lambda p, q: tuple(log / 2 for log in _logs_to_mean(p, q)))
 
 
 # -------------------------------------------------------------------------------------- of two, from log-probabilities
@@ -202,36 +195,23 @@ _rule(jensen_shannon, _jensen_shannon_slopes)
 # Where only one of the two is there, delta is large but finite, and 0 where neither is.
 
 
-def _exp_gap(d: Array) -> Array:
-    """exp(d) (d - 1) + 1 = d^2 (1/2 + d/3 + d^2/8 + ...), for |d| <= 1."""
-    count = 12 if d.dtype.itemsize == 4 else 19
-    return d * d * polynomial([(k - 1) / math.factorial(k) for k in range(2, 2 + count)], d)
-
-
-def _change(p: Array, q: Array, delta: Array) -> Array:
-    """p - q."""
-    near = jnp.abs(delta) < 1
-    return jnp.where(near, q * jnp.expm1(jnp.where(near, delta, 0)), p - q)
-
-
 @custom_jvp
 def bregman_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
     """p log(p/q) - p + q >= 0: q where p isn't there, +inf where q alone isn't. d/dlog p = p log(p/q), d/dlog q = q - p."""
-    near = jnp.abs(delta) < 1
-    value = jnp.where(near, q * _exp_gap(jnp.where(near, delta, 0)), p * delta - (p - q))
-    return jnp.where((log_q == -np.inf) & (log_p != -np.inf), jnp.inf, value)
+    return jnp.where((log_q == -np.inf) & (log_p != -np.inf), jnp.inf, _bregman(p, q, delta))
 
 
 def _bregman_of_logs_slopes(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> tuple[Array | None, ...]:
-    return p * delta, None, -_change(p, q, delta), None, None
+    change = -(p + q) * jnp.tanh(delta / 2)  # q - p
+    return p * delta, None, change, None, None
 
 
-_rule(bregman_of_logs, _bregman_of_logs_slopes)
+_rule(bregman_of_logs, _bregman_of_logs_slopes, jnp.multiply)
 
 
-def change_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
-    """p - q, whose sum says by how much all of log p - log q are off. It has no derivative."""
-    return _change(*lax.stop_gradient((p, q, delta)))
+def drift_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
+    """p log(p/q), whose sum is the divergence and a number by which all of log p - log q may be off."""
+    return p * delta
 
 
 def _logs_to_mean_of(delta: Array) -> tuple[Array, Array]:
@@ -255,13 +235,13 @@ def _jensen_shannon_of_logs_slopes(log_p: Array, p: Array, log_q: Array, q: Arra
     return p * a / 2, None, q * b / 2, None, None
 
 
-_rule(jensen_shannon_of_logs, _jensen_shannon_of_logs_slopes)
+_rule(jensen_shannon_of_logs, _jensen_shannon_of_logs_slopes, jnp.multiply)
 
 
 @custom_jvp
 def neg_x_log_y_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
     """-p log q, 0 where p isn't there. d/dlog p = -p log q, d/dlog q = -p."""
-    return p * jnp.where(log_p == -np.inf, 0, -log_q)
+    return p * jnp.where(p == 0, 0, -log_q)
 
 
-_rule(neg_x_log_y_of_logs, lambda *logs: (neg_x_log_y_of_logs(*logs), None, -logs[1], None, None))
+_rule(neg_x_log_y_of_logs, lambda *logs: (neg_x_log_y_of_logs(*logs), None, -logs[1], None, None), jnp.multiply)

@@ -10,15 +10,16 @@ float32: counts are exact to 2^48, and how the data is split changes a sum by le
 sizes, hence the result by no more than its last digit. That is for given terms: XLA may round an example's own loss in
 another way when it compiles for another batch shape.
 
-A metric can be the carry of ``lax.scan``, goes through ``jax.jit`` and, over models, through ``jax.vmap``, and inside
-``shard_map`` ``metric.psum(axis_name)`` is that of all devices' examples, where `ShardedLogits` may take the place of
-logits: their metric is that of all classes. In a ``clu``-style loop write
-``metrics = metrics.merge(Evaluation.from_batch(logits, labels))``; in Flax NNX hold ``metric = nnx.Variable(
+A metric can be the carry of ``lax.scan``, goes through ``jax.jit`` (and may be donated) and, over models, through
+``jax.vmap``, and inside ``shard_map`` ``metric.psum(axis_name)`` is that of all devices' examples. In a ``clu``-style loop
+write ``metrics = metrics.merge(Evaluation.from_batch(logits, labels))``; in Flax NNX hold ``metric = nnx.Variable(
 Evaluation.empty())`` and write ``metric.set_value(metric.get_value().update(logits, labels))``.
 
-Classes are on the last axis. ``weights`` say how much an example counts; ``where`` says which take part. What has weight
-0 is selected away, so that NaN in padding leaves no trace; NaN, or an invalid label, in a row that counts makes the
-result NaN. Nothing at all has the mean 0, the perplexity 1 and the calibration error 0.
+Logits are an array with the classes on its last axis, `LinearLogits`, or inside ``shard_map`` `ShardedLogits`, whose
+metric is that of all classes. They are read once, and once more for a top-k accuracy. ``weights`` say how much an example
+counts; ``where`` says which examples take part or, with as many axes as the logits, which of their entries. What has weight
+0, or no class, is selected away, so that NaN in padding leaves no trace; NaN, or an invalid label, in a row that counts
+makes the result NaN. Nothing at all has the mean 0, the perplexity 1 and the calibration error 0.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +35,14 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxce import _checks, _mesh, _numerics
+from jaxce import _checks, _cpu
 from jaxce._checks import AxisName, compiled
-from jaxce._logits import ShardedLogits
-from jaxce._statistics import log_softmax, softmax_statistics
+from jaxce._logits import AnyLogits
+from jaxce._measures import measure, replaced, sum_of_terms
+from jaxce._mesh import on_each_device
+from jaxce._passes import Inputs, Spec, add_up, block_of, by_rows
+from jaxce._state import Ask, State
+from jaxce._statistics import read_logits
 
 _M = TypeVar("_M", bound="Metric")
 
@@ -59,34 +63,55 @@ class Sum:
     @classmethod
     def empty(cls, dtype: DTypeLike, bins: int | None = None) -> Sum:
         """Of nothing; one for each of ``bins``."""
-        return cls(*[jnp.zeros(() if bins is None else bins, dtype)] * 2)
+        shape = () if bins is None else (bins,)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     @classmethod
     def of(cls, terms: Array, bins: int | None = None) -> Sum:
         """The sum over all axes, or over all but the last if there are ``bins`` there."""
-        flat = terms.reshape(-1) if bins is None else terms.reshape(-1, bins).T
-        return cls(*_numerics.sum_pairs(flat, jnp.zeros_like(flat)))
-
-    @property
-    def pair(self) -> _numerics.Pair:
-        """As a pair of `_numerics`."""
-        return self.hi, self.lo
+        return _sums(terms, axes=terms.ndim - (bins is not None))[0]
 
     def plus(self, other: Sum) -> Sum:
         """The sum of both."""
-        plain = self.hi + other.hi
-        finite = jnp.isfinite(plain)  # of infinities there is nothing left over
-        hi, lo = _numerics.add(self.pair, other.pair)
-        return Sum(jnp.where(finite, hi, plain), jnp.where(finite, lo, 0))
+        return _settled(_plus(self, other))
 
     def psum(self, axis_name: AxisName) -> Sum:
         """The sum over mapped axes. Every device's pair is sent to all, in a place of its own, so that none is rounded."""
-        here = jnp.arange(lax.psum(1, axis_name)) == lax.axis_index(axis_name)
+        devices = lax.psum(1, axis_name)
+        here = (jnp.arange(devices) == lax.axis_index(axis_name)).reshape(devices, *[1] * self.hi.ndim)
+        return _reduce([lax.psum(jax.tree.map(lambda x: jnp.where(here, x, 0), self), axis_name)], 1)[0]
 
-        def everywhere(x: Array) -> Array:
-            return lax.psum(jnp.where(here, jnp.expand_dims(x, -1), 0), axis_name)
+    @property
+    def _rounded(self) -> Array:
+        return self.hi + self.lo
 
-        return Sum(*_numerics.sum_pairs(everywhere(self.hi), everywhere(self.lo)))
+
+def _plus(a: Sum, b: Sum) -> Sum:
+    """The sum of both: what its hi has rounded away (Knuth's two-sum) is in its lo."""
+    hi = a.hi + b.hi
+    t = hi - a.hi
+    return Sum(hi, (a.lo + b.lo) + ((a.hi - (hi - t)) + (b.hi - t)))
+
+
+def _settled(s: Sum) -> Sum:
+    """The same sum with all in hi that it can hold; of infinities there is nothing left over."""
+    zero, finite = jnp.zeros_like(s.hi), jnp.isfinite(s.hi)
+    t = _plus(Sum(s.hi, zero), Sum(s.lo, zero))
+    return Sum(jnp.where(finite, t.hi, s.hi), jnp.where(finite, t.lo, 0))
+
+
+def _reduce(sums: list[Sum], axes: int) -> list[Sum]:
+    """Sums over the first axes of several arrays of them, of one shape, in a single reduction."""
+    zeros = jax.tree.map(lambda x: np.zeros((), x.dtype), sums)
+    dims = tuple(range(axes))
+    totals = lax.reduce(lax.stop_gradient(sums), zeros, lambda a, b: list(map(_plus, a, b)), dims)
+    plain = (jnp.sum(s.hi, dims) for s in sums)  # has a derivative, as such a reduction has not
+    return [Sum(replaced(t.hi, p), t.lo) for t, p in zip(map(_settled, totals), plain, strict=True)]
+
+
+def _sums(*terms: Array, axes: int) -> list[Sum]:
+    """The sums of each of the terms over the first axes."""
+    return _reduce([Sum(t, jnp.zeros_like(t)) for t in terms], axes)
 
 
 class Metric:
@@ -146,8 +171,8 @@ def _row_weights(function: str, shape: tuple[int, ...], dtype: Any, weights: Any
 
 
 def _weighted(values: Array, weights: Array) -> Array:
-    """The product, 0 where the weight is."""
-    return _numerics.times(jnp.where(weights == 0, 0, values), weights)
+    """The product, rounded before it is added to anything, and 0 where the weight is."""
+    return jnp.where(weights == 0, 0, values * weights)
 
 
 # ---------------------------------------------------------------------------------------------------- means
@@ -158,28 +183,21 @@ class _Ratio(Metric):
     total: Sum
     weight: Sum
 
-    def _mean(self) -> _numerics.Pair:
-        none = self.weight.hi == 0
-        weight = _numerics.select(none, _numerics.single(jnp.ones_like(self.weight.hi)), self.weight.pair)
-        hi, lo = _numerics.divide(self.total.pair, weight)
-        infinite = ~jnp.isfinite(hi)
-        return jnp.where(none, 0, hi), jnp.where(none | infinite, 0, lo)
-
     @compiled()
     def compute(self) -> Array:
         """The mean; 0 where nothing counts."""
-        hi, lo = self._mean()
-        return hi + lo
+        weight = self.weight._rounded
+        return jnp.where(weight == 0, 0, self.total._rounded / jnp.where(weight == 0, 1, weight))
 
 
 _ratio = functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "weight"], meta_fields=[])
 
 
 @compiled()
-def _mean_of(values: ArrayLike, weights: ArrayLike | None, where: ArrayLike | None) -> tuple[Sum, Sum]:
+def _mean_of(values: ArrayLike, weights: ArrayLike | None, where: ArrayLike | None) -> list[Sum]:
     (x,) = _checks.upcast(_checks.floating("Mean", "values", values))
     w = _row_weights("Mean", x.shape, x.dtype, weights, where)
-    return Sum.of(_weighted(x, w)), Sum.of(w)
+    return _sums(_weighted(x, w), w, axes=x.ndim)
 
 
 @_ratio
@@ -221,11 +239,11 @@ class Perplexity(_Ratio):
 
 
 @compiled()
-def _per_unit(nll: ArrayLike, units: ArrayLike, weights: ArrayLike | None, where: ArrayLike | None) -> tuple[Sum, Sum]:
+def _per_unit(nll: ArrayLike, units: ArrayLike, weights: ArrayLike | None, where: ArrayLike | None) -> list[Sum]:
     (x,) = _checks.upcast(_checks.floating("BitsPer", "nll", nll))
     w = _row_weights("BitsPer", x.shape, x.dtype, weights, where)
     n = _per_example("BitsPer", "units", units, x.shape, x.dtype)
-    return Sum.of(_weighted(x, w)), Sum.of(_weighted(n, w))
+    return _sums(_weighted(x, w), _weighted(n, w), axes=x.ndim)
 
 
 @_ratio
@@ -248,68 +266,110 @@ class BitsPer(_Ratio):
     @compiled()
     def compute(self) -> Array:
         """The bits per unit."""
-        return _numerics.in_units(self._mean(), math.log(2))
+        return super().compute() / math.log(2)
 
 
 # ---------------------------------------------------------------------------------------------------- classification
 
 
 class _Rows(NamedTuple):
-    """A batch, example by example."""
+    """A batch, example by example. What isn't asked for is None."""
 
+    present: Array  # whether any class is there
     nll: Array
-    weights: Array
-    correct: Array  # 1 or 0; NaN where the loss is NaN, as it is for an invalid label
-    prediction: Array
+    correct: Array  # 1 or 0
+    confidence: Array  # the probability of the prediction
+    brier: Array | None
+    top: Array | None  # 1 where the label is among the k largest logits, else 0
 
 
-def _rows(function: str, logits: Any, labels: ArrayLike, weights: Any, where: Any) -> _Rows:
-    statistics = softmax_statistics(logits, labels)
-    nll = statistics.nll
-    assert nll is not None
-    w = _row_weights(function, nll.shape, nll.dtype, weights, where)
-    correct = (statistics.prediction == jnp.asarray(labels).astype(jnp.int32)).astype(nll.dtype)
-    return _Rows(nll, w, _unless_nan(nll, correct), statistics.prediction)
+def _rows(
+    function: str, logits: Any, labels: Any, weights: Any, where: Any, k: int | None = None, brier: bool = False
+) -> tuple[_Rows, Array]:
+    """The examples and their weights."""
+    rows = _examples(logits, labels, -1, where, function, k, brier)
+    return rows, jnp.where(rows.present, _per_example(function, "weights", weights, rows.nll.shape, rows.nll.dtype), 0)
 
 
-def _unless_nan(nll: Array, values: Array) -> Array:
-    return jnp.where(jnp.isnan(nll), nll, values)
+@on_each_device("batch")
+def _examples(logits: Any, labels: Any, axis: int, where: Any, function: str, k: int | None, brier: bool) -> _Rows:
+    z = read_logits(function, "logits", logits, axis, where).with_labels(function, labels)
+    spec = z.spec._replace(chunks=1, ask=Ask(prediction=True, squares=brier))
+    return by_rows(z.spec.chunks, (z.inputs,), functools.partial(_rows_of, spec, k))
 
 
-def _per_class(function: str, logits: Any) -> tuple[Array, Array, Callable[[Array], Array]]:
-    """Each class's logit and place, and the sum over the classes: all of them, or a device's part of sharded ones."""
-    sharded = isinstance(logits, ShardedLogits)
-    x = logits.logits if sharded else _checks.floating(function, "logits", logits)
-    places = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-    if not sharded:
-        return x, places, lambda terms: jnp.sum(terms, -1)
-    first = _mesh.index(function, logits.axis_name) * x.shape[-1]
-    return x, first + places, lambda terms: lax.psum(jnp.sum(terms, -1), logits.axis_name)
+def _rows_of(spec: Spec, k: int | None, inputs: Inputs) -> _Rows:
+    values, state = measure(spec, inputs, ("nll",))
+    correct = (state.prediction == inputs["labels"]).astype(spec.dtype)
+    # From the state, with the derivatives of what says the same and is computed for nothing else.
+    top = measure(spec, inputs | {"labels": state.prediction}, ("nll",))[0]["nll"]
+    confidence = replaced(1 / (1 + state.s), jnp.exp(-top))
+    brier = None
+    if spec.ask.squares:
+        (squares,), _ = sum_of_terms((lambda _, p: p * p,), (spec,), (inputs,))
+        brier = replaced(_brier(state), squares - 2 * jnp.exp(-values["nll"]))
+    in_top = None if k is None else (_rank(spec, inputs, state.label) < k).astype(spec.dtype)
+    return _Rows(state.present, values["nll"], correct, confidence, brier, in_top)
 
 
-def _in_top(function: str, logits: Any, labels: Array, k: int) -> Array:
-    """Whether the label is among the k largest; of equal logits the first are."""
-    x, places, total = _per_class(function, logits)
-    label = labels[..., None].astype(jnp.int32)
-    at_label = total(jnp.where(places == label, x, 0))[..., None]
-    return total(((x > at_label) | (x == at_label) & (places < label)).astype(jnp.int32)) < k
+def _brier(state: State) -> Array:
+    """(1 - p_y)^2 and the squares of all other probabilities: sums of terms that aren't negative, over (1 + s)^2."""
+    e = jnp.where(state.label == state.m, 1, jnp.exp(state.label - state.m))
+    error, others = (1 - e) + state.s, (1 - e) * (1 + e) + state.squares
+    return (error * error + others) / jnp.square(1 + state.s)
 
 
-def _brier(function: str, logits: Any, labels: Array, nll: Array) -> Array:
-    """(1 - p_y)^2 and the squares of all other probabilities."""
-    _, places, total = _per_class(function, logits)
-    others = jnp.where(places == labels[..., None].astype(jnp.int32), 0, jnp.exp(log_softmax(logits)))
-    return _unless_nan(nll, jnp.square(jnp.expm1(-nll)) + total(jnp.square(others)))
+def _rank(spec: Spec, inputs: Inputs, label: Array) -> Array:
+    """How many classes come before the label, whose logit is given."""
+
+    def step(parts: Any, _: Any, label: Any, start: Any) -> Array:
+        return _cpu.rank(block_of(spec, parts[0], start), label, spec.dtype, spec.strips)
+
+    inputs = {name: lax.stop_gradient(x) for name, x in inputs.items() if name != "rows"}  # others don't count anyway
+    return add_up((spec,), (inputs,), ({},), label, step)
 
 
-@compiled()
-def _accuracy(logits: ArrayLike, labels: ArrayLike, weights: Any, where: Any) -> tuple[Sum, Sum]:
-    rows = _rows("Accuracy", logits, labels, weights, where)
-    return Sum.of(_weighted(rows.correct, rows.weights)), Sum.of(rows.weights)
+def _totals(rows: _Rows, w: Array, *values: Array, bins: int | None = None) -> list[Sum]:
+    """The sums of the values and, last, of the weights, of all examples, or in each of as many bins of confidence.
+
+    Those of values are NaN if a loss that counts is, as it is for an invalid label.
+    """
+    terms = [*(_weighted(v, w) for v in values), w]
+    if bins is not None:
+        place = jnp.clip(jnp.ceil(rows.confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
+        inside = place[..., None] == lax.broadcasted_iota(jnp.int32, (*w.shape, bins), w.ndim)
+        terms = [jnp.where(inside, t[..., None], 0) for t in terms]
+    *totals, weight = _sums(*terms, axes=w.ndim)
+    bad = jnp.any(jnp.isnan(rows.nll) & (w != 0))
+    return [*(Sum(jnp.where(bad, jnp.nan, t.hi), t.lo) for t in totals), weight]
+
+
+@compiled("name", "of", "k")
+def _score(logits: Any, labels: Any, weights: Any, where: Any, name: str, of: str, k: int | None) -> list[Sum]:
+    rows, w = _rows(name, logits, labels, weights, where, k, of == "brier")
+    return _totals(rows, w, getattr(rows, of))
+
+
+class _Score(_Ratio):
+    _of: ClassVar[str]  # the number of the rows that is averaged
+
+    @classmethod
+    def from_batch(
+        cls: type[_S],
+        logits: AnyLogits,
+        labels: ArrayLike,
+        weights: ArrayLike | None = None,
+        where: ArrayLike | None = None,
+    ) -> _S:
+        """Logits [..., classes] and labels [...], weights as labels, where as labels or logits."""
+        return cls(*_score(logits, labels, weights, where, cls.__name__, cls._of, None))
+
+
+_S = TypeVar("_S", bound=_Score)
 
 
 @_ratio
-class Accuracy(_Ratio):
+class Accuracy(_Score):
     """The weighted share of examples whose label has the largest logit, the first of several; 0 of nothing.
 
     >>> import jax.numpy as jnp
@@ -319,24 +379,12 @@ class Accuracy(_Ratio):
     0.5
     """
 
-    @classmethod
-    def from_batch(
-        cls, logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None
-    ) -> Accuracy:
-        """Logits [..., classes] and labels [...], weights and where as labels."""
-        return cls(*_accuracy(logits, labels, weights, where))
-
-
-@compiled("k")
-def _top_k(logits: ArrayLike, labels: ArrayLike, weights: Any, where: Any, k: int) -> tuple[Sum, Sum]:
-    rows = _rows("TopKAccuracy", logits, labels, weights, where)
-    top = _in_top("TopKAccuracy", logits, jnp.asarray(labels), k).astype(rows.nll.dtype)
-    return Sum.of(_weighted(_unless_nan(rows.nll, top), rows.weights)), Sum.of(rows.weights)
+    _of = "correct"
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "weight"], meta_fields=["k"])
 @dataclasses.dataclass(frozen=True)
-class TopKAccuracy(_Ratio):
+class TopKAccuracy(_Score):
     """The weighted share of examples whose label is among the k largest logits; of equal ones the first are.
 
     >>> import jax.numpy as jnp
@@ -345,41 +393,34 @@ class TopKAccuracy(_Ratio):
     0.5
     """
 
+    _of = "top"
     k: int = 5
 
     @classmethod
     def empty(cls, *, k: int = 5, dtype: DTypeLike = jnp.float32) -> TopKAccuracy:
         """The metric of no data."""
-        zero = Sum.empty(dtype)
-        return cls(zero, zero, _checks.positive_integer("TopKAccuracy", "k", k))
+        return cls(Sum.empty(dtype), Sum.empty(dtype), _checks.positive_integer("TopKAccuracy", "k", k))
 
     @classmethod
     def from_batch(
         cls,
-        logits: ArrayLike,
+        logits: AnyLogits,
         labels: ArrayLike,
         weights: ArrayLike | None = None,
         where: ArrayLike | None = None,
         *,
         k: int = 5,
     ) -> TopKAccuracy:
-        """Logits [..., classes] and labels [...], weights and where as labels."""
+        """Logits [..., classes] and labels [...], weights as labels, where as labels or logits."""
         k = _checks.positive_integer("TopKAccuracy", "k", k)
-        return cls(*_top_k(logits, labels, weights, where, k), k)
+        return cls(*_score(logits, labels, weights, where, cls.__name__, cls._of, k), k=k)
 
     def _options(self) -> dict[str, Any]:
         return {"k": self.k}
 
 
-@compiled()
-def _brier_of(logits: ArrayLike, labels: ArrayLike, weights: Any, where: Any) -> tuple[Sum, Sum]:
-    rows = _rows("Brier", logits, labels, weights, where)
-    score = _brier("Brier", logits, jnp.asarray(labels), rows.nll)
-    return Sum.of(_weighted(score, rows.weights)), Sum.of(rows.weights)
-
-
 @_ratio
-class Brier(_Ratio):
+class Brier(_Score):
     """The Brier score: the mean of the sum over classes of (p_k - [k is the label])^2, between 0 and 2; 0 of nothing.
 
     >>> import jax.numpy as jnp
@@ -390,12 +431,7 @@ class Brier(_Ratio):
     Source: Brier, "Verification of Forecasts Expressed in Terms of Probability", Monthly Weather Review 78 (1950).
     """
 
-    @classmethod
-    def from_batch(
-        cls, logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None
-    ) -> Brier:
-        """Logits [..., classes] and labels [...], weights and where as labels."""
-        return cls(*_brier_of(logits, labels, weights, where))
+    _of = "brier"
 
 
 # ---------------------------------------------------------------------------------------------------- calibration
@@ -414,25 +450,10 @@ class ReliabilityCurve(NamedTuple):
     """Weight of the examples in each bin, [bins]."""
 
 
-def _bin_sums(logits: Any, rows: _Rows, bins: int) -> tuple[Sum, Sum, Sum]:
-    confidence = jnp.exp(-_nll_of(logits, rows.prediction))
-    confidence = _unless_nan(rows.nll, confidence)
-    place = jnp.ceil(jnp.where(jnp.isnan(confidence), 0, confidence) * bins).astype(jnp.int32) - 1
-    mine = jnp.clip(place, 0, bins - 1)[..., None] == np.arange(bins, dtype=np.int32).reshape((1,) * place.ndim + (-1,))
-    weights = jnp.where(mine, rows.weights[..., None], 0)
-    parts = (_weighted(confidence[..., None], weights), _weighted(rows.correct[..., None], weights), weights)
-    return tuple(Sum.of(part, bins) for part in parts)  # type: ignore[return-value]
-
-
-def _nll_of(logits: Any, labels: Array) -> Array:
-    nll = softmax_statistics(logits, labels).nll
-    assert nll is not None
-    return nll
-
-
 @compiled("bins")
-def _calibration(logits: Any, labels: ArrayLike, weights: Any, where: Any, bins: int) -> tuple[Sum, Sum, Sum]:
-    return _bin_sums(logits, _rows("Calibration", logits, labels, weights, where), bins)
+def _calibration(logits: Any, labels: ArrayLike, weights: Any, where: Any, bins: int) -> list[Sum]:
+    rows, w = _rows("Calibration", logits, labels, weights, where)
+    return _totals(rows, w, rows.confidence, rows.correct, bins=bins)
 
 
 @functools.partial(
@@ -462,22 +483,21 @@ class Calibration(Metric):
     def empty(cls, *, bins: int = 15, dtype: DTypeLike = jnp.float32) -> Calibration:
         """The metric of no data."""
         bins = _checks.positive_integer("Calibration", "bins", bins)
-        zeros = Sum.empty(dtype, bins)
-        return cls(zeros, zeros, zeros, bins)
+        return cls(*(Sum.empty(dtype, bins) for _ in range(3)), bins=bins)
 
     @classmethod
     def from_batch(
         cls,
-        logits: ArrayLike,
+        logits: AnyLogits,
         labels: ArrayLike,
         weights: ArrayLike | None = None,
         where: ArrayLike | None = None,
         *,
         bins: int = 15,
     ) -> Calibration:
-        """Logits [..., classes] and labels [...], weights and where as labels."""
+        """Logits [..., classes] and labels [...], weights as labels, where as labels or logits."""
         bins = _checks.positive_integer("Calibration", "bins", bins)
-        return cls(*_calibration(logits, labels, weights, where, bins), bins)
+        return cls(*_calibration(logits, labels, weights, where, bins), bins=bins)
 
     def _options(self) -> dict[str, Any]:
         return {"bins": self.bins}
@@ -485,14 +505,14 @@ class Calibration(Metric):
     @compiled()
     def compute(self) -> Array:
         """The expected calibration error."""
-        gap, rest = _numerics.add(self.correct.pair, _numerics.negate(self.confidence.pair))
-        return Mean(Sum.of(jnp.abs(gap + rest)), Sum(*_numerics.sum_pairs(*self.weight.pair))).compute()
+        gap = (self.correct.hi - self.confidence.hi) + (self.correct.lo - self.confidence.lo)
+        return Mean(*_sums(jnp.abs(gap), self.weight._rounded, axes=1)).compute()
 
     def curve(self) -> ReliabilityCurve:
         """The bins, ready to plot."""
         edges = jnp.linspace(0, 1, self.bins + 1, dtype=self.weight.hi.dtype)
         confidence, accuracy = Mean(self.confidence, self.weight), Mean(self.correct, self.weight)
-        return ReliabilityCurve(edges, confidence.compute(), accuracy.compute(), self.weight.hi + self.weight.lo)
+        return ReliabilityCurve(edges, confidence.compute(), accuracy.compute(), self.weight._rounded)
 
 
 # ---------------------------------------------------------------------------------------------------- all of them
@@ -526,25 +546,20 @@ class _Options(NamedTuple):
 
 
 def _options_of(k: int, bins: int, per_class: bool) -> _Options:
-    return _Options(_checks.positive_integer("Evaluation", "k", k), _checks.positive_integer("Evaluation", "bins", bins), bool(per_class))
+    k, bins = (_checks.positive_integer("Evaluation", name, n) for name, n in (("k", k), ("bins", bins)))
+    return _Options(k, bins, bool(per_class))
 
 
 @compiled("options")
 def _evaluate(logits: Any, labels: ArrayLike, weights: Any, where: Any, units: Any, options: _Options) -> Evaluation:
-    rows = _rows("Evaluation", logits, labels, weights, where)
-    nll, w = rows.nll, rows.weights
-    n = _per_example("Evaluation", "units", units, nll.shape, nll.dtype)
-
-    def total(values: Array) -> Sum:
-        return Sum.of(_weighted(values, w))
-
-    top = brier = None
-    if options.per_class:
-        y = jnp.asarray(labels)
-        top = total(_unless_nan(nll, _in_top("Evaluation", logits, y, options.k).astype(nll.dtype)))
-        brier = total(_brier("Evaluation", logits, y, nll))
-    bins = Calibration(*_bin_sums(logits, rows, options.bins), options.bins)
-    return Evaluation(total(nll), Sum.of(w), total(n), total(rows.correct), bins, top, brier, options)
+    k = options.k if options.per_class else None
+    rows, w = _rows("Evaluation", logits, labels, weights, where, k, brier=options.per_class)
+    n = _per_example("Evaluation", "units", units, w.shape, w.dtype)
+    asked = (values for values in (rows.top, rows.brier) if values is not None)
+    nll, n, correct, *rest, weight = _totals(rows, w, rows.nll, n, rows.correct, *asked)
+    bins = Calibration(*_totals(rows, w, rows.confidence, rows.correct, bins=options.bins), bins=options.bins)
+    top_k, brier = rest or (None, None)
+    return Evaluation(nll, weight, n, correct, bins, top_k, brier, options)
 
 
 _FIELDS = ["nll", "weight", "units", "correct", "calibration", "top_k", "brier"]
@@ -553,11 +568,7 @@ _FIELDS = ["nll", "weight", "units", "correct", "calibration", "top_k", "brier"]
 @functools.partial(jax.tree_util.register_dataclass, data_fields=_FIELDS, meta_fields=["options"])
 @dataclasses.dataclass(frozen=True)
 class Evaluation(Metric):
-    """All of the above from one pass over the logits.
-
-    The logits may be whatever `softmax_statistics` takes. Top-k accuracy and Brier score look at every class of an array;
-    ``per_class=False`` leaves them out. (The confidence is a second call of `softmax_statistics`, with the predictions
-    for labels; on an array, XLA computes what the two share once.)
+    """All of the above from two passes over the logits; ``per_class=False`` leaves out top-k accuracy and Brier score.
 
     >>> import jax.numpy as jnp
     >>> from jaxce.metrics import Evaluation
@@ -583,9 +594,10 @@ class Evaluation(Metric):
     def empty(cls, *, k: int = 5, bins: int = 15, per_class: bool = True, dtype: DTypeLike = jnp.float32) -> Evaluation:
         """The evaluation of no data."""
         options = _options_of(k, bins, per_class)
-        zero = Sum.empty(dtype)
-        rest = (zero, zero) if per_class else (None, None)
-        return cls(zero, zero, zero, zero, Calibration.empty(bins=options.bins, dtype=dtype), *rest, options)
+        nll, weight, units, correct, top_k, brier = (Sum.empty(dtype) for _ in range(6))
+        calibration = Calibration.empty(bins=options.bins, dtype=dtype)
+        rest = (top_k, brier) if per_class else (None, None)
+        return cls(nll, weight, units, correct, calibration, *rest, options)
 
     @classmethod
     def from_batch(
@@ -606,7 +618,7 @@ class Evaluation(Metric):
             logits: [..., classes].
             labels: integer classes, [...].
             weights: how much each example counts, [...]: booleans, integers or floating point.
-            where: which examples take part, [...].
+            where: which examples take part, [...], or which entries of the logits.
             units: how many bytes or characters each example stands for, [...]; 1 if not given.
             k: for the top-k accuracy.
             bins: for the calibration error.

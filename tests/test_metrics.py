@@ -17,6 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
+import jaxce
+from jaxce import _cpu
+from jaxce._state import Block
 from jaxce.metrics import (
     Accuracy,
     BitsPer,
@@ -132,6 +135,98 @@ def test_ties_go_to_the_first_class() -> None:
     close(Accuracy.from_batch(ties, jnp.arange(3)).compute(), 1 / 3)
 
 
+@pytest.mark.parametrize("classes", [7, 40, 4400])
+def test_rank_is_a_plain_count(classes: int) -> None:
+    """Of equal logits the first comes first; infinite ones and the largest finite ones are told apart."""
+    rng = np.random.default_rng(classes)
+    most = np.finfo("float32").max
+    few = np.array([-INF, -most, -1.5, -1, 0, 1e-30, 1, most, INF], "float32")
+    logits = rng.choice(few[:-1], size=(64, classes))
+    logits[::8] = rng.choice(few, size=(8, classes))
+    logits[1::8] = rng.normal(size=(8, classes)).round(1)
+    labels = rng.integers(classes, size=64).astype("int32")
+    at_label = logits[np.arange(64), labels][:, None]
+    before = (logits > at_label) | (logits == at_label) & (np.arange(classes) < labels[:, None])
+    rank = before.sum(-1)
+    for k in {1, *(rank[::20] + 1)}:
+        metric = TopKAccuracy.from_batch(logits, labels, k=int(k))
+        assert float(metric.total.hi) == np.sum(rank < k) and float(metric.weight.hi) == 64, k
+
+
+@pytest.mark.parametrize("classes", [7, 40])
+def test_a_label_does_not_come_before_itself(classes: int) -> None:
+    """Though its logit, when it is computed again, be rounded otherwise."""
+    x = jnp.linspace(1, 2, classes)[None]
+    block = Block(x, 0, jnp.arange(classes)[None], jnp.array([3]))
+    for label in (x[:, 3] * (1 - 2e-7), x[:, 3], x[:, 3] * (1 + 2e-7)):
+        assert jnp.array_equal(_cpu.rank(block, label, x.dtype), jnp.array([classes - 4]))
+
+
+@pytest.mark.parametrize("classes", [5, 40, 4400])
+def test_brier_of_confident_rows_keeps_its_digits(classes: int) -> None:
+    """1 - p is not formed from p: scores of 1e-32 are right, and those of sure and wrong rows just below 2."""
+    gaps = np.repeat([0.0, 1.0, 8.0, 20.0, 36.0], 4)
+    logits = -gaps[:, None] - np.arange(classes) % 5
+    logits[:, 3] = 2.0  # below it all others are, by at least the gap
+    logits[2::4, 0] = 2.0  # or the first attains it too
+    labels = np.where(np.arange(20) % 4 == 3, 1, 3)
+    x = logits - 2
+    s = np.exp(x).sum(-1)
+    rest = np.where(np.arange(classes) == labels[:, None], 0, np.exp(x))
+    right = (rest.sum(-1) ** 2 + (rest**2).sum(-1)) / s**2
+    for i in range(20):
+        got = Brier.from_batch(logits[i : i + 1].astype("float32"), labels[i : i + 1].astype("int32")).compute()
+        np.testing.assert_allclose(got, right[i], rtol=1e-6, err_msg=str(i))
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_linear_logits(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product by blocks of classes, and of rows, with classes masked, has the numbers of the array that it stands for."""
+    rng = np.random.default_rng(0)
+    hidden, kernel = (jnp.asarray(rng.normal(size=shape), "float32") for shape in ((N, 6), (6, K)))
+    _, labels, w, units = data()
+    linear = jaxce.LinearLogits(hidden, kernel, block_size=None if chunks > 1 else 9)
+    if chunks > 1:
+        monkeypatch.setattr("jaxce._statistics.BLOCK", N * K // chunks)
+    for where in (None, np.arange(N) % 5 > 0, np.arange(K)[None] != 3):
+        got, whole = (
+            Evaluation.from_batch(x, labels, w, where, units=units).compute() for x in (linear, hidden @ kernel)
+        )
+        same(got, whole)
+        assert got.top_k_accuracy == whole.top_k_accuracy
+
+
+def test_sharded_logits() -> None:
+    logits, labels, w, _ = data()
+    parts = jnp.stack(jnp.split(jnp.asarray(logits).at[:, 3:30].set(1.0), 4, -1))  # with many ties
+
+    def part(x: Any) -> Any:
+        return Evaluation.from_batch(jaxce.ShardedLogits(x, axis_name="model"), labels, w).compute()
+
+    whole = Evaluation.from_batch(jnp.concatenate(parts, -1), labels, w).compute()
+    results = jax.vmap(part, axis_name="model")(parts)
+    for i in range(4):
+        same(jax.tree.map(lambda leaf, i=i: leaf[i], results), whole)
+
+
+def test_derivatives() -> None:
+    """What is computed from a row's state has the derivatives of its definition."""
+    logits, labels, w, _ = data(12)
+
+    def brier(x: Any) -> Any:
+        return jnp.average(jnp.sum((jax.nn.softmax(x) - jax.nn.one_hot(labels, K)) ** 2, -1), weights=w)
+
+    def gap(x: Any) -> Any:  # with each example in a bin of its own
+        right = (jnp.argmax(x, -1) == labels).astype("float32")
+        return jnp.average(jnp.abs(right - jax.nn.softmax(x).max(-1)), weights=w)
+
+    def ours(x: Any) -> Any:
+        return Brier.from_batch(x, labels, w).compute(), Calibration.from_batch(x, labels, w, bins=10**5).compute()
+
+    for got, plain in zip(jax.jacobian(ours)(jnp.asarray(logits)), (brier, gap), strict=True):
+        np.testing.assert_allclose(got, jax.grad(plain)(jnp.asarray(logits)), rtol=1e-5, atol=1e-8)
+
+
 # --- sums -------------------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +317,23 @@ def test_padding_leaves_no_trace(by: str) -> None:
         close(getattr(got.compute(), name), value, err_msg=name)
 
 
+def test_a_mask_of_entries() -> None:
+    """Masked classes are as those of logit -inf, and a row with none left takes no part."""
+    logits, labels, w, units = data()
+    mask = np.random.default_rng(1).uniform(size=logits.shape) < 0.7
+    mask[np.arange(N), labels] = True
+    mask[5] = False
+    keep = np.arange(N) != 5
+    got = Evaluation.from_batch(logits, labels, w, mask, units=units).compute()
+    x = np.where(mask, logits, np.float32(-INF))
+    same(got, Evaluation.from_batch(x[keep], labels[keep], w[keep], units=units[keep]).compute())
+    same(got, Evaluation.from_batch(x, labels, w, units=units).compute())
+    same(
+        Accuracy.from_batch(logits, labels, w, mask[:1] | (np.arange(K) < 30)).compute(),
+        Accuracy.from_batch(np.where(mask[:1] | (np.arange(K) < 30), logits, -np.float32(INF)), labels, w).compute(),
+    )
+
+
 @pytest.mark.parametrize("bad", ["label", "logit"])
 def test_what_is_wrong_and_counts_is_seen(bad: str) -> None:
     logits, labels, *_ = data()
@@ -276,6 +388,18 @@ def test_scan() -> None:
         return end.compute()
 
     same(evaluate(batches)._replace(bits_per_unit=0.0), whole()._replace(bits_per_unit=0.0))
+
+
+@pytest.mark.parametrize("empty", [Mean.empty, TopKAccuracy.empty, Calibration.empty, Evaluation.empty])
+def test_a_metric_can_be_donated(empty: Any) -> None:
+    """No array is in it twice, at the start or after an update."""
+    logits, labels, *_ = data(4)
+    batch = (jnp.ones(4),) if empty == Mean.empty else (jnp.asarray(logits), jnp.asarray(labels))
+    step = jax.jit(lambda metric, *batch: metric.update(*batch), donate_argnums=0)
+    metric, plain = empty(), empty()
+    for _ in range(3):
+        metric, plain = step(metric, *batch), plain.update(*batch)
+    same(step(plain.update(*batch), *batch).compute(), step(step(metric, *batch), *batch).compute())
 
 
 def test_vmap_over_models() -> None:
@@ -370,8 +494,8 @@ BAD = [
     (lambda: Mean.from_batch(X, None, jnp.ones((4, 3))), TypeError, "Mean: where must be"),
     (lambda: BitsPer.from_batch(X, jnp.ones(3)), ValueError, "BitsPer: units must have"),
     (lambda: Accuracy.from_batch(X, Y, jnp.ones((4, 3))), ValueError, "Accuracy: weights must have"),
-    (lambda: Accuracy.from_batch(X, Y, where=jnp.ones((4, 3), bool)), ValueError, "Accuracy: where must have"),
-    (lambda: Accuracy.from_batch(X, Y[:2]), ValueError, "softmax_statistics: labels must have"),
+    (lambda: Accuracy.from_batch(X, Y, where=jnp.ones((2, 3), bool)), ValueError, "Accuracy: where must have"),
+    (lambda: Accuracy.from_batch(X, Y[:2]), ValueError, "Accuracy: labels must have"),
     (lambda: TopKAccuracy.from_batch(X, Y, k=0), ValueError, "TopKAccuracy: k must be a positive integer, got 0"),
     (lambda: Calibration.empty(bins=2.5), ValueError, "Calibration: bins must be a positive integer, got 2.5"),  # type: ignore[arg-type]
     (lambda: Evaluation.empty(k="a"), TypeError, "Evaluation: k must be a positive integer, got 'a'"),  # type: ignore[arg-type]
