@@ -350,6 +350,9 @@ def _(count: int, terms: tuple[Term, ...], specs: tuple[Spec, ...], slopes: Slop
         return tuple(total)
 
     out = add_up(specs, inputs, dinputs, (rows, options, doptions, of_slopes), step)
+    # The selection also keeps XLA:CPU from compiling p (v - sum p v) into one fusion, as jaxlib 0.10.2 does wrongly where p is
+    # shared by a batch of v, as it is in a Hessian.
+    out = [jnp.where(rows[0].present & rows[-1].present, t, 0) for t in out]
     return sums, (*out, *(zero_from_primal(x, symbolic_zeros=True) for x in sums[count:]))
 
 
