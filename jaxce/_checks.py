@@ -203,7 +203,9 @@ def batch_shape(shape: tuple[int, ...], class_axes: tuple[int, ...]) -> tuple[in
     return tuple(n for a, n in enumerate(shape) if a not in class_axes)
 
 
-def where_mask(function: str, where: ArrayLike, shape: tuple[int, ...], class_axes: tuple[int, ...]) -> tuple[str, Array]:
+def where_mask(
+    function: str, where: ArrayLike, shape: tuple[int, ...], class_axes: tuple[int, ...]
+) -> tuple[str, Array]:
     """``where`` as a mask of "rows", of "classes" or of "entries", with the classes last.
 
     A mask with as many axes as the batch says which rows take part, and has the batch's shape. One with as many axes as

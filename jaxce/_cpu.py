@@ -26,9 +26,8 @@ from jax.typing import ArrayLike
 from jaxce import _mesh
 from jaxce._state import SHARE, Ask, Block, State, Targets, before, leaves, meet_all, targets_of
 
-_FEW = 32
-"""Up to so many classes go through the reduction with several operands."""
-
+_FEW = 10
+"""Up to so many classes go through the reduction with several operands, which XLA:CPU unrolls for so few."""
 
 _MANY = 4096
 """From so many classes on rows are cut into blocks."""
@@ -53,7 +52,9 @@ def rank(block: Block, label: Array, dtype: np.dtype, strips: int = 1) -> Array:
 
     if not _has_sums(block, strips):
         return count(block, label)
-    return lax.platform_dependent(block, label, cpu=lambda block, label: _rank_from_sum(block, label, dtype), default=count)
+    return lax.platform_dependent(
+        block, label, cpu=lambda block, label: _rank_from_sum(block, label, dtype), default=count
+    )
 
 
 def _has_sums(block: Block, strips: int) -> bool:
@@ -146,7 +147,9 @@ def _gap_there(x: Array, peak: Array, one: Array, least: Array, quarter: Array, 
     return share * jnp.minimum(most, peak - jnp.minimum(peak, x)) * _there(x, peak, one, least, quarter)
 
 
-def _before(x: Array, label: Array, y: Array, steep: Array, one: Array, zero: Array, quarter: Array, most: Array) -> Array:
+def _before(
+    x: Array, label: Array, y: Array, steep: Array, one: Array, zero: Array, quarter: Array, most: Array
+) -> Array:
     """1 of a class that comes before the label, else 0; quarters tell the largest numbers from the infinities."""
     ahead = y - lax.broadcasted_iota(y.dtype, x.shape, 1)
     lower, other = jnp.maximum(zero, jnp.minimum(one, ahead)), jnp.minimum(one, jnp.abs(ahead))
@@ -183,7 +186,9 @@ def _from_sums(block: Block, ask: Ask, dtype: np.dtype) -> State:
         """The sum over all blocks but the one with the top; in that, the top has to be left out of the sum."""
         if blocks == 1:
             return jnp.zeros(())
-        return jnp.sum(jnp.where(np.arange(blocks)[None] == top[:, None], 0, of_blocks(*args).reshape(rows, blocks)), -1)
+        return jnp.sum(
+            jnp.where(np.arange(blocks)[None] == top[:, None], 0, of_blocks(*args).reshape(rows, blocks)), -1
+        )
 
     def take_top(values: Array) -> Array:
         return values if blocks == 1 else _take(values.reshape(rows, blocks, length), top[:, None, None], 1)[:, 0]
@@ -197,7 +202,9 @@ def _from_sums(block: Block, ask: Ask, dtype: np.dtype) -> State:
         # A selection also keeps XLA from making one loop of the two sums, which would write out what they share.
         return jnp.where(ties > 1, others + (ties - 1), others) + but_top(weight, x)
 
-    state = State(m, all_but_one(_lesser, _weight), all_but_one(_lesser_squared, _weight_squared) if ask.squares else None)
+    state = State(
+        m, all_but_one(_lesser, _weight), all_but_one(_lesser_squared, _weight_squared) if ask.squares else None
+    )
 
     def infinite(gap: Array) -> Array:
         """Gaps below an infinite maximum are infinite; they were measured from the largest number."""

@@ -437,7 +437,9 @@ def cross_entropy_with_logits(
     """
     name = "cross_entropy_with_logits"
     log_base = _checks.log_base(name, base)
-    (value,), (p_there, q_there) = _sum_of_terms(name, p_logits, q_logits, axis, where, _terms.neg_x_log_y_of_logs, slopes=_cross_entropy_slopes)
+    (value,), (p_there, q_there) = _sum_of_terms(
+        name, p_logits, q_logits, axis, where, _terms.neg_x_log_y_of_logs, slopes=_cross_entropy_slopes
+    )
     return _in_base(jnp.where(p_there & q_there, value, 0), log_base)
 
 
@@ -487,7 +489,9 @@ def relative_entropy_with_logits(
     name = "relative_entropy_with_logits"
     log_base = _checks.log_base(name, base)
     terms = _terms.bregman_of_logs, _terms.drift_of_logs
-    (total, drift), (p_there, q_there) = _sum_of_terms(name, p_logits, q_logits, axis, where, *terms, slopes=_divergence_slopes)
+    (total, drift), (p_there, q_there) = _sum_of_terms(
+        name, p_logits, q_logits, axis, where, *terms, slopes=_divergence_slopes
+    )
     # What all log p - log q are off by enters as its square.
     value = replaced(jnp.maximum(total - _off(total, drift) ** 2 / 2, 0), total)
     return _in_base(jnp.where(p_there, jnp.where(q_there, value, jnp.inf), 0), log_base)

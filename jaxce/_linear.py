@@ -110,13 +110,18 @@ def linear_cross_entropy(
 
     if class_weights is not None:
         modifiers["class_weights"] = _checks.floating(_NAME, "class_weights", class_weights)
-        _checks.same_shape(_NAME, "class_weights", modifiers["class_weights"], (logits.classes,), "one number per class")
+        _checks.same_shape(
+            _NAME, "class_weights", modifiers["class_weights"], (logits.classes,), "one number per class"
+        )
     # What a row holds that takes no part must not be multiplied by anything, even 0.
     hidden, y = jnp.where((w != 0)[..., None], logits.hidden, 0), jnp.where(w != 0, y, 0)
     fields = {name: getattr(logits, name) for name in ("kernel", "bias", "soft_cap", "temperature")}
     fields |= {"hidden": hidden.reshape(y.size, hidden.shape[-1]), "weights": w.reshape(y.size)} | modifiers
     inputs = {name: jnp.asarray(value) for name, value in fields.items() if value is not None}
-    inputs = {name: value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(logits.dtype) for name, value in inputs.items()}
+    inputs = {
+        name: value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(logits.dtype)
+        for name, value in inputs.items()
+    }
     inputs = _mesh.vary(inputs, _mesh.varying(inputs, y))
     options = _Options(chunk_size=chunk_size, class_axis=logits.class_axis, block_size=logits.block_size)
     total = _weighted_sum(options, y.reshape(y.size), inputs)

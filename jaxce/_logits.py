@@ -279,7 +279,9 @@ def product(hidden: Array, kernel: Array, class_axis: int, half: bool) -> Array:
 def _dot(hidden: Array, kernel: Array, class_axis: int, dtype: Any) -> Array:
     features = kernel.ndim - 1 if class_axis == 0 else 0
     if kernel.ndim == 2:
-        return lax.dot_general(hidden, kernel, (((hidden.ndim - 1,), (features,)), ((), ())), preferred_element_type=dtype)
+        return lax.dot_general(
+            hidden, kernel, (((hidden.ndim - 1,), (features,)), ((), ())), preferred_element_type=dtype
+        )
     axes = ((hidden.ndim - 1,), (features,)), ((0,), (0 if class_axis == 0 else 1,))
     return jnp.moveaxis(lax.dot_general(hidden, kernel, axes, preferred_element_type=dtype), 0, -2)
 
@@ -312,4 +314,3 @@ def shape_logits(x: Array, temperature: Any, soft_cap: Any) -> Array:
         cap = jnp.asarray(soft_cap).astype(x.dtype)
         x = cap * jnp.tanh(x / cap)
     return jnp.where(absent, -jnp.inf, x)
-

@@ -286,7 +286,13 @@ def _widened(spec: Spec, inputs: Inputs) -> Inputs:
 
 @partial(custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def _sum_of_terms(
-    count: int, terms: tuple[Term, ...], specs: tuple[Spec, ...], slopes: Slopes | None, inputs: Any, rows: Any, options: Any
+    count: int,
+    terms: tuple[Term, ...],
+    specs: tuple[Spec, ...],
+    slopes: Slopes | None,
+    inputs: Any,
+    rows: Any,
+    options: Any,
 ) -> tuple[Array, ...]:
     """With derivatives of the first ``count``, by the inputs; those by the rows are among them."""
 
@@ -304,11 +310,17 @@ def _arguments(dtype: np.dtype, xs: Any, targets: Any, rows: Any, options: Any) 
     known = [f(x, row) for x, row in zip(xs, rows, strict=True) for f in (log_probability, probability)]
     if len(xs) == 2:
         known.append(log_ratio(xs[0], rows[0], xs[1], rows[1]))
-    return [*known, *(t.astype(dtype) for t in targets if t is not None), *(beside(option, xs[0]) for option in options)]
+    return [
+        *known,
+        *(t.astype(dtype) for t in targets if t is not None),
+        *(beside(option, xs[0]) for option in options),
+    ]
 
 
 @partial(_sum_of_terms.defjvp, symbolic_zeros=True)
-def _(count: int, terms: tuple[Term, ...], specs: tuple[Spec, ...], slopes: Slopes | None, primals: Any, tangents: Any) -> Any:
+def _(
+    count: int, terms: tuple[Term, ...], specs: tuple[Spec, ...], slopes: Slopes | None, primals: Any, tangents: Any
+) -> Any:
     r"""The coefficient of dx_k is the derivative by log p_k, f_k, less p_k F with F the sum of all f.
 
     For a class with over half of the probability it is f_k (1 - p_k) - p_k (F - f_k), where less cancels.
@@ -336,7 +348,9 @@ def _(count: int, terms: tuple[Term, ...], specs: tuple[Spec, ...], slopes: Slop
             for s, p, d, (x, _) in zip(specs, parts, dparts, read, strict=True)
         ]
         args = _arguments(specs[0].dtype, [x for x, _ in read], [t for t, _ in weighed], rows, options)
-        others = [dt for t, dt in weighed if t is not None] + [None if d is None else beside(d, args[0]) for d in doptions]
+        others = [dt for t, dt in weighed if t is not None] + [
+            None if d is None else beside(d, args[0]) for d in doptions
+        ]
         varying = {len(args) - len(others) + i: d.astype(args[0].dtype) for i, d in enumerate(others) if d is not None}
 
         none = jnp.zeros(args[0].shape[:-1], args[0].dtype)

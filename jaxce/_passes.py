@@ -129,7 +129,9 @@ def _axes(specs: tuple[Spec, ...], *trees: Any) -> frozenset[str]:
     return _mesh.varying(trees, here)
 
 
-def _fold(spec: Spec, part: Callable[..., Any], join: Callable[..., Any], empty: Callable[..., Any], cuts: Any = ((), ())) -> Any:
+def _fold(
+    spec: Spec, part: Callable[..., Any], join: Callable[..., Any], empty: Callable[..., Any], cuts: Any = ((), ())
+) -> Any:
     """part(start, size, cut) of all blocks, joined in a loop. ``cuts`` are the stack of the equal blocks', and the rest's."""
     count, rest = divmod(spec.length, spec.size)
     stack, tail = cuts
@@ -172,7 +174,9 @@ def state_of(spec: Spec, inputs: Inputs) -> State:
 Step = Callable[[tuple[Inputs, ...], tuple[Inputs, ...], Any, Any], Any]
 
 
-def add_up(specs: tuple[Spec, ...], inputs: tuple[Inputs, ...], tangents: tuple[Inputs, ...], rows: Any, step: Step) -> Any:
+def add_up(
+    specs: tuple[Spec, ...], inputs: tuple[Inputs, ...], tangents: tuple[Inputs, ...], rows: Any, step: Step
+) -> Any:
     """The sum over blocks, strips and devices of step(parts, their tangents, rows, start), a tree of one number for each row.
 
     ``inputs`` are those of one or several kinds of logits, which are cut alike; ``tangents`` of those among them that vary, and

@@ -40,7 +40,9 @@ class custom_jvp:  # noqa: N801: used as jax.custom_jvp
         def plain(*leaves: Any) -> list[Any]:
             nonlocal out_tree
             given = iter(static), iter(tree.unflatten(leaves))
-            out, out_tree = jax.tree.flatten(self.function(*(next(given[i not in self.static]) for i in range(len(args)))))
+            out, out_tree = jax.tree.flatten(
+                self.function(*(next(given[i not in self.static]) for i in range(len(args))))
+            )
             return out
 
         def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:

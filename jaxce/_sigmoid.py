@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxce import _checks
+from jaxce import _checks, _cpu
 from jaxce._checks import NOT_NEGATIVE, SHARE, compiled
 from jaxce._rules import custom_jvp
 from jaxce._terms import scale
@@ -96,8 +96,8 @@ def _binary_cross_entropy(x: Array, t: Array) -> Array:
 
 @_binary_cross_entropy.defjvp
 def _binary_cross_entropy_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    # Behind a barrier, and cast again: else XLA would store what the loss and its gradient have in common.
-    x, t = _checks.upcast(*lax.optimization_barrier(primals))
+    # Read and cast again: else XLA:CPU would store what the loss and its gradient have in common.
+    x, t = _checks.upcast(*_cpu.reread(primals))
     dx, dt = _checks.upcast(*tangents)
     return _binary_cross_entropy(*primals), _slope(x, t) * dx + scale(-x, dt)
 

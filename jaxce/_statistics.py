@@ -48,7 +48,11 @@ class Logits(NamedTuple):
         """With integer labels, one for each row; -1 of one that is no class."""
         y = _checks.integer(function, "labels", labels)
         _checks.same_shape(
-            function, "labels", y, _checks.batch_shape(self.shape, self.axes), "the shape of the logits without their class axes"
+            function,
+            "labels",
+            y,
+            _checks.batch_shape(self.shape, self.axes),
+            "the shape of the logits without their class axes",
         )
         name = self.spec.axis_name
         classes = self.classes * (1 if name is None else lax.axis_size(name))
@@ -88,7 +92,9 @@ def read_logits(
     dtype = _checks.compute_dtype(logits, *others)
     if isinstance(logits, LinearLogits):
         if axes != (logits.ndim - 1,):
-            raise ValueError(f"{function}: axis must be the last one where {argument} is computed by blocks, got {axis!r}")
+            raise ValueError(
+                f"{function}: axis must be the last one where {argument} is computed by blocks, got {axis!r}"
+            )
         there = masks.get("rows", masks["entries"].any(-1) if "entries" in masks else None)
         spec, inputs = _read_linear(logits, dtype, there)
     else:

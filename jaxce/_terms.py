@@ -36,7 +36,9 @@ def scale(coefficient: Array, tangent: Array) -> Array:
     Multiplied in two steps by finite numbers, so it stays linear in the tangent and its transpose has the same property.
     """
     most = largest(coefficient)
-    return (tangent * jnp.clip(coefficient, -most, most)) * jnp.where(jnp.isinf(coefficient), most, 1).astype(coefficient.dtype)
+    return (tangent * jnp.clip(coefficient, -most, most)) * jnp.where(jnp.isinf(coefficient), most, 1).astype(
+        coefficient.dtype
+    )
 
 
 def log1p(x: Array) -> Array:
@@ -230,7 +232,9 @@ def jensen_shannon_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta
     return jnp.where(near, (p + q) / 2 * _entropy_gap(jnp.where(near, s, 0)), (p * a + q * b) / 2)
 
 
-def _jensen_shannon_of_logs_slopes(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> tuple[Array | None, ...]:
+def _jensen_shannon_of_logs_slopes(
+    log_p: Array, p: Array, log_q: Array, q: Array, delta: Array
+) -> tuple[Array | None, ...]:
     a, b = _logs_to_mean_of(delta)
     return p * a / 2, None, q * b / 2, None, None
 

@@ -163,7 +163,9 @@ def worst(errors: np.ndarray, names: Sequence[str], limits: Any) -> list[str]:
     for name, error, ratio in zip(names, errors, ratios, strict=True):
         i = int(ratio.argmax())
         worst_of[name] = max(worst_of.get(name, (0.0, 0.0)), (float(ratio[i]), float(error[i])))
-    return [f"{name}: {error:.3g} ulp, {ratio:.3g} of its limit" for name, (ratio, error) in worst_of.items() if ratio > 1]
+    return [
+        f"{name}: {error:.3g} ulp, {ratio:.3g} of its limit" for name, (ratio, error) in worst_of.items() if ratio > 1
+    ]
 
 
 # --- nasty logits -----------------------------------------------------------------------------------------------------

@@ -282,7 +282,11 @@ def test_cross_entropy_with_logits(dtype: str, classes: int) -> None:
         value = mpmath.fsum(p.p(k) * q.nll(k) for k in range(classes) if p.exps[k])
         values.append(value)
         # How far below p's maximum the classes lie that make up the sum.
-        gaps = mpmath.fsum(p.p(k) * q.nll(k) * p.gaps[k] for k in range(classes) if p.exps[k]) if value < helpers.INF else 0
+        gaps = (
+            mpmath.fsum(p.p(k) * q.nll(k) * p.gaps[k] for k in range(classes) if p.exps[k])
+            if value < helpers.INF
+            else 0
+        )
         nats.append(max(0, float(gaps / value)) if value else 0)
         for k in range(classes):
             cost = q.nll(k)

@@ -89,7 +89,9 @@ class Exact:
             return sum(a * mpmath.log(2 * a / (a + b)) if a else mpf(0) for x in (0, 1) for a, b in self.turned(x)) / 2
         if any(a and not b for a, b in self.pairs):
             return mpmath.inf
-        return sum(a * (mpmath.log(a / b) if name == "relative entropy" else -mpmath.log(b)) for a, b in self.pairs if a)
+        return sum(
+            a * (mpmath.log(a / b) if name == "relative entropy" else -mpmath.log(b)) for a, b in self.pairs if a
+        )
 
     def turned(self, i: int) -> Iterator[tuple[Any, Any]]:
         yield from ((pair[i], pair[1 - i]) for pair in self.pairs)
@@ -102,7 +104,10 @@ class Exact:
                 mean = sum(pair[i] * log for pair, log in zip(self.pairs, logs, strict=True))
                 result.append([pair[i] * (log - mean) for pair, log in zip(self.pairs, logs, strict=True)])
             return result
-        costs = [(mpmath.log(a / b) if name == "relative entropy" else -mpmath.log(b)) if a else mpf(0) for a, b in self.pairs]
+        costs = [
+            (mpmath.log(a / b) if name == "relative entropy" else -mpmath.log(b)) if a else mpf(0)
+            for a, b in self.pairs
+        ]
         value = self.value(name)
         return [[a * (c - value) for (a, _), c in zip(self.pairs, costs, strict=True)], [b - a for a, b in self.pairs]]
 
@@ -125,7 +130,10 @@ def test_nearly_equal_rows(name: str, kind: str) -> None:
                 assert got[0] == 0
                 continue
             # 32 ulp; and 1e-4 of what is as small as the square of a difference of 1e-6.
-            assert abs(float(got[0]) - value) <= (32 * 2.0**-23 if difference >= 1e-3 else 1e-4) * value, (offset, difference)
+            assert abs(float(got[0]) - value) <= (32 * 2.0**-23 if difference >= 1e-3 else 1e-4) * value, (
+                offset,
+                difference,
+            )
             for slope, right in zip(slopes, gradients, strict=True):
                 right = np.array([float(r) for r in right])
                 largest = np.abs(right).max()
