@@ -41,8 +41,9 @@ POSITIVE = Number("a positive number", lambda v: 0 < v < math.inf, neutral=None)
 def compiled(*static: str, **numbers: Number) -> Callable[[_F], _F]:
     """``jax.jit``, with some options static, and others numbers that may be traced.
 
-    Python numbers are checked at once, arrays only for their shape and dtype, so that a new value is no reason to compile
-    again. A number that makes no difference comes in as None. Typed as the function itself, so that editors see its signature.
+    Python numbers are checked at once, arrays only for their shape and dtype, so that a new value is no reason to
+    compile again. A number that makes no difference comes in as None. Typed as the function itself, so that editors see
+    its signature.
     """
 
     def decorate(function: _F) -> _F:
@@ -109,7 +110,7 @@ def boolean(function: str, argument: str, value: ArrayLike) -> Array:
     return _array(function, argument, array, jnp.bool_, "a boolean or integer array")
 
 
-def compute_dtype(*arrays: Array) -> np.dtype:
+def compute_dtype(*arrays: Any) -> np.dtype:
     """The dtype to compute in: the widest of the arguments' and float32. Half precision is computed in float32."""
     return functools.reduce(np.promote_types, (a.dtype for a in arrays if a.dtype.itemsize >= 4), np.dtype(np.float32))
 

@@ -1,7 +1,8 @@
 """The state of a row in the way that is fast on XLA:CPU: from plain maxima and sums.
 
-This is the one file that knows a platform. XLA:CPU can't vectorise a reduction with several operands, which takes five times
-as long there as the sums by themselves, but for rows of a few classes, where it is the fastest. What its sums taught:
+This is the one file that knows a platform. XLA:CPU can't vectorise a reduction with several operands, which takes five
+times as long there as the sums by themselves, but for rows of a few classes, where it is the fastest. What its sums
+taught:
 
 - arithmetic, minima, maxima and exp are fast inside of a sum; a comparison or a selection makes it several times slower;
 - what two sums share is written out as an array of all classes, constants among it. So each sum has a barrier of its own,
@@ -79,7 +80,7 @@ def reread(x: Any) -> Any:
 
 
 def dynamic_slice(x: Array, start: Any, size: int, axis: int) -> Array:
-    """lax.dynamic_slice_in_dim; behind a barrier on a CPU, or a product of 16-bit floats would have all of them widened first."""
+    """lax.dynamic_slice_in_dim; on a CPU reread, or a product of 16-bit floats would have all of them widened first."""
     return reread(lax.dynamic_slice_in_dim(x, start, size, axis))
 
 
@@ -260,7 +261,7 @@ def _at_label(block: Block, dtype: np.dtype) -> dict[str, Array]:
 
 
 def _length(classes: int) -> int:
-    """How many classes a block has: of many about the square root, if some such number divides them, else as many as there are."""
+    """How many classes a block has: of many about the square root, if some such number divides them, else all."""
     least = classes if classes < _MANY else math.isqrt(classes)
     return next((n for n in range(least, classes // 2 + 1) if classes % n == 0), classes)
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from jaxce import _checks, _terms
 from jaxce._checks import Axis, compiled
-from jaxce._logits import AnyLogits, LinearLogits, ShardedLogits
+from jaxce._logits import AnyLogits, NotArray
 from jaxce._measures import Slopes, Term, replaced, sum_of_terms
 from jaxce._mesh import on_each_device
 from jaxce._rules import custom_jvp
@@ -345,9 +344,8 @@ def _sum_of_terms(
 ) -> tuple[Any, tuple[Array, ...]]:
     """sum_k term(log p_k, p_k, log q_k, q_k, log p_k - log q_k) of each, and in which rows of either any class is there."""
     given = {"p_logits": p_logits, "q_logits": q_logits}
-    blocks = LinearLogits | ShardedLogits
-    arrays = {n: x if isinstance(x, blocks) else _checks.floating(function, n, x) for n, x in given.items()}
-    names = [x.axis_name if isinstance(x, blocks) else None for x in arrays.values()]
+    arrays = {n: x if isinstance(x, NotArray) else _checks.floating(function, n, x) for n, x in given.items()}
+    names = [x.axis_name if isinstance(x, NotArray) else None for x in arrays.values()]
     if names[0] != names[1]:
         raise ValueError(
             f"{function}: q_logits must be sharded over the axis_name of p_logits, {names[0]!r}, got {names[1]!r}"

@@ -102,8 +102,8 @@ def linear_cross_entropy(
     if chunk_size is not None:
         _checks.positive_integer(_NAME, "chunk_size", chunk_size, "None or a positive integer")
 
-    modifiers = {"label_smoothing": label_smoothing, "z_loss": z_loss, "class_weights": class_weights}
-    modifiers = {name: value for name, value in modifiers.items() if value is not None}
+    given = {"label_smoothing": label_smoothing, "z_loss": z_loss, "class_weights": class_weights}
+    modifiers: Any = {name: value for name, value in given.items() if value is not None}
     if logits.axis_name is not None or _mesh.devices() > 1:
         losses = softmax_cross_entropy_with_integer_labels(logits, y, where=w != 0, **modifiers)
         return weighted_mean(losses, w, normalizer=normalizer)
@@ -138,7 +138,7 @@ Inputs = dict[str, Array]  # what the loss is differentiated by, with all exampl
 
 
 def _sum_of_losses(logits: LinearLogits | Array, labels: Array, inputs: Inputs) -> Array:
-    modifiers = {name: inputs[name] for name in ("label_smoothing", "z_loss", "class_weights") if name in inputs}
+    modifiers: Any = {name: inputs[name] for name in ("label_smoothing", "z_loss", "class_weights") if name in inputs}
     losses = softmax_cross_entropy_with_integer_labels(logits, labels, **modifiers)
     return jnp.sum(inputs["weights"] * jnp.where(inputs["weights"] == 0, 0, losses))
 
@@ -194,7 +194,7 @@ def _sum_and_gradient(options: _Options, names: tuple[str, ...], labels: Array, 
     of_all = {name: value for name, value in inputs.items() if name not in ("hidden", "kernel", "weights")}
     sums = {name: jnp.zeros(inputs[name].shape, dtype) for name in names if name not in ("hidden", "weights")}
 
-    def step(carry: tuple[Array, Inputs], chunk: tuple[Array, Array, Array]) -> Any:
+    def step(carry: tuple[Array, Inputs], chunk: tuple[Array, ...]) -> Any:
         total, sums = carry
         hidden, weights, labels = chunk
         of_examples = {"products": product(hidden, kernel, options.class_axis, half), "weights": weights}

@@ -1,6 +1,7 @@
 r"""What a loss needs of logits, as differentiable functions, once for every kind of logits.
 
-Each has a tangent that is a sum over the classes of a coefficient times the tangent of the logit, with :math:`p` the softmax,
+Each has a tangent that is a sum over the classes of a coefficient times the tangent of the logit, with :math:`p` the
+softmax,
 
 =====================  ==================================================  ===========================================
 measure                value                                               coefficient
@@ -34,8 +35,8 @@ from jaxce._state import Ask, State, beside, targets_of, there
 
 Values = dict[str, Array]
 """Measures of the rows, by name: "log_normalizer"; "top", the negative log-likelihood of the class with over half of the
-probability, where there is one; "nll" and "weight" of the label; "given" and "uniform", the cross-entropy with such targets, and
-their sums, "total given" and "total uniform"; "entropy"."""
+probability, where there is one; "nll" and "weight" of the label; "given" and "uniform", the cross-entropy with such
+targets, and their sums, "total given" and "total uniform"; "entropy"."""
 
 KINDS = "given", "uniform"  # of targets
 LOGITS = "array", "hidden", "kernel", "bias", "temperature", "soft_cap"
@@ -53,7 +54,7 @@ def _(primals: Any, tangents: Any) -> Any:
 
 
 class Row(NamedTuple):
-    """What the probabilities of a row's classes are made of: constants, and two numbers of which only the derivatives count."""
+    """What the probabilities of a row's classes are made of: constants, but for the derivatives of the last two."""
 
     present: Array
     m: Array
@@ -84,7 +85,7 @@ def log_probability(x: Array, row: Row) -> Array:
 
 @log_probability.defjvp
 def _(primals: Any, tangents: Any) -> Any:
-    """dx less the mean of dx. At a class with over half of the probability these two cancel, and -log p has a sum of its own."""
+    """dx less its mean. At a class with over half of the probability these cancel, and -log p has a sum of its own."""
     (x, row), (dx, drow) = primals, tangents
     value = log_probability(x, row)
     mean, top = (beside(v, x) for v in (drow.log_normalizer, drow.top))
@@ -142,7 +143,7 @@ def _measure(spec: Spec, names: tuple[str, ...], inputs: Inputs) -> tuple[Values
 def _values(names: tuple[str, ...], inputs: Inputs, state: State) -> Values:
     log_sum = state.log_sum
 
-    def value(name: str) -> Array:
+    def value(name: str) -> Any:
         match name.split():
             case ["log_normalizer"]:
                 return state.m + log_sum
@@ -165,9 +166,9 @@ def _values(names: tuple[str, ...], inputs: Inputs, state: State) -> Values:
     return {name: value(name) for name in names}
 
 
-def _count(state: State) -> Array:
+def _count(state: State) -> Any:
     """By what uniform targets are divided, to be a distribution of the classes that are there."""
-    count = state.uniform.total if state.count is None else state.count
+    count = state.uniform.total if state.uniform and state.count is None else state.count
     return jnp.where(count == 0, 1, count)
 
 
@@ -208,7 +209,7 @@ def _tangents(spec: Spec, names: tuple[str, ...], parts: Any, dparts: Any, rows:
         return {n: t for n, t in zip(KINDS, (given, uniform), strict=True) if t is not None}
 
     ts, dts = along(targets, part, dpart, "targets", "weights")
-    is_label = None if block.labels is None else block.places == of_row(block.labels)
+    is_label: Any = None if block.labels is None else block.places == of_row(block.labels)
 
     def coefficient(name: str) -> Array:
         """That of the logit's tangent."""
@@ -250,7 +251,8 @@ def _tangents(spec: Spec, names: tuple[str, ...], parts: Any, dparts: Any, rows:
 
 
 Term = Callable[..., Array]
-"""Of log p and p of a softmax, or of log p, p, log q, q and log p - log q of two; then of targets, if any, and of options."""
+"""Of log p and p of a softmax, or of log p, p, log q, q and log p - log q of two; then of targets, if any, and of
+options."""
 
 
 Slopes = Callable[..., tuple[Any, Any]]
@@ -277,11 +279,6 @@ def sum_of_terms(
         return _sum_of_terms(1, terms, specs, slopes, inputs, tuple(rows), options), tuple(row.present for row in rows)
 
     return by_rows(max(spec.chunks for spec in specs), inputs, whole)
-
-
-def _widened(spec: Spec, inputs: Inputs) -> Inputs:
-    """With an array in the dtype to compute in, since its gradient is a sum of two, which is rounded once."""
-    return inputs | {n: x.astype(spec.dtype) for n, x in inputs.items() if n == "array"}
 
 
 @partial(custom_jvp, nondiff_argnums=(0, 1, 2, 3))
@@ -364,8 +361,8 @@ def _(
         return tuple(total)
 
     out = add_up(specs, inputs, dinputs, (rows, options, doptions, of_slopes), step)
-    # The selection also keeps XLA:CPU from compiling p (v - sum p v) into one fusion, as jaxlib 0.10.2 does wrongly where p is
-    # shared by a batch of v, as it is in a Hessian.
+    # The selection also keeps XLA:CPU from compiling p (v - sum p v) into one fusion, as jaxlib 0.10.2 does wrongly
+    # where p is shared by a batch of v, as it is in a Hessian.
     out = [jnp.where(rows[0].present & rows[-1].present, t, 0) for t in out]
     return sums, (*out, *(zero_from_primal(x, symbolic_zeros=True) for x in sums[count:]))
 
@@ -388,7 +385,8 @@ def _derivative(term: Term, args: Sequence[Array], tangents: dict[int, Array]) -
 
 def log_probabilities(spec: Spec, inputs: Inputs) -> Array:
     """log p of all classes of an array, -inf where one isn't there."""
-    inputs = _widened(spec, inputs)
+    # An array is widened, since its gradient is a sum of two, which is to be rounded once.
+    inputs = inputs | {"array": inputs["array"].astype(spec.dtype)}
     values, state = measure(spec, inputs, ("log_normalizer", "top"))
     x, row = _mesh.vary((logits_of(spec, inputs), row_of(values, state)), _mesh.varying(inputs, values))
     return jnp.where(there(x), log_probability(x, row), -np.inf)

@@ -1,9 +1,9 @@
 """Passes over the classes of any kind of logits: block by block, strip by strip, device by device.
 
-A pass finds the state of the rows (`state_of`), or adds up over the classes what a function makes of some of them and of their
-tangents (`add_up`). An array is one block. `LinearLogits` are cut into blocks, each computed, used and forgotten. Where a mesh
-may shard the classes without saying how, they are seen as strips, as many as there are devices: a block has the same range of
-every strip, and strips meet after the loop, so that in it no device needs another.
+A pass finds the state of the rows (`state_of`), or adds up over the classes what a function makes of some of them and
+of their tangents (`add_up`). An array is one block. `LinearLogits` are cut into blocks, each computed, used and
+forgotten. Where a mesh may shard the classes without saying how, they are seen as strips, as many as there are devices:
+a block has the same range of every strip, and strips meet after the loop, so that in it no device needs another.
 
 Tangents of what has an axis of classes go through a loop as its inputs, cut before it: so its transpose gives them block
 by block, and adds up no whole arrays. All other tangents are wide, since a transpose sums them over the blocks.
@@ -28,9 +28,9 @@ from jaxce._state import Ask, Block, State, beside, meet, meet_all, meet_devices
 Inputs = dict[str, Array]
 """What a pass goes over, by name.
 
-The logits are an "array", or "hidden" states and a "kernel", perhaps with "bias", "temperature" and "soft_cap". With them may
-come masks, True where something is there: of "rows", of "classes" and of "entries" (whose axes of rows may be of length 1);
-"labels", one for each row; "targets", as the logits; "weights", one for each class.
+The logits are an "array", or "hidden" states and a "kernel", perhaps with "bias", "temperature" and "soft_cap". With
+them may come masks, True where something is there: of "rows", of "classes" and of "entries" (whose axes of rows may be
+of length 1); "labels", one for each row; "targets", as the logits; "weights", one for each class.
 """
 
 ALONG_CLASSES = {"array": -1, "kernel": None, "bias": 0, "classes": 0, "entries": -1, "targets": -1, "weights": 0}
@@ -59,9 +59,7 @@ class Spec(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------- one block
 
 
-def _axis(spec: Spec, name: str, x: Array) -> int | None:
-    if name not in ALONG_CLASSES:
-        return None
+def _axis(spec: Spec, name: str, x: Array) -> int:
     axis = ALONG_CLASSES[name]
     return (spec.class_axis if axis is None else axis) % x.ndim
 
@@ -75,9 +73,9 @@ def _cut(spec: Spec, inputs: Inputs, start: Any, size: int) -> Inputs:
     """The inputs of a block; hidden states once for each strip, if there are several."""
 
     def cut(name: str, x: Array) -> Array:
-        axis = _axis(spec, name, x)
-        if axis is None:
+        if name not in ALONG_CLASSES:
             return jnp.broadcast_to(x, (spec.strips, *x.shape)) if name == "hidden" and spec.strips > 1 else x
+        axis = _axis(spec, name, x)
         x = _strips(spec, x, axis)
         return x if size == spec.length else _cpu.dynamic_slice(x, start, size, axis + (spec.strips > 1))
 
@@ -132,7 +130,7 @@ def _axes(specs: tuple[Spec, ...], *trees: Any) -> frozenset[str]:
 def _fold(
     spec: Spec, part: Callable[..., Any], join: Callable[..., Any], empty: Callable[..., Any], cuts: Any = ((), ())
 ) -> Any:
-    """part(start, size, cut) of all blocks, joined in a loop. ``cuts`` are the stack of the equal blocks', and the rest's."""
+    """part(start, size, cut) of all blocks, joined in a loop; ``cuts`` are the equal blocks', stacked, and the rest's."""
     count, rest = divmod(spec.length, spec.size)
     stack, tail = cuts
 
@@ -177,17 +175,19 @@ Step = Callable[[tuple[Inputs, ...], tuple[Inputs, ...], Any, Any], Any]
 def add_up(
     specs: tuple[Spec, ...], inputs: tuple[Inputs, ...], tangents: tuple[Inputs, ...], rows: Any, step: Step
 ) -> Any:
-    """The sum over blocks, strips and devices of step(parts, their tangents, rows, start), a tree of one number for each row.
+    """The sum over blocks, strips and devices of step(parts, their tangents, rows, start), a tree of one number for
+    each row.
 
-    ``inputs`` are those of one or several kinds of logits, which are cut alike; ``tangents`` of those among them that vary, and
-    ``rows`` is whatever else the step wants, without an axis of classes. Nothing of a block is kept for a transpose.
+    ``inputs`` are those of one or several kinds of logits, which are cut alike; ``tangents`` of those among them that
+    vary, and ``rows`` is whatever else the step wants, without an axis of classes. Nothing of a block is kept for a
+    transpose.
     """
     specs = tuple(s._replace(size=_even(s)) for s in specs)
     inputs, tangents, rows = _mesh.vary((inputs, tangents, rows), _axes(specs, inputs, tangents, rows))
     wide: list[Inputs] = []
     cuts: tuple[list[Inputs], list[Inputs]] = [], []
     for s, d in zip(specs, tangents, strict=True):
-        split = {n: _split(s, _axis(s, n, dx), dx) for n, dx in d.items() if n in ALONG_CLASSES}
+        split = {n: _split(s, n, dx) for n, dx in d.items() if n in ALONG_CLASSES}
         for i, cut in enumerate(cuts):
             cut.append({n: pair[i] for n, pair in split.items()})
         wide.append(_cut(s, {n: dx.astype(s.dtype) for n, dx in d.items() if n not in split}, 0, s.length))
@@ -217,8 +217,9 @@ def _even(spec: Spec) -> int:
     return next((n for n in range(spec.size, least - 1, -1) if spec.length % n == 0), spec.size)
 
 
-def _split(spec: Spec, axis: int, x: Array) -> tuple[Array, Array]:
+def _split(spec: Spec, name: str, x: Array) -> tuple[Array, Array]:
     """All equal blocks, stacked, and what is left of each strip."""
+    axis = _axis(spec, name, x)
     x = _strips(spec, x, axis)
     axis += spec.strips > 1
     count = spec.length // spec.size

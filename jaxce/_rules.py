@@ -1,8 +1,9 @@
 """Functions with derivative rules of their own that hold wherever the function ends up.
 
-`jax.custom_jvp` in jax 0.10 forgets its rule where a loop is differentiated twice: `lax.scan` partially evaluates its body to find
-what doesn't change from step to step, and there replaces each such function that does by its plain body, whose derivative is another
-one. (Newer ones keep it.) Here the function is a primitive, which partial evaluation leaves whole.
+`jax.custom_jvp` in jax 0.10 forgets its rule where a loop is differentiated twice: `lax.scan` partially evaluates its
+body to find what doesn't change from step to step, and there replaces each such function that does by its plain body,
+whose derivative is another one. (Newer ones keep it.) Here the function is a primitive, which partial evaluation leaves
+whole.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _ruled = Primitive("ruled")
 _ruled.multiple_results = True
 
 
-class custom_jvp:  # noqa: N801: used as jax.custom_jvp
+class custom_jvp:  # named as JAX's, whose place it takes
     """As `jax.custom_jvp`, of positional arguments alone."""
 
     def __init__(self, function: Callable[..., Any], nondiff_argnums: Sequence[int] = ()) -> None:

@@ -1,8 +1,8 @@
 r"""The state of a row: what is known of its logits from some of the classes, and how two such states meet.
 
-Every number here can be had for a part of the classes and merged with that of another part, in any order. With the maximum
-:math:`m`, the gaps :math:`g_k = m - x_k \ge 0` and :math:`s = \sum_{k \ne \text{top}} e^{-g_k}`, where *top* is one class that
-attains the maximum, all losses are sums of terms that aren't negative, so that nothing cancels:
+Every number here can be had for a part of the classes and merged with that of another part, in any order. With the
+maximum :math:`m`, the gaps :math:`g_k = m - x_k \ge 0` and :math:`s = \sum_{k \ne \text{top}} e^{-g_k}`, where *top* is
+one class that attains the maximum, all losses are sums of terms that aren't negative, so that nothing cancels:
 
 .. math::
     L = \log(1 + s), \quad -\log p_y = g_y + L, \quad \operatorname{logsumexp}(x) = m + L, \quad
@@ -21,7 +21,6 @@ import numpy as np
 from jax import Array, lax
 
 from jaxce._checks import AxisName
-
 
 SHARE = 2.0**-24
 """A uniform target: so small that gaps of huge logits add up to a finite number, and exact."""
@@ -93,8 +92,7 @@ def meet(a: State, b: State) -> State:
 
 
 def meet_all(states: State, axis: int = -1) -> State:
-    """The state of all the classes of many states along an axis: a single reduction, of as many operands as it has numbers."""
-
+    """The state of the classes of all states along an axis: one reduction, of as many operands as it has numbers."""
     return lax.reduce(states, nothing(states), meet, (axis % states.m.ndim,))
 
 
@@ -122,7 +120,7 @@ def meet_devices(state: State, axis_name: AxisName) -> State:
 
 
 class Block(NamedTuple):
-    """The logits of some classes, with what comes with them. Rows are the leading axes; classes the last, or the last two."""
+    """Logits of some classes, with what comes with them. Rows are the leading axes; classes the last, or last two."""
 
     x: Array  # -inf where a class isn't there; may be narrower than the dtype to compute in
     first: Any  # the index of the first class

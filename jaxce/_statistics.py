@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -13,8 +12,8 @@ from jax.typing import ArrayLike
 
 from jaxce import _checks, _mesh
 from jaxce._checks import Axis, compiled
-from jaxce._logits import AnyLogits, LinearLogits, ShardedLogits
-from jaxce._measures import Term, Values, log_probabilities, measure, sum_of_terms
+from jaxce._logits import AnyLogits, LinearLogits, NotArray, ShardedLogits
+from jaxce._measures import Values, log_probabilities, measure
 from jaxce._mesh import on_each_device
 from jaxce._passes import Inputs, Spec
 from jaxce._state import Ask, State
@@ -82,10 +81,10 @@ class Logits(NamedTuple):
 
 
 def read_logits(
-    function: str, argument: str, logits: AnyLogits, axis: Axis, where: ArrayLike | None, *others: Array
+    function: str, argument: str, logits: AnyLogits, axis: Axis, where: ArrayLike | None, *others: Any
 ) -> Logits:
     """``logits`` past the door. They are computed with in the widest dtype of them, ``others`` and float32."""
-    if not isinstance(logits, LinearLogits | ShardedLogits):
+    if not isinstance(logits, NotArray):
         logits = _checks.floating(function, argument, logits)
     axes = _checks.axes(function, axis, logits.ndim)
     masks = {} if where is None else dict([_checks.where_mask(function, where, logits.shape, axes)])
@@ -102,7 +101,7 @@ def read_logits(
         if x.shape[-1] == 0:
             raise ValueError(f"{function}: {argument} must have at least one class, got shape {logits.shape}")
         spec, inputs = Spec(dtype, x.shape[-1], x.shape[-1]), {"array": x}
-    if isinstance(logits, LinearLogits | ShardedLogits) and logits.axis_name is not None:
+    if isinstance(logits, NotArray) and logits.axis_name is not None:
         _mesh.check(function, argument, logits.axis_name, inputs["kernel"] if "kernel" in inputs else inputs["array"])
         spec = spec._replace(axis_name=logits.axis_name)
     return Logits(spec, inputs | masks, axes, logits.shape)

@@ -1,7 +1,8 @@
 r"""What one class adds to an entropy or a divergence: plain numbers, in formulas in which nothing cancels.
 
-Each is a function of probabilities, of log-probabilities or of both, elementwise, with its derivatives beside it: a class that isn't
-there, of probability 0 in both distributions, has the value 0 and the derivatives 0. The term of a divergence is
+Each is a function of probabilities, of log-probabilities or of both, elementwise, with its derivatives beside it: a
+class that isn't there, of probability 0 in both distributions, has the value 0 and the derivatives 0. The term of a
+divergence is
 
 .. math:: b(p, q) = p \log\frac pq - p + q \ge 0 .
 
@@ -16,10 +17,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 from jaxce._rules import custom_jvp
@@ -193,8 +193,8 @@ _rule(jensen_shannon, lambda p, q: tuple(log / 2 for log in _logs_to_mean(p, q))
 
 
 # -------------------------------------------------------------------------------------- of two, from log-probabilities
-# These come with the probabilities and with delta = log p - log q, which may be more exact than what rounded logarithms give.
-# Where only one of the two is there, delta is large but finite, and 0 where neither is.
+# These come with the probabilities and with delta = log p - log q, which may be more exact than what rounded logarithms
+# give. Where only one of the two is there, delta is large but finite, and 0 where neither is.
 
 
 @custom_jvp

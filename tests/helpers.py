@@ -144,8 +144,9 @@ def ulp_error(got: Any, exact: Any, scale: Any = None) -> np.ndarray:
 def contract(sizes: Any, nats: Any = None) -> np.ndarray:
     """How many ulp losses and gradients of these sizes may be off.
 
-    4, and half an eps for each nat that the deciding classes lie below the maximum, which is -log of the size if nothing else is
-    said: a gap g is rounded by up to half an ulp of g, which exp turns into a relative error of eps g / 2.
+    4, and half an eps for each nat that the deciding classes lie below the maximum, which is -log of the size if
+    nothing else is said: a gap g is rounded by up to half an ulp of g, which exp turns into a relative error of eps g /
+    2.
     """
     sizes = np.array([float(abs(n)) for n in sizes])
     if nats is None:

@@ -169,7 +169,8 @@ def test_a_mask_with_the_axes_of_the_logits_broadcasts_to_them(shape: tuple[int,
 
 
 def test_a_mask_with_the_axes_of_the_batch_masks_rows() -> None:
-    """Also of [K, K] logits, where classes might have been meant; and what broadcasts to neither says how to mask classes."""
+    """Also of [K, K] logits, where classes might have been meant; and what broadcasts to neither says how to mask
+    classes."""
     x, mask = RNG.normal(size=(4, 4)).astype("float32"), np.array([True, True, False, True])
     assert np.asarray(jaxce.entropy_with_logits(x, where=mask))[2] == 0
     got = np.asarray(jaxce.entropy_with_logits(x, where=mask[None]))
