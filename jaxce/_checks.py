@@ -42,32 +42,88 @@ def compiled(*static: str, **numbers: Number) -> Callable[[_F], _F]:
     """``jax.jit``, with some options static, and others numbers that may be traced.
 
     Python numbers are checked at once, arrays only for their shape and dtype, so that a new value is no reason to
-    compile again. A number that makes no difference comes in as None. Typed as the function itself, so that editors see
-    its signature.
+    compile again. A number that makes no difference comes in as None. What `jax.jit` would take amiss is made right, or
+    an error, here: lists, integers that don't fit, names of arguments from elsewhere. Typed as the function itself, so
+    that editors see its signature.
     """
 
     def decorate(function: _F) -> _F:
         jitted = jax.jit(function, static_argnames=static)
-        if not numbers:
-            return cast(_F, jitted)
         parameters = inspect.signature(function).parameters
-        places = {n: i for i, (n, p) in enumerate(parameters.items()) if p.kind is not inspect.Parameter.KEYWORD_ONLY}
+        defaults = {n: parameters[n].default for n in numbers}
 
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            for name, kind in numbers.items():
-                place = places.get(name, len(args))
-                if place < len(args):
-                    args = (*args[:place], option(function.__name__, name, args[place], kind), *args[place + 1 :])
-                elif name in kwargs or parameters[name].default is not inspect.Parameter.empty:
-                    value = kwargs.get(name, parameters[name].default)
-                    kwargs[name] = option(function.__name__, name, value, kind)
-            return jitted(*args, **kwargs)
+            def read(name: str, value: Any) -> Any:
+                if name in numbers:
+                    return option(function.__name__, name, value, numbers[name])
+                if name in static:
+                    return tuple(value) if isinstance(value, list) else value
+                return _host_array(function.__name__, name, value)
+
+            for name in kwargs:
+                if name not in parameters:
+                    raise TypeError(f"{function.__name__}: {name} is no argument{_INSTEAD.get(name, '')}")
+            if len(args) > len(parameters):
+                return jitted(*args, **kwargs)  # Python says it
+            given = [read(name, value) for name, value in zip(parameters, args, strict=False)]
+            named = {n: v for n, v in defaults.items() if v is not inspect.Parameter.empty} | kwargs
+            taken = [*parameters][: len(args)]
+            return jitted(*given, **{n: read(n, v) for n, v in named.items() if n in kwargs or n not in taken})
 
         checked._cache_size = jitted._cache_size  # type: ignore[attr-defined]
         return cast(_F, checked)
 
     return decorate
+
+
+_INSTEAD = {
+    name: f": {hint}"
+    for names, hint in {
+        (
+            "reduction",
+            "reduce",
+            "size_average",
+        ): "losses come one for each example; for their mean take jaxce.weighted_mean(losses)",
+        ("ignore_index", "ignore_class"): "give where=labels != ignore_index",
+        (
+            "from_logits",
+        ): "functions of logits and of probabilities have names of their own, such as softmax_cross_entropy and "
+        "categorical_cross_entropy",
+        (
+            "weight",
+        ): "give class_weights=, one number per class, or jaxce.weighted_mean(losses, weights), one per example",
+        ("sample_weight", "weights"): "weight the losses: jaxce.weighted_mean(losses, weights)",
+        ("mask",): "give where=, True for what takes part",
+        ("dim",): "give axis=",
+        ("smoothing",): "give label_smoothing=",
+        (
+            "temperature",
+            "soft_cap",
+        ): "it belongs to the logits: divide an array by it, or give it to jaxce.LinearLogits",
+        ("target", "targets", "y_true"): "labels come second: f(logits, labels)",
+        ("y_pred", "input"): "logits come first: f(logits, labels)",
+    }.items()
+    for name in names
+}
+"""What to write in place of an argument that isn't there, by the name that it has elsewhere."""
+
+
+def _host_array(function: str, argument: str, value: Any) -> Any:
+    """Lists as arrays, at NumPy's speed; an error for what isn't numbers, and for integers that 32 bits would change."""
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        traced = any(isinstance(x, Array) for x in jax.tree.leaves(value))
+        value = jnp.asarray(value) if traced else np.asarray(value)
+    if not isinstance(value, int | str | np.ndarray | np.integer):
+        return value
+    array = np.asarray(value)
+    if array.dtype.kind not in "biufcV":  # V: of JAX's own dtypes
+        raise TypeError(f"{function}: {argument} must be an array of numbers, got {describe(value)}")
+    if array.dtype in (np.int64, np.uint64) and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        large = array[array.astype(np.int32) != array]
+        if large.size:
+            raise ValueError(f"{function}: {argument} must be integers of 32 bits, got {large[0]}")
+    return value
 
 
 def describe(value: Any) -> str:
@@ -97,6 +153,26 @@ def floating(function: str, argument: str, value: ArrayLike) -> Array:
     return array
 
 
+def real(function: str, argument: str, value: ArrayLike, dtype: Any = np.float32) -> Array:
+    """``value`` as an array of floating-point numbers, of ``dtype`` where they are booleans or integers."""
+    array = jnp.asarray(value)
+    if jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_:
+        array = array.astype(dtype)
+    return floating(function, argument, array)
+
+
+def dense(function: str, argument: str, value: ArrayLike, shape: tuple[int, ...], dtype: Any, of: str) -> Array:
+    """Numbers for the entries of ``shape``, to which they broadcast; booleans and integers as well, of ``dtype`` then.
+
+    The result has all axes, some of which may have length 1.
+    """
+    array = real(function, argument, value, dtype)
+    full = (1,) * (len(shape) - array.ndim) + array.shape
+    if len(full) != len(shape) or any(n not in (1, m) for n, m in zip(full, shape, strict=True)):
+        raise ValueError(f"{function}: {argument} must broadcast to {of}, {shape}, got {describe(jnp.asarray(value))}")
+    return jnp.expand_dims(array, range(len(shape) - array.ndim))
+
+
 def integer(function: str, argument: str, value: ArrayLike) -> Array:
     """``value`` as an array of integers."""
     return _array(function, argument, value, jnp.integer, "an integer array")
@@ -107,6 +183,11 @@ def boolean(function: str, argument: str, value: ArrayLike) -> Array:
     array = jnp.asarray(value)
     if jnp.issubdtype(array.dtype, jnp.integer):
         return array != 0
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{function}: {argument} must be a boolean or integer array, got {describe(array)}; for a mask give "
+            f"{argument}=mask != 0, for weights jaxce.weighted_mean(losses, weights)"
+        )
     return _array(function, argument, array, jnp.bool_, "a boolean or integer array")
 
 
