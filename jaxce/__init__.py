@@ -45,6 +45,7 @@ from jaxce._softmax import (
     smooth_labels,
     softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels,
+    softmax_cross_entropy_with_sparse_labels,
     softmax_focal_loss,
 )
 from jaxce._statistics import SoftmaxStatistics, log_softmax, logsumexp, softmax_statistics
@@ -68,6 +69,7 @@ __all__ = [
     "smooth_labels",
     "softmax_cross_entropy",
     "softmax_cross_entropy_with_integer_labels",
+    "softmax_cross_entropy_with_sparse_labels",
     "softmax_focal_loss",
     # losses on probabilities
     "binary_cross_entropy",

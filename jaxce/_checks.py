@@ -63,7 +63,8 @@ def compiled(*static: str, **numbers: Number) -> Callable[[_F], _F]:
 
             for name in kwargs:
                 if name not in parameters:
-                    raise TypeError(f"{function.__name__}: {name} is no argument{_INSTEAD.get(name, '')}")
+                    instead = f"; {_INSTEAD[name]}" if name in _INSTEAD else ""
+                    raise TypeError(f"{function.__name__}: {name} is no argument{instead}")
             if len(args) > len(parameters):
                 return jitted(*args, **kwargs)  # Python says it
             given = [read(name, value) for name, value in zip(parameters, args, strict=False)]
@@ -77,34 +78,27 @@ def compiled(*static: str, **numbers: Number) -> Callable[[_F], _F]:
     return decorate
 
 
+_MEAN = "losses come one per example; their mean is jaxce.weighted_mean(losses)"
 _INSTEAD = {
-    name: f": {hint}"
-    for names, hint in {
-        (
-            "reduction",
-            "reduce",
-            "size_average",
-        ): "losses come one for each example; for their mean take jaxce.weighted_mean(losses)",
-        ("ignore_index", "ignore_class"): "give where=labels != ignore_index",
-        (
-            "from_logits",
-        ): "functions of logits and of probabilities have names of their own, such as softmax_cross_entropy and "
-        "categorical_cross_entropy",
-        (
-            "weight",
-        ): "give class_weights=, one number per class, or jaxce.weighted_mean(losses, weights), one per example",
-        ("sample_weight", "weights"): "weight the losses: jaxce.weighted_mean(losses, weights)",
-        ("mask",): "give where=, True for what takes part",
-        ("dim",): "give axis=",
-        ("smoothing",): "give label_smoothing=",
-        (
-            "temperature",
-            "soft_cap",
-        ): "it belongs to the logits: divide an array by it, or give it to jaxce.LinearLogits",
-        ("target", "targets", "y_true"): "labels come second: f(logits, labels)",
-        ("y_pred", "input"): "logits come first: f(logits, labels)",
-    }.items()
-    for name in names
+    "reduction": _MEAN,
+    "reduce": _MEAN,
+    "size_average": _MEAN,
+    "ignore_index": "give where=labels != ignore_index",
+    "ignore_class": "give where=labels != ignore_class",
+    "from_logits": "functions of probabilities have other names, such as categorical_cross_entropy",
+    "weight": "give class_weights=, one per class, or weight examples by jaxce.weighted_mean(losses, weights)",
+    "sample_weight": "weight examples by jaxce.weighted_mean(losses, weights)",
+    "weights": "weight examples by jaxce.weighted_mean(losses, weights)",
+    "mask": "give where=, True for what takes part",
+    "dim": "give axis=",
+    "smoothing": "give label_smoothing=",
+    "temperature": "divide the logits by it, or give it to jaxce.LinearLogits",
+    "soft_cap": "give it to jaxce.LinearLogits",
+    "target": "labels come second, f(logits, labels)",
+    "targets": "labels come second, f(logits, labels)",
+    "y_true": "labels come second, f(logits, labels)",
+    "y_pred": "logits come first, f(logits, labels)",
+    "input": "logits come first, f(logits, labels)",
 }
 """What to write in place of an argument that isn't there, by the name that it has elsewhere."""
 
@@ -161,18 +155,6 @@ def real(function: str, argument: str, value: ArrayLike, dtype: Any = np.float32
     return floating(function, argument, array)
 
 
-def dense(function: str, argument: str, value: ArrayLike, shape: tuple[int, ...], dtype: Any, of: str) -> Array:
-    """Numbers for the entries of ``shape``, to which they broadcast; booleans and integers as well, of ``dtype`` then.
-
-    The result has all axes, some of which may have length 1.
-    """
-    array = real(function, argument, value, dtype)
-    full = (1,) * (len(shape) - array.ndim) + array.shape
-    if len(full) != len(shape) or any(n not in (1, m) for n, m in zip(full, shape, strict=True)):
-        raise ValueError(f"{function}: {argument} must broadcast to {of}, {shape}, got {describe(jnp.asarray(value))}")
-    return jnp.expand_dims(array, range(len(shape) - array.ndim))
-
-
 def integer(function: str, argument: str, value: ArrayLike) -> Array:
     """``value`` as an array of integers."""
     return _array(function, argument, value, jnp.integer, "an integer array")
@@ -227,10 +209,32 @@ def axis_name(function: str, names: Any) -> AxisName:
     return names
 
 
-def same_shape(function: str, argument: str, array: Array, shape: tuple[int, ...], of: str) -> None:
-    """Demand exactly ``shape``, which is ``of`` something that the message can name: labels are never broadcast."""
+def same_shape(function: str, argument: str, array: Array, shape: tuple[int, ...], of: str, hint: str = "") -> None:
+    """Demand exactly ``shape``, which is ``of`` something that the message can name: nothing is broadcast."""
     if array.shape != shape:
-        raise ValueError(f"{function}: {argument} must have {of}, {shape}, got {describe(array)}")
+        raise ValueError(f"{function}: {argument} must have {of}, {shape}, got {describe(array)}{hint}")
+
+
+def labels_of_rows(function: str, labels: Array, shape: tuple[int, ...], class_axes: tuple[int, ...]) -> None:
+    """Demand one label for each row of logits of ``shape``."""
+    batch = batch_shape(shape, class_axes)
+    hint = labels_hint(labels.shape, shape, class_axes)
+    same_shape(function, "labels", labels, batch, "the shape of the logits without their class axes", hint)
+
+
+def labels_hint(labels: tuple[int, ...], shape: tuple[int, ...], class_axes: tuple[int, ...]) -> str:
+    """What to write for labels of a shape that doesn't fit logits of ``shape``, if that is likely enough."""
+    batch = batch_shape(shape, class_axes)
+    others = [a for a in range(len(shape)) if a not in class_axes and batch_shape(shape, (a,)) == labels]
+    if labels == batch:
+        return "; one class for each row is what the functions with_integer_labels take"
+    if labels == shape:
+        return "; one number for each class is what softmax_cross_entropy takes"
+    if others:
+        return f"; if the classes are on that axis, give axis={others[0]}"
+    if labels == (*batch, 1):
+        return "; give labels[..., 0]"
+    return ""
 
 
 def option(function: str, argument: str, value: Any, kind: Number) -> Any:
@@ -318,3 +322,56 @@ def where_entries(function: str, where: ArrayLike, shape: tuple[int, ...], class
     if mask.ndim < len(shape):
         mask = jnp.expand_dims(mask, class_axes)
     return jnp.broadcast_to(mask, shape)
+
+
+def where_elements(function: str, where: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
+    """``where`` of an elementwise function as a mask of its result, which has this shape; None if all take part."""
+    if where is None:
+        return None
+    mask = boolean(function, "where", where)
+    missing = len(shape) - mask.ndim
+    if missing == 0 and all(n in (1, m) for n, m in zip(mask.shape, shape, strict=True)):
+        return jnp.broadcast_to(mask, shape)
+    new = ", ".join(["None"] * missing)
+    hint = f"; for a mask of the first axes give where[..., {new}], of the last where[{new}]" if missing > 0 else ""
+    raise ValueError(
+        f"{function}: where must have as many axes as the result and broadcast to it, {shape}, got {describe(mask)}{hint}"
+    )
+
+
+def only(mask: Array | None, array: Array, otherwise: float) -> Array:
+    """The array where the mask is True (None: everywhere), and elsewhere another number.
+
+    Of what goes into a formula as of what comes out: only then are all derivatives of what was left out 0.
+    """
+    return array if mask is None else jnp.where(mask, array, otherwise)
+
+
+def dense(
+    function: str,
+    argument: str,
+    value: ArrayLike,
+    shape: tuple[int, ...],
+    dtype: Any,
+    of: str,
+    classes: str | None = None,
+) -> Array:
+    """Labels or weights, a number for each entry of something of this shape, named in ``of``; they broadcast to it.
+
+    Booleans and integers come out in ``dtype``. Where integers with fewer axes would be class numbers, which are never
+    broadcast, ``classes`` names the function that takes those.
+    """
+    whole = not jnp.issubdtype(jnp.asarray(value).dtype, jnp.floating)
+    array = real(function, argument, value, dtype)
+    fits = array.ndim <= len(shape) and all(n in (1, m) for n, m in zip(array.shape[::-1], shape[::-1], strict=False))
+    numbers = whole and classes is not None and array.ndim < len(shape)
+    if fits and not numbers:
+        return jnp.broadcast_to(array, shape)
+    hint = ""
+    if numbers:
+        hint = f"; class numbers are for {classes}"
+    elif [n for n in array.shape if n != 1] == [n for n in shape if n != 1]:
+        hint = f"; give {argument}.reshape({shape})"
+    raise ValueError(
+        f"{function}: {argument} must have the shape of {of}, {shape}, or broadcast to it, got {describe(value)}{hint}"
+    )

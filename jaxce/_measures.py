@@ -208,7 +208,7 @@ def _tangents(spec: Spec, names: tuple[str, ...], parts: Any, dparts: Any, rows:
         given, uniform = targets_of(block_of(spec, part, start, x), ask, spec.dtype)
         return {n: t for n, t in zip(KINDS, (given, uniform), strict=True) if t is not None}
 
-    ts, dts = along(targets, part, dpart, "targets", "weights")
+    ts, dts = along(targets, part, dpart, "targets", "shares", "weights")
     is_label: Any = None if block.labels is None else block.places == of_row(block.labels)
 
     def coefficient(name: str) -> Array:
@@ -295,7 +295,8 @@ def _sum_of_terms(
 
     def step(parts: Any, _: Any, known: Any, start: Any) -> tuple[Array, ...]:
         blocks = [block_of(spec, part, start) for spec, part in zip(specs, parts, strict=True)]
-        args = _arguments(specs[0].dtype, [b.x for b in blocks], [b.targets for b in blocks], *known)
+        targets = [targets_of(b, Ask(), s.dtype)[0] for s, b in zip(specs, blocks, strict=True)]
+        args = _arguments(specs[0].dtype, [b.x for b in blocks], targets, *known)
         return _cpu.sums(tuple(term(*args) for term in terms))
 
     return add_up(specs, inputs, ({},) * len(inputs), (rows, options), step)
@@ -309,7 +310,7 @@ def _arguments(dtype: np.dtype, xs: Any, targets: Any, rows: Any, options: Any) 
         known.append(log_ratio(xs[0], rows[0], xs[1], rows[1]))
     return [
         *known,
-        *(t.astype(dtype) for t in targets if t is not None),
+        *(t for t in targets if t is not None),
         *(beside(option, xs[0]) for option in options),
     ]
 
@@ -338,10 +339,10 @@ def _(
         read = [along(partial(logits_of, s), p, d, *LOGITS) for s, p, d in zip(specs, parts, dparts, strict=True)]
 
         def targets(spec: Spec, x: Array, part: Inputs) -> Array | None:
-            return block_of(spec, part, start, x).targets
+            return targets_of(block_of(spec, part, start, x), Ask(), spec.dtype)[0]
 
         weighed = [
-            along(partial(targets, s, x), p, d, "targets")
+            along(partial(targets, s, x), p, d, "targets", "weights")
             for s, p, d, (x, _) in zip(specs, parts, dparts, read, strict=True)
         ]
         args = _arguments(specs[0].dtype, [x for x, _ in read], [t for t, _ in weighed], rows, options)

@@ -164,6 +164,8 @@ def _places(name: str, x: Any, shape: tuple[int, ...], batch: list[int], class_a
             return [None]
         kernel = [last, None] if x.class_axis == 0 else [None, last]
         return [[*range(last), None], kernel] + [[last] * leaf.ndim for leaf in jax.tree.leaves(x)[2:]]
+    if name in ("chosen", "shares"):
+        return [[*batch, None] if x.shape[:-1] == tuple(shape[a] for a in batch) else None]
     if name == "class_weights":
         return [[class_axis] if x.ndim == 1 else None]
     if not x.ndim:  # an option
@@ -172,7 +174,7 @@ def _places(name: str, x: Any, shape: tuple[int, ...], batch: list[int], class_a
         return [[*range(len(shape))]]
     if x.shape == tuple(shape[a] for a in batch):
         return [batch]
-    if name != "where" or x.ndim > len(shape):
+    if name not in ("where", "labels") or x.ndim > len(shape):
         return [None]
     axes = range(len(shape) - x.ndim, len(shape))
     fits = all(n in (1, shape[a]) for n, a in zip(x.shape, axes, strict=True))

@@ -30,7 +30,8 @@ Inputs = dict[str, Array]
 
 The logits are an "array", or "hidden" states and a "kernel", perhaps with "bias", "temperature" and "soft_cap". With
 them may come masks, True where something is there: of "rows", of "classes" and of "entries" (whose axes of rows may be
-of length 1); "labels", one for each row; "targets", as the logits; "weights", one for each class.
+of length 1); "labels", one for each row; "targets", as "entries", or "shares" of the "chosen" classes, some for each
+row; "weights", one for each class.
 """
 
 ALONG_CLASSES = {"array": -1, "kernel": None, "bias": 0, "classes": 0, "entries": -1, "targets": -1, "weights": 0}
@@ -114,8 +115,20 @@ def block_of(spec: Spec, part: Inputs, start: Any, x: Array | None = None) -> Bl
     places = first + lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
     if spec.strips > 1:
         places += spec.length * lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 2)
-    targets = _masked(part, part["targets"], 0) if "targets" in part else None
-    return Block(x, first, places, part.get("labels"), part.get("weights"), targets)
+    return Block(x, first, places, part.get("labels"), part.get("weights"), _targets(part, x, places))
+
+
+def _targets(part: Inputs, x: Array, places: Array) -> Array | None:
+    """The targets of a block: those given, or the shares of the classes chosen, which masks of classes can't take away."""
+    if "targets" in part:
+        return _masked(part, jnp.broadcast_to(part["targets"], x.shape), 0)
+    if "chosen" not in part:
+        return None
+    total = jnp.zeros(x.shape, part["shares"].dtype)
+    for j in range(part["chosen"].shape[-1]):
+        chosen, share = (beside(part[name][..., j], x) for name in ("chosen", "shares"))
+        total += jnp.where(places == chosen, share, 0)
+    return _masked({n: m for n, m in part.items() if n == "rows"}, total, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ all blocks
@@ -254,7 +267,7 @@ def join_rows(x: Array, rows: int) -> Array:
     return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])[:rows]
 
 
-_OF_ROWS = {"array": 1, "hidden": 1, "rows": 0, "entries": 1, "labels": 0, "targets": 1}
+_OF_ROWS = {"array": 1, "hidden": 1, "rows": 0, "entries": 1, "labels": 0, "targets": 1, "chosen": 1, "shares": 1}
 """The inputs that have axes of rows, and how many axes they have beside those."""
 
 

@@ -105,7 +105,7 @@ def softmax_cross_entropy(
 
     Args:
       logits: scores, of shape [..., classes], an array, `LinearLogits` or `ShardedLogits`.
-      labels: numbers of the same shape; not broadcast and not normalised.
+      labels: numbers that broadcast to the same shape, or booleans or integers of it; not normalised.
       axis: the class axis, or several that together hold the classes.
       where: which rows take part (a mask of the batch shape), or which entries (one that broadcasts to the logits' shape).
       label_smoothing: the share in [0, 1] of the labels that is spread evenly over the classes.
@@ -126,10 +126,79 @@ def softmax_cross_entropy(
       Murphy, Probabilistic Machine Learning: An Introduction, 2022, sections 6.1 and 10.3.
     """
     name = "softmax_cross_entropy"
-    given = _checks.floating(name, "labels", labels)
-    z = read_logits(name, "logits", logits, axis, where, given)
-    z = z.with_targets(name, given).with_weights(name, class_weights)
+    z = read_logits(name, "logits", logits, axis, where, _wide(labels))
+    z = z.with_targets(name, labels).with_weights(name, class_weights)
     return _modified(z, "given", label_smoothing, z_loss)
+
+
+@compiled("axis", label_smoothing=SHARE, z_loss=FINITE)
+def softmax_cross_entropy_with_sparse_labels(
+    logits: AnyLogits,
+    labels: ArrayLike,
+    weights: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
+    z_loss: ArrayLike = 0.0,
+) -> Array:
+    r"""Cross-entropy between a few labels for each row, each with its weight, and the softmax of logits, in nats.
+
+    .. math:: \ell = \sum_{j=1}^{k} w_j \left( -\log p_{y_j} \right), \qquad p = \operatorname{softmax}(x) .
+
+    So the loss of several right answers, or of a teacher's top k classes with the rest of its probability left out,
+    needs no array as large as the logits. Labels that are equal add up. Modifiers, masks, dtypes and accuracy are those
+    of `softmax_cross_entropy_with_integer_labels`, with each label in place of the one; a label of weight 0 takes no
+    part, also if it is no class, so that rows may have fewer than k. Differentiable by the weights too: :math:`-\log
+    p_{y_j}`.
+
+    One pass over the logits compares each class with all k labels: for hundreds of labels dense ones may be faster.
+
+    Args:
+      logits: scores, of shape [..., classes], an array, `LinearLogits` or `ShardedLogits`.
+      labels: integer classes, of shape [..., k].
+      weights: numbers of the shape of the labels; not normalised.
+      axis: the class axis, or several; labels then count the classes of the flattened axes.
+      where: which rows take part (a mask of the batch shape), or which entries (one that broadcasts to the logits' shape).
+      label_smoothing: the share in [0, 1] of the weights that is spread evenly over the classes.
+      class_weights: one number per class, by which its part of the loss is multiplied.
+      z_loss: the factor of the squared log-normalizer.
+
+    Returns:
+      Losses of the batch shape, float32 for half-precision logits and the logits' dtype otherwise.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxce
+      >>> logits = jnp.array([[2.0, -1.0, 0.5], [0.0, 40.0, 0.0]])
+      >>> labels, weights = jnp.array([[0, 2], [1, -1]]), jnp.array([[0.7, 0.3], [1.0, 0.0]])
+      >>> print(jaxce.softmax_cross_entropy_with_sparse_labels(logits, labels, weights))
+      [6.9131e-01 8.4967e-18]
+    """
+    return _with_sparse_labels(logits, labels, weights, axis, where, label_smoothing, class_weights, z_loss)
+
+
+@on_each_device("batch")
+def _with_sparse_labels(
+    logits: AnyLogits,
+    chosen: ArrayLike,
+    shares: ArrayLike,
+    axis: Axis,
+    where: ArrayLike | None,
+    label_smoothing: Any,
+    class_weights: ArrayLike | None,
+    z_loss: Any,
+) -> Array:
+    name = "softmax_cross_entropy_with_sparse_labels"
+    z = read_logits(name, "logits", logits, axis, where, _wide(shares))
+    z = z.with_shares(name, chosen, shares).with_weights(name, class_weights)
+    return _modified(z, "given", label_smoothing, z_loss)
+
+
+def _wide(numbers: ArrayLike) -> Array:
+    """Numbers that may be wider than the logits: those that aren't integers."""
+    array = jnp.asarray(numbers)
+    return array if jnp.issubdtype(array.dtype, jnp.floating) else jnp.zeros((), jnp.float32)
 
 
 safe_softmax_cross_entropy = softmax_cross_entropy
@@ -145,20 +214,23 @@ def softmax_focal_loss(
     where: ArrayLike | None = None,
     *,
     gamma: ArrayLike = 2.0,
+    class_weights: ArrayLike | None = None,
 ) -> Array:
     r"""Focal loss: cross-entropy in which examples count less the better they are classified.
 
-    .. math:: \ell = \sum_k t_k (1 - p_k)^\gamma (-\log p_k)
+    .. math:: \ell = \sum_k w_k t_k (1 - p_k)^\gamma (-\log p_k)
 
-    with p the softmax of the logits; for an integer label :math:`y` it is the term of :math:`y`. :math:`\gamma = 0` is
-    cross-entropy. Masks, dtypes and bad labels are as in `softmax_cross_entropy_with_integer_labels`.
+    with p the softmax of the logits; for an integer label :math:`y` it is the term of :math:`y`. The class weights w,
+    the paper's :math:`\alpha`, are 1 where none are given. :math:`\gamma = 0` is cross-entropy. Masks, dtypes and bad
+    labels are as in `softmax_cross_entropy_with_integer_labels`.
 
     Args:
       logits: scores, of shape [..., classes], an array, `LinearLogits` or `ShardedLogits`.
-      labels: integer classes of the batch shape, or numbers of the shape of the logits.
+      labels: integer classes of the batch shape, or one number per class, as those of `softmax_cross_entropy`.
       axis: the class axis, or several.
       where: which rows (a mask of the batch shape) or which entries of the logits take part.
       gamma: the exponent, at least 0.
+      class_weights: one number per class, by which its part of the loss is multiplied.
 
     Returns:
       Losses of the batch shape.
@@ -171,7 +243,7 @@ def softmax_focal_loss(
     Reference:
       Lin et al., Focal Loss for Dense Object Detection, https://arxiv.org/abs/1708.02002.
     """
-    return _by_label_dtype("softmax_focal_loss", logits, labels, axis, where, _focal, gamma)
+    return _by_label_dtype("softmax_focal_loss", logits, labels, axis, where, class_weights, _focal, gamma)
 
 
 @compiled("axis", epsilon=FINITE)
@@ -183,20 +255,23 @@ def poly_loss_cross_entropy(
     epsilon: ArrayLike = 2.0,
     axis: Axis = -1,
     where: ArrayLike | None = None,
+    class_weights: ArrayLike | None = None,
 ) -> Array:
     r"""Poly-1 loss: cross-entropy with a different first coefficient in its expansion in :math:`1 - p`.
 
-    .. math:: \ell = \sum_k t_k \left( -\log p_k + \epsilon (1 - p_k) \right)
+    .. math:: \ell = \sum_k w_k t_k \left( -\log p_k + \epsilon (1 - p_k) \right)
 
-    with p the softmax of the logits; for an integer label :math:`y` it is the term of :math:`y`. :math:`\epsilon = 0` is
-    cross-entropy. Masks, dtypes and bad labels are as in `softmax_cross_entropy_with_integer_labels`.
+    with p the softmax of the logits; for an integer label :math:`y` it is the term of :math:`y`. The class weights w
+    are 1 where none are given. :math:`\epsilon = 0` is cross-entropy. Masks, dtypes and bad labels are as in
+    `softmax_cross_entropy_with_integer_labels`.
 
     Args:
       logits: scores, of shape [..., classes], an array, `LinearLogits` or `ShardedLogits`.
-      labels: integer classes of the batch shape, or numbers of the shape of the logits.
+      labels: integer classes of the batch shape, or one number per class, as those of `softmax_cross_entropy`.
       epsilon: the weight of the added term.
       axis: the class axis, or several.
       where: which rows (a mask of the batch shape) or which entries of the logits take part.
+      class_weights: one number per class, by which its part of the loss is multiplied.
 
     Returns:
       Losses of the batch shape.
@@ -209,7 +284,7 @@ def poly_loss_cross_entropy(
     Reference:
       Leng et al., PolyLoss, https://arxiv.org/abs/2204.12511.
     """
-    return _by_label_dtype("poly_loss_cross_entropy", logits, labels, axis, where, _poly, epsilon)
+    return _by_label_dtype("poly_loss_cross_entropy", logits, labels, axis, where, class_weights, _poly, epsilon)
 
 
 @compiled("axis", alpha=SHARE)
@@ -236,7 +311,7 @@ def smooth_labels(labels: ArrayLike, alpha: ArrayLike, *, axis: Axis = -1, where
       Szegedy et al., Rethinking the Inception Architecture, https://arxiv.org/abs/1512.00567, section 7.
     """
     name = "smooth_labels"
-    (t,) = _checks.upcast(_checks.floating(name, "labels", labels))
+    (t,) = _checks.upcast(_checks.real(name, "labels", labels))
     class_axes = _checks.axes(name, axis, t.ndim)
     share = jnp.zeros((), t.dtype) if alpha is None else jnp.asarray(alpha).astype(t.dtype)
     keep = jnp.ones(t.shape, bool) if where is None else _checks.where_entries(name, where, t.shape, class_axes)
@@ -270,18 +345,26 @@ Loss = Callable[[Array, Array], Array]
 
 
 def _by_label_dtype(
-    function: str, logits: AnyLogits, labels: ArrayLike, axis: Axis, where: ArrayLike | None, loss: Loss, option: Any
+    function: str,
+    logits: AnyLogits,
+    labels: ArrayLike,
+    axis: Axis,
+    where: ArrayLike | None,
+    class_weights: ArrayLike | None,
+    loss: Loss,
+    option: Any,
 ) -> Array:
-    """sum_k t_k loss(-log p_k), or the label's alone where labels are integers; cross-entropy where the option is None."""
+    """sum_k w_k t_k loss(-log p_k), or the label's term where labels are classes; cross-entropy if the option is None."""
     given = jnp.asarray(labels)
-    integer = jnp.issubdtype(given.dtype, jnp.integer)
-    if not integer:
-        given = _checks.floating(function, "labels", given)
-    z = read_logits(function, "logits", logits, axis, where, *([] if integer else [given]))
-    z = z.with_labels(function, given) if integer else z.with_targets(function, given)
-    if option is None or integer:
-        value = z.measure(name := "nll" if integer else "given")[0][name]
-        return value if option is None else loss(value, jnp.asarray(option).astype(z.dtype))
+    z = read_logits(function, "logits", logits, axis, where, _wide(given)).with_weights(function, class_weights)
+    if jnp.issubdtype(given.dtype, jnp.integer) and given.shape != z.shape:
+        z = z.with_labels(function, given)
+        values, _ = z.measure("nll", *(() if class_weights is None else ("weight",)))
+        value = values["nll"] if option is None else loss(values["nll"], jnp.asarray(option).astype(z.dtype))
+        return value if class_weights is None else _times(values["weight"], value)
+    z = z.with_targets(function, given)
+    if option is None:
+        return z.measure("given")[0]["given"]
     option = jnp.asarray(option).astype(z.dtype)
     (total,), (present,) = sum_of_terms((partial(_of_targets, loss),), (z.spec,), (z.inputs,), option)
     return jnp.where(present, total, 0)

@@ -46,29 +46,47 @@ class Logits(NamedTuple):
     def with_labels(self, function: str, labels: ArrayLike) -> Logits:
         """With integer labels, one for each row; -1 of one that is no class."""
         y = _checks.integer(function, "labels", labels)
-        _checks.same_shape(
-            function,
-            "labels",
-            y,
-            _checks.batch_shape(self.shape, self.axes),
-            "the shape of the logits without their class axes",
-        )
+        _checks.labels_of_rows(function, y, self.shape, self.axes)
+        return self._with(labels=self._class(y))
+
+    def with_targets(self, function: str, labels: ArrayLike) -> Logits:
+        """With dense labels."""
+        of = "the logits" + ("" if self.spec.axis_name is None else " on each device")
+        t = jnp.asarray(labels)
+        if not jnp.issubdtype(t.dtype, jnp.floating):  # integers might have been meant as classes
+            hint = _checks.labels_hint(t.shape, self.shape, self.axes)
+            _checks.same_shape(function, "labels", t, self.shape, f"the shape of {of}", hint)
+        whole = _checks.dense(function, "labels", t, self.shape, self.dtype, of)
+        # Axes of rows stay of length 1 where they are: a block of the logits may be all that is ever there.
+        given = (1,) * (len(self.shape) - t.ndim) + t.shape
+        t = whole[tuple(slice(n if a not in self.axes else None) for a, n in enumerate(given))]
+        return self._with(targets=_checks.classes_last(t, self.axes))
+
+    def with_shares(self, function: str, labels: ArrayLike, weights: ArrayLike) -> Logits:
+        """With several classes for each row, and a share of its targets for each."""
+        y = _checks.integer(function, "labels", labels)
+        batch = _checks.batch_shape(self.shape, self.axes)
+        if y.shape[:-1] != batch or y.ndim != len(batch) + 1:
+            of = f"the shape of the logits with any number of labels in place of the class axes, {(*batch, 'k')}"
+            raise ValueError(f"{function}: labels must have {of}, got {_checks.describe(y)}")
+        w = _checks.real(function, "weights", weights, self.dtype)
+        _checks.same_shape(function, "weights", w, y.shape, "the shape of labels")
+        chosen = self._class(y)
+        bad = (chosen < 0) & (w != 0)
+        return self._with(chosen=chosen, shares=jnp.where(bad, jnp.nan, w).astype(self.dtype))
+
+    def _class(self, labels: Array) -> Array:
+        """Integer labels, -1 where one is no class."""
         name = self.spec.axis_name
         classes = self.classes * (1 if name is None else lax.axis_size(name))
-        valid = (y >= 0) & (y < classes) if classes <= jnp.iinfo(y.dtype).max else y >= 0
-        return self._with(labels=jnp.where(valid, y, -1).astype(jnp.int32))
-
-    def with_targets(self, function: str, labels: Array) -> Logits:
-        """With dense labels."""
-        of = "the shape of the logits" + ("" if self.spec.axis_name is None else " on each device")
-        _checks.same_shape(function, "labels", labels, self.shape, of)
-        return self._with(targets=_checks.classes_last(labels, self.axes))
+        valid = (labels >= 0) & (labels < classes) if classes <= jnp.iinfo(labels.dtype).max else labels >= 0
+        return jnp.where(valid, labels, -1).astype(jnp.int32)
 
     def with_weights(self, function: str, class_weights: ArrayLike | None) -> Logits:
         """With weights of the classes, unless these are None."""
         if class_weights is None:
             return self
-        weights = _checks.floating(function, "class_weights", class_weights)
+        weights = _checks.real(function, "class_weights", class_weights, self.dtype)
         _checks.same_shape(function, "class_weights", weights, (self.classes,), "one number per class")
         return self._with(weights=weights)
 
