@@ -396,9 +396,15 @@ def entropy_with_logits(
     return _in_base(z.measure("entropy")[0]["entropy"], log_base)
 
 
-def _cross_entropy_slopes(total: Array) -> tuple[Array, float]:
+def _cross_entropy_slopes(total: Array) -> tuple[Array, Any]:
     """The sums of -p log q, and of -p."""
-    return total, -1.0
+    return total, (-1.0, _minus_not_p)
+
+
+def _minus_not_p(_: Array, p: Array, *args: Array) -> Array:
+    """-(1 - p), the sum of -p of all other classes."""
+    p_others = args[-2]
+    return -jnp.where(p > 0.5, p_others, 1 - p)
 
 
 @compiled("axis", "base")

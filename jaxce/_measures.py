@@ -108,15 +108,19 @@ def _(primals: Any, tangents: Any) -> Any:
 def log_ratio(x: Array, row: Row, y: Array, other: Row) -> Array:
     """log p - log q: large but finite where only one is there, anything finite where neither is.
 
-    The logits' own difference comes first: it is not rounded where they are nearly equal. Eighths, so that none overflows.
+    It is the difference of the logits, not rounded where they are nearly equal, less that of the log-normalizers; or, where
+    the maxima lie apart, and the logits with them, the difference of the gaps. Eighths, so that none overflows.
     """
     most = float(jnp.finfo(x.dtype).max) / 8
 
     def eighth(x: Array) -> Array:
         return jnp.clip(x / 8, -most, most)
 
-    shift = beside(eighth(row.m) - eighth(other.m), x), beside(row.log_sum - other.log_sum, x)
-    return jnp.clip(8 * ((eighth(x) - eighth(y)) - shift[0]) - shift[1], -most, most)
+    m, n = eighth(row.m), eighth(other.m)
+    apart = jnp.abs(m - n) > 1 / 8
+    a, b, shift = (beside(jnp.where(apart, *pair), x) for pair in ((m, 0), (n, 0), (0, m - n)))
+    ratio = ((eighth(x) - a) - (eighth(y) - b)) - shift
+    return jnp.clip(8 * ratio - beside(row.log_sum - other.log_sum, x), -most, most)
 
 
 @log_ratio.defjvp
@@ -256,7 +260,11 @@ options."""
 
 
 Slopes = Callable[..., tuple[Any, Any]]
-"""Of the sums of all terms, to what the derivatives of the first by log p, and those by log q, add up to."""
+"""Of the sums of all terms, to what the derivatives of the first by log p, and those by log q, add up to.
+
+Either may be a pair: that number, and a function to what those of all other classes add up to, of a term's arguments and
+1 - p of the top class of each softmax; it is for a sum so much smaller than the first that a difference would lose it.
+"""
 
 
 def sum_of_terms(
@@ -331,8 +339,12 @@ def _(
     more = () if slopes else tuple(slope for _, slope in pairs)
     sums = _sum_of_terms(count + len(more), (*terms[:count], *more, *terms[count:]), specs, slopes, *primals)
     of_slopes, sums = sums[count : count + len(more)], (*sums[:count], *sums[count + len(more) :])
+    rests: dict[int, Callable[..., Array]] = {}
     if slopes:
-        of_slopes = [jnp.broadcast_to(slopes(*sums)[side], sums[0].shape) for side in sides]
+        given = [slopes(*sums)[side] for side in sides]
+        rests = {i: g[1] for i, g in enumerate(given) if isinstance(g, tuple)}
+        given = [g[0] if isinstance(g, tuple) else g for g in given]
+        of_slopes = [jnp.broadcast_to(g, sums[0].shape) for g in given]
 
     def step(parts: Any, dparts: Any, known: Any, start: Any) -> tuple[Array, ...]:
         rows, options, doptions, of_slopes = known
@@ -355,9 +367,11 @@ def _(
         total = [jnp.sum(_derivative(term, args, varying), -1) if varying else none for term in terms[:count]]
         for i, (side, slope) in enumerate(pairs):
             p, f = args[2 * side + 1], slope(*args)
-            all_f, others = (beside(v, p) for v in (of_slopes[i], rows[side].others))
+            others = [beside(row.others, p) for row in rows]
+            all_f = beside(of_slopes[i], p)
+            rest = rests[i](*args, *others) if i in rests else all_f - f
             coefficient = f - p * all_f
-            coefficient = replaced(jnp.where(p > 0.5, f * others - p * (all_f - f), coefficient), coefficient)
+            coefficient = replaced(jnp.where(p > 0.5, f * others[side] - p * rest, coefficient), coefficient)
             total[i // len(sides)] += jnp.sum(coefficient * read[side][1].astype(p.dtype), -1)
         return tuple(total)
 

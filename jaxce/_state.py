@@ -156,7 +156,10 @@ def targets_of(block: Block, ask: Ask, dtype: np.dtype) -> tuple[Array | None, A
     uniform = SHARE * there(block.x).astype(dtype) if ask.uniform else None
     if block.weights is not None:
         weights = jnp.broadcast_to(block.weights.astype(dtype), block.x.shape)
-        given, uniform = (None if t is None else t * weights for t in (given, uniform))
+        # Whatever the weight of a class that isn't there is, it has no part, but where a target says so.
+        counts = there(block.x)
+        uniform = None if uniform is None else uniform * jnp.where(counts, weights, 0)
+        given = None if given is None else given * jnp.where(counts | (given != 0), weights, 0)
     return given, uniform
 
 
