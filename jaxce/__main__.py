@@ -346,6 +346,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=at_least(1), default=16, help=f"windows of {WINDOW} tokens in a step")
     parser.add_argument("--learning-rate", type=positive, default=3e-3, help="AdamW's, at its peak")
     parser.add_argument("--plot", metavar="FILE", help="draw the loss curve into FILE (needs matplotlib)")
+    parser.add_argument("--version", action="version", version=f"jaxce {jaxce.__version__}")
     options = parser.parse_args(arguments)
     if options.plot is not None:
         if importlib.util.find_spec("matplotlib") is None:
