@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxce import _checks
 from jaxce._checks import FINITE, NOT_NEGATIVE, SHARE, Axis, compiled
 from jaxce._logits import AnyLogits
-from jaxce._measures import sum_of_terms
+from jaxce._measures import replaced, sum_of_terms
 from jaxce._mesh import on_each_device
 from jaxce._statistics import Logits, read_logits
 
@@ -374,13 +374,18 @@ def _of_targets(loss: Loss, log_p: Array, _: Array, t: Array, option: Array) -> 
     return t * loss(jnp.where(t == 0, 0, -log_p), option)
 
 
+def _not_p(nll: Array) -> Array:
+    """1 - exp(-nll). That exp is also its derivative; expm1's, expm1 + 1, would have lost what a small p is."""
+    return replaced(-jnp.expm1(-nll), 1 - jnp.exp(-nll))
+
+
 def _poly(nll: Array, epsilon: Array) -> Array:
-    return nll - epsilon * jnp.expm1(-nll)
+    return nll + epsilon * _not_p(nll)
 
 
 def _focal(nll: Array, gamma: Array) -> Array:
     """(1 - exp(-nll))^gamma nll, with its limits at 0 and infinity selected so that the derivatives have theirs."""
     inside = (nll > 0) & (nll < jnp.inf)
     safe = jnp.where(inside, nll, 1)
-    value = (-jnp.expm1(-safe)) ** jnp.broadcast_to(gamma, safe.shape) * safe
+    value = _not_p(safe) ** jnp.broadcast_to(gamma, safe.shape) * safe
     return jnp.where(inside, value, jnp.where(nll == 0, 0, nll))

@@ -203,9 +203,17 @@ def bregman_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array
     return jnp.where((log_q == -np.inf) & (log_p != -np.inf), jnp.inf, _bregman(p, q, delta))
 
 
+@custom_jvp
+def _change_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
+    """q - p. d/dlog p = -p, d/dlog q = q."""
+    return -(p + q) * jnp.tanh(delta / 2)
+
+
+_rule(_change_of_logs, lambda log_p, p, log_q, q, delta: (-p, None, q, None, None), jnp.multiply)
+
+
 def _bregman_of_logs_slopes(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> tuple[Array | None, ...]:
-    change = -(p + q) * jnp.tanh(delta / 2)  # q - p
-    return p * delta, None, change, None, None
+    return p * delta, None, _change_of_logs(log_p, p, log_q, q, delta), None, None
 
 
 _rule(bregman_of_logs, _bregman_of_logs_slopes, jnp.multiply)
