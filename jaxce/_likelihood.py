@@ -2,8 +2,8 @@ r"""Negative log-likelihoods: how surprising is an observation to someone who be
 
 The parameters come first and are what a network emits: logits, locations, and the logarithm of whatever must be positive
 (scales, rates, means, concentrations). The observation comes last. All densities are the normalised ones, in nats; all
-arguments broadcast by NumPy's rules; what is outside a distribution's support, or no parameter at all, gives NaN in its
-own place and nowhere else.
+arguments broadcast by NumPy's rules. What is outside a distribution's support, or no parameter at all, gives NaN in its
+own place and nowhere else; what ``where`` leaves out gives 0, with derivatives 0, whatever it is.
 
 Where log Gamma stands in a density, it cancels most of the rest. With what Stirling's formula leaves of it, Binet's
 :math:`\mu(x) = \log\Gamma(x) - (x - \tfrac12) \log x + x - \tfrac12 \log 2\pi`, there remain small terms and a deviance,
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -34,11 +35,18 @@ _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 # ---------------------------------------------------------------------------------------------------- arguments
 
 
-def _arguments(function: str, observed: str, x: ArrayLike, **parameters: ArrayLike) -> list[Array]:
-    """The parameters and then the observation, in their common dtype and broadcast against each other."""
+def _arguments(
+    function: str, where: ArrayLike | None, observed: str, x: ArrayLike, **parameters: ArrayLike
+) -> list[Any]:
+    """What takes part (None: everything), the parameters and the observation, in their common dtype and shape.
+
+    What doesn't take part observes 1 where all parameters are 0, which is ordinary for every distribution.
+    """
     arrays = {name: _checks.floating(function, name, value) for name, value in parameters.items()}
     arrays[observed] = _observation(function, observed, x, *arrays.values())
-    return _broadcast(function, **arrays)
+    *given, x = _broadcast(function, **arrays)
+    keep = _checks.where_elements(function, where, x.shape)
+    return [keep, *(_checks.only(keep, a, 0) for a in given), _checks.only(keep, x, 1)]
 
 
 def _observation(function: str, observed: str, x: ArrayLike, *parameters: Array) -> Array:
@@ -131,7 +139,7 @@ def _binet(x: Array) -> Array:
 
 
 @compiled()
-def bernoulli_nll(logits: ArrayLike, x: ArrayLike) -> Array:
+def bernoulli_nll(logits: ArrayLike, x: ArrayLike, *, where: ArrayLike | None = None) -> Array:
     r"""Yes or no: :math:`-x \log \sigma(\ell) - (1 - x) \log \sigma(-\ell)`, with log-odds :math:`\ell`.
 
     `sigmoid_binary_cross_entropy`, with broadcasting: right to 2 ulp (gradient: 4) at every size of logit.
@@ -139,6 +147,7 @@ def bernoulli_nll(logits: ArrayLike, x: ArrayLike) -> Array:
     Args:
         logits: the log-odds for yes.
         x: what happened: booleans, 0 or 1, or a probability between them; anything else gives NaN.
+        where: what takes part: booleans or integers (what isn't 0) with as many axes as the result, which broadcast to it.
 
     Returns:
         One value per element, in nats; half precision is computed and returned in float32.
@@ -149,12 +158,14 @@ def bernoulli_nll(logits: ArrayLike, x: ArrayLike) -> Array:
 
     Reference: Cox, "The Regression Analysis of Binary Sequences", JRSS B 20 (1958).
     """
-    z, x = _arguments("bernoulli_nll", "x", x, logits=logits)
-    return jnp.where((x >= 0) & (x <= 1), sigmoid_binary_cross_entropy(z, x), jnp.nan)
+    keep, z, x = _arguments("bernoulli_nll", where, "x", x, logits=logits)
+    return _checks.only(keep, jnp.where((x >= 0) & (x <= 1), sigmoid_binary_cross_entropy(z, x), jnp.nan), 0)
 
 
 @compiled("full")
-def gaussian_nll(location: ArrayLike, log_scale: ArrayLike, x: ArrayLike, *, full: bool = True) -> Array:
+def gaussian_nll(
+    location: ArrayLike, log_scale: ArrayLike, x: ArrayLike, *, full: bool = True, where: ArrayLike | None = None
+) -> Array:
     r"""Normal distribution: :math:`\tfrac12 z^2 + \log\sigma + \tfrac12 \log 2\pi` with :math:`z = (x - m) / \sigma`.
 
     The entropy is log_scale + 1.4189 (log(2 pi e) / 2). Value and gradient (by log_scale: 1 - z^2) are right to 7 ulp at
@@ -165,6 +176,7 @@ def gaussian_nll(location: ArrayLike, log_scale: ArrayLike, x: ArrayLike, *, ful
         log_scale: the logarithm of the standard deviation; half of the log-variance.
         x: the observation.
         full: whether to add the constant log(2 pi) / 2.
+        where: what takes part: booleans or integers (what isn't 0) with as many axes as the result, which broadcast to it.
 
     Returns:
         One value per element, in nats; half precision is computed and returned in float32.
@@ -172,16 +184,20 @@ def gaussian_nll(location: ArrayLike, log_scale: ArrayLike, x: ArrayLike, *, ful
     >>> import jaxce
     >>> print(jaxce.gaussian_nll(0.0, 0.0, 0.0), jaxce.gaussian_nll(0.0, 0.0, 2.0, full=False))
     0.9189 2.0
+    >>> import jax.numpy as jnp
+    >>> measured = jnp.array([0.0, jnp.nan])
+    >>> print(jaxce.gaussian_nll(0.0, 0.0, measured, where=~jnp.isnan(measured)))
+    [0.9189385 0. ]
 
     Reference: Gauss, "Theoria motus corporum coelestium" (1809), section 177.
     """
-    m, s, x = _arguments("gaussian_nll", "x", x, location=location, log_scale=log_scale)
+    keep, m, s, x = _arguments("gaussian_nll", where, "x", x, location=location, log_scale=log_scale)
     z = _times_exp(x - m, -s)
-    return 0.5 * z * z + s + (_HALF_LOG_2PI if full else 0)
+    return _checks.only(keep, 0.5 * z * z + s + (_HALF_LOG_2PI if full else 0), 0)
 
 
 @compiled()
-def laplace_nll(location: ArrayLike, log_scale: ArrayLike, x: ArrayLike) -> Array:
+def laplace_nll(location: ArrayLike, log_scale: ArrayLike, x: ArrayLike, *, where: ArrayLike | None = None) -> Array:
     r"""Laplace distribution: :math:`|x - m| / b + \log 2b`.
 
     The derivative by the location at x = m, where there is none, is 0. The entropy is log_scale + 1.6931 (log 2e). Value
@@ -191,6 +207,7 @@ def laplace_nll(location: ArrayLike, log_scale: ArrayLike, x: ArrayLike) -> Arra
         location: the median m.
         log_scale: the logarithm of b, the mean distance from the median.
         x: the observation.
+        where: what takes part: booleans or integers (what isn't 0) with as many axes as the result, which broadcast to it.
 
     Returns:
         One value per element, in nats; half precision is computed and returned in float32.
@@ -201,9 +218,9 @@ def laplace_nll(location: ArrayLike, log_scale: ArrayLike, x: ArrayLike) -> Arra
 
     Reference: Laplace, "Memoire sur la probabilite des causes par les evenements" (1774).
     """
-    m, s, x = _arguments("laplace_nll", "x", x, location=location, log_scale=log_scale)
+    keep, m, s, x = _arguments("laplace_nll", where, "x", x, location=location, log_scale=log_scale)
     z = _times_exp(x - m, -s)
-    return z * lax.sign(z) + s + math.log(2)  # jnp.abs has the derivative 1 at 0
+    return _checks.only(keep, z * lax.sign(z) + s + math.log(2), 0)  # jnp.abs has the derivative 1 at 0
 
 
 def _student_t_parts(d: Array, log_scale: Array, log_df: Array) -> tuple[Array, Array, Array]:
@@ -236,7 +253,9 @@ _rule(_student_t, _student_t_slopes)
 
 
 @compiled()
-def student_t_nll(location: ArrayLike, log_scale: ArrayLike, log_df: ArrayLike, x: ArrayLike) -> Array:
+def student_t_nll(
+    location: ArrayLike, log_scale: ArrayLike, log_df: ArrayLike, x: ArrayLike, *, where: ArrayLike | None = None
+) -> Array:
     r"""Student's t distribution, for errors with heavy tails.
 
     .. math:: \tfrac{\nu + 1}{2} \log\left(1 + \tfrac{z^2}{\nu}\right) + \log\sigma
@@ -250,6 +269,7 @@ def student_t_nll(location: ArrayLike, log_scale: ArrayLike, log_df: ArrayLike, 
         log_scale: the logarithm of the scale sigma, which is not the standard deviation.
         log_df: the logarithm of the degrees of freedom nu.
         x: the observation.
+        where: what takes part: booleans or integers (what isn't 0) with as many axes as the result, which broadcast to it.
 
     Returns:
         One value per element, in nats; half precision is computed and returned in float32.
@@ -260,19 +280,21 @@ def student_t_nll(location: ArrayLike, log_scale: ArrayLike, log_df: ArrayLike, 
 
     Reference: Student, "The Probable Error of a Mean", Biometrika 6 (1908).
     """
-    m, s, log_df, x = _arguments("student_t_nll", "x", x, location=location, log_scale=log_scale, log_df=log_df)
+    keep, m, s, log_df, x = _arguments(
+        "student_t_nll", where, "x", x, location=location, log_scale=log_scale, log_df=log_df
+    )
     log_df = jnp.minimum(log_df, 70.0 if x.dtype.itemsize == 4 else 650.0)
     df = jnp.exp(log_df)
     # Of the two log Gammas is left (1 - nu log(1 + 1/nu)) / 2 + mu(nu / 2) - mu((nu + 1) / 2).
     constant = _deviance(df, jnp.ones_like(df), -jnp.log(df / (df + 1))) / 2 + (_binet(df / 2) - _binet((df + 1) / 2))
-    return _student_t(x - m, s, log_df) + s + (constant + _HALF_LOG_2PI)
+    return _checks.only(keep, _student_t(x - m, s, log_df) + s + (constant + _HALF_LOG_2PI), 0)
 
 
 # ---------------------------------------------------------------------------------------------------- positive numbers
 
 
 @compiled()
-def exponential_nll(log_rate: ArrayLike, x: ArrayLike) -> Array:
+def exponential_nll(log_rate: ArrayLike, x: ArrayLike, *, where: ArrayLike | None = None) -> Array:
     r"""Exponential distribution: :math:`\lambda x - \log\lambda`.
 
     The entropy is 1 - log_rate. Value and gradient are right to 4 ulp.
@@ -280,6 +302,7 @@ def exponential_nll(log_rate: ArrayLike, x: ArrayLike) -> Array:
     Args:
         log_rate: the logarithm of the rate, minus that of the mean.
         x: the observation, at least 0; below gives NaN.
+        where: what takes part: booleans or integers (what isn't 0) with as many axes as the result, which broadcast to it.
 
     Returns:
         One value per element, in nats; half precision is computed and returned in float32.
@@ -290,12 +313,14 @@ def exponential_nll(log_rate: ArrayLike, x: ArrayLike) -> Array:
 
     Reference: Johnson, Kotz and Balakrishnan, "Continuous Univariate Distributions" 1 (1994), chapter 19.
     """
-    log_rate, x = _arguments("exponential_nll", "x", x, log_rate=log_rate)
-    return jnp.where(x >= 0, _times_exp(x, log_rate) - log_rate, jnp.nan)
+    keep, log_rate, x = _arguments("exponential_nll", where, "x", x, log_rate=log_rate)
+    return _checks.only(keep, jnp.where(x >= 0, _times_exp(x, log_rate) - log_rate, jnp.nan), 0)
 
 
 @compiled()
-def gamma_nll(log_concentration: ArrayLike, log_rate: ArrayLike, x: ArrayLike) -> Array:
+def gamma_nll(
+    log_concentration: ArrayLike, log_rate: ArrayLike, x: ArrayLike, *, where: ArrayLike | None = None
+) -> Array:
     r"""Gamma distribution: :math:`\beta x - \alpha \log(\beta x) + \log x + \log\Gamma(\alpha)`.
 
     Its mean is alpha / beta. At x = 0 it is -log_rate for alpha = 1, and infinite otherwise. Value and gradient are right
@@ -305,6 +330,7 @@ def gamma_nll(log_concentration: ArrayLike, log_rate: ArrayLike, x: ArrayLike) -
         log_concentration: the logarithm of the concentration (shape) alpha.
         log_rate: the logarithm of the rate beta, minus that of the scale.
         x: the observation, at least 0; below gives NaN.
+        where: what takes part: booleans or integers (what isn't 0) with as many axes as the result, which broadcast to it.
 
     Returns:
         One value per element, in nats; half precision is computed and returned in float32.
@@ -315,13 +341,15 @@ def gamma_nll(log_concentration: ArrayLike, log_rate: ArrayLike, x: ArrayLike) -
 
     Reference: Johnson, Kotz and Balakrishnan, "Continuous Univariate Distributions" 1 (1994), chapter 17.
     """
-    log_a, log_rate, x = _arguments("gamma_nll", "x", x, log_concentration=log_concentration, log_rate=log_rate)
+    keep, log_a, log_rate, x = _arguments(
+        "gamma_nll", where, "x", x, log_concentration=log_concentration, log_rate=log_rate
+    )
     a, positive = jnp.exp(log_a), jnp.where(x > 0, x, 1)
     log_x = jnp.log(positive)
     deviance = _rate_deviance(a, _times_exp(positive, log_rate), log_a, log_rate + log_x)
     value = deviance + (log_x - 0.5 * log_a) + (_binet(a) + _HALF_LOG_2PI)
     at_zero = jnp.where(log_a == 0, -log_rate, jnp.where(log_a > 0, jnp.inf, -jnp.inf) + log_a)
-    return jnp.where(x >= 0, jnp.where(x == 0, at_zero, value), jnp.nan)
+    return _checks.only(keep, jnp.where(x >= 0, jnp.where(x == 0, at_zero, value), jnp.nan), 0)
 
 
 # ---------------------------------------------------------------------------------------------------- counts
@@ -334,7 +362,7 @@ def _counts(k: Array) -> tuple[Array, Array]:
 
 
 @compiled("full")
-def poisson_nll(log_rate: ArrayLike, counts: ArrayLike, *, full: bool = True) -> Array:
+def poisson_nll(log_rate: ArrayLike, counts: ArrayLike, *, full: bool = True, where: ArrayLike | None = None) -> Array:
     r"""Poisson distribution: :math:`\lambda - k \log\lambda + \log k!`.
 
     Computed as the deviance :math:`\lambda - k - k \log(\lambda / k) \ge 0` and what Stirling's formula leaves of log k!.
@@ -345,6 +373,7 @@ def poisson_nll(log_rate: ArrayLike, counts: ArrayLike, *, full: bool = True) ->
         log_rate: the logarithm of the rate; -inf for a rate of 0.
         counts: the observation k, at least 0 (below gives NaN), which need not be whole. It has no derivative.
         full: whether to add the constant log k!.
+        where: what takes part: booleans or integers (what isn't 0) with as many axes as the result, which broadcast to it.
 
     Returns:
         One value per element, in nats; half precision is computed and returned in float32.
@@ -355,7 +384,7 @@ def poisson_nll(log_rate: ArrayLike, counts: ArrayLike, *, full: bool = True) ->
 
     Reference: Poisson, "Recherches sur la probabilite des jugements" (1837), section 81.
     """
-    log_rate, k = _arguments("poisson_nll", "counts", counts, log_rate=log_rate)
+    keep, log_rate, k = _arguments("poisson_nll", where, "counts", counts, log_rate=log_rate)
     rate, valid = jnp.exp(log_rate), k >= 0
     k, positive = _counts(k)
     if full:
@@ -364,7 +393,7 @@ def poisson_nll(log_rate: ArrayLike, counts: ArrayLike, *, full: bool = True) ->
         value = _rate_deviance(k, rate, log_k, log_rate) + jnp.where(k == 0, 0, rest)
     else:
         value = rate - jnp.where(k == 0, 0, k * log_rate)
-    return jnp.where(valid, value, jnp.nan)
+    return _checks.only(keep, jnp.where(valid, value, jnp.nan), 0)
 
 
 def _negative_binomial_parts(log_mean: Array, log_r: Array, k: Array) -> tuple[Array, Array, Array, Array]:
@@ -400,7 +429,9 @@ _rule(_negative_binomial_deviance, _negative_binomial_slopes)
 
 
 @compiled()
-def negative_binomial_nll(log_mean: ArrayLike, log_concentration: ArrayLike, counts: ArrayLike) -> Array:
+def negative_binomial_nll(
+    log_mean: ArrayLike, log_concentration: ArrayLike, counts: ArrayLike, *, where: ArrayLike | None = None
+) -> Array:
     r"""Negative binomial distribution: counts that vary by more than a Poisson's, with variance m + m^2 / r.
 
     .. math:: \log\Gamma(r) + \log k! - \log\Gamma(k + r) - k \log\frac{m}{m + r} - r \log\frac{r}{m + r}
@@ -414,6 +445,7 @@ def negative_binomial_nll(log_mean: ArrayLike, log_concentration: ArrayLike, cou
         log_concentration: the logarithm of the concentration r ("number of failures"). Beyond -80 and 80 (float64: 700)
             it makes no more difference.
         counts: the observation k, at least 0 (below gives NaN), which need not be whole. It has no derivative.
+        where: what takes part: booleans or integers (what isn't 0) with as many axes as the result, which broadcast to it.
 
     Returns:
         One value per element, in nats; half precision is computed and returned in float32.
@@ -424,8 +456,8 @@ def negative_binomial_nll(log_mean: ArrayLike, log_concentration: ArrayLike, cou
 
     Reference: Hilbe, "Negative Binomial Regression" (2011), section 8.2 (NB2).
     """
-    log_mean, log_r, k = _arguments(
-        "negative_binomial_nll", "counts", counts, log_mean=log_mean, log_concentration=log_concentration
+    keep, log_mean, log_r, k = _arguments(
+        "negative_binomial_nll", where, "counts", counts, log_mean=log_mean, log_concentration=log_concentration
     )
     limit = 80.0 if k.dtype.itemsize == 4 else 700.0
     valid, log_r = k >= 0, jnp.clip(log_r, -limit, limit)
@@ -434,14 +466,16 @@ def negative_binomial_nll(log_mean: ArrayLike, log_concentration: ArrayLike, cou
     root = positive * jnp.sqrt(1 / positive + jnp.exp(-log_r))
     rest = (jnp.log(root) + _HALF_LOG_2PI) + _binet(positive) + (_binet(r) - _binet(positive + r))
     value = _negative_binomial_deviance(log_mean, log_r, k) + jnp.where(k == 0, 0, rest)
-    return jnp.where(valid, value, jnp.nan)
+    return _checks.only(keep, jnp.where(valid, value, jnp.nan), 0)
 
 
 # ---------------------------------------------------------------------------------------------------- vectors, mixtures
 
 
 @compiled("full")
-def multivariate_normal_nll(location: ArrayLike, scale_tril: ArrayLike, x: ArrayLike, *, full: bool = True) -> Array:
+def multivariate_normal_nll(
+    location: ArrayLike, scale_tril: ArrayLike, x: ArrayLike, *, full: bool = True, where: ArrayLike | None = None
+) -> Array:
     r"""Normal distribution of a vector whose covariance is :math:`L L^\top`.
 
     .. math:: \tfrac12 |z|^2 + \sum_i \log L_{ii} + \tfrac n2 \log 2\pi, \qquad L z = x - m
@@ -454,6 +488,8 @@ def multivariate_normal_nll(location: ArrayLike, scale_tril: ArrayLike, x: Array
             covariance. What stands above the diagonal is not read.
         x: the observation, [..., n]. The batch axes of all three broadcast.
         full: whether to add the constant.
+        where: which vectors take part: booleans or integers (what isn't 0) with as many axes as the result, which
+            broadcast to it.
 
     Returns:
         One value per vector, in nats; half precision is computed and returned in float32.
@@ -482,6 +518,12 @@ def multivariate_normal_nll(location: ArrayLike, scale_tril: ArrayLike, x: Array
             f"{function}: scale_tril must have batch axes that broadcast with {d.shape[:-1]}, got {scale.shape[:-2]}"
         ) from None
     d, scale = (jnp.expand_dims(v, range(len(batch) + core - v.ndim)) for v, core in ((d, 1), (scale, 2)))
+    if (keep := _checks.where_elements(function, where, batch)) is not None:
+        d = jnp.where(keep[..., None], d, 0)
+        # A scale that several vectors share takes part if one of them does.
+        shared = tuple(a for a in range(len(batch)) if scale.shape[a] == 1)
+        identity = jnp.broadcast_to(jnp.eye(n, dtype=scale.dtype), scale.shape)
+        scale = jnp.where(keep.any(shared, keepdims=True)[..., None, None], scale, identity)
     # Of z L^T = d, so that a scale that all vectors share is one solution with a right-hand side in every row.
     solve = jnp.vectorize(
         functools.partial(lax.linalg.triangular_solve, lower=True, transpose_a=True), signature="(n,n),(n)->(n)"
@@ -489,7 +531,8 @@ def multivariate_normal_nll(location: ArrayLike, scale_tril: ArrayLike, x: Array
     z = solve(jnp.tril(scale), d)
     diagonal = jnp.diagonal(scale, axis1=-2, axis2=-1)
     log_scale = jnp.sum(jnp.log(jnp.where(diagonal > 0, diagonal, jnp.nan)), axis=-1)
-    return 0.5 * jnp.sum(z * z, axis=-1) + (jnp.broadcast_to(log_scale, batch) + (n * _HALF_LOG_2PI if full else 0))
+    value = 0.5 * jnp.sum(z * z, axis=-1) + (jnp.broadcast_to(log_scale, batch) + (n * _HALF_LOG_2PI if full else 0))
+    return _checks.only(keep, value, 0)
 
 
 @compiled("axis")
@@ -504,7 +547,8 @@ def mixture_nll(
         component_nll: what the components say, of a shape that broadcasts with that of the weights. +inf is a density
             of 0.
         axis: the axis of the components, or several.
-        where: which rows (a mask of the batch shape) or which components take part. A row with none has nll 0.
+        where: what takes part, booleans or integers (what isn't 0): a mask of the batch shape says which rows, one with as
+            many axes as the components, to which it broadcasts, which of these. A row with none has nll 0.
 
     Returns:
         One value per example, of the shape without ``axis``; half precision is computed and returned in float32.

@@ -1,9 +1,7 @@
 r"""Losses on probabilities and on log-probabilities: for models whose last layer already is a softmax or a sigmoid.
 
 Whoever has logits is better served by the losses on logits: a probability of 1 - 1e-9 is 1 in float32, and the logits
-knew. Nothing is clamped here: what has probability 0 and happens nevertheless costs +inf, and says so. Every sum over
-the classes is carried in pairs of numbers, so that near-equal distributions, whose divergence is a sum of terms that
-nearly cancel, keep their digits.
+knew. Nothing is clamped here: what has probability 0 and happens nevertheless costs +inf, and says so.
 """
 
 from __future__ import annotations
@@ -71,6 +69,10 @@ def _(primals: Any, tangents: Any) -> Any:
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
+_INTEGER = {"probs": "categorical_cross_entropy_with_integer_labels", "log_predictions": "nll"}
+"""What takes class numbers, by the name of the prediction."""
+
+
 def _dense(
     function: str,
     names: tuple[str, str],
@@ -81,8 +83,10 @@ def _dense(
     absent: tuple[float, float],
 ) -> tuple[Array, Array]:
     """Prediction and target with the classes last; what is masked holds ``absent``, which adds nothing."""
-    x, t = (_checks.floating(function, name, a) for name, a in zip(names, (prediction, target), strict=True))
-    _checks.same_shape(function, names[1], t, x.shape, f"the shape of {names[0]}")
+    x = _checks.floating(function, names[0], prediction)
+    if names[1] == "log_targets":  # whole numbers are no logarithms
+        target = _checks.floating(function, names[1], target)
+    t = _checks.dense(function, names[1], target, x.shape, _checks.compute_dtype(x), names[0], _INTEGER[names[0]])
     class_axes = _checks.axes(function, axis, x.ndim)
     x, t = _checks.upcast(x, t)
     if where is not None:
@@ -149,9 +153,11 @@ def categorical_cross_entropy(
 
     Args:
         probs: predicted probabilities q, floating point.
-        labels: label probabilities t, floating point, of the same shape.
+        labels: label probabilities t, of the same shape or one that broadcasts to it: floating point, or with as many axes
+            integers or booleans (one-hot).
         axis: where the classes are; one axis or several.
-        where: what takes part: booleans of the batch shape (whole rows), or that broadcast to the full shape.
+        where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
+            as the prediction, to which they broadcast (entries).
 
     Returns:
         One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
@@ -187,7 +193,8 @@ def categorical_cross_entropy_with_integer_labels(
         probs: predicted probabilities q, floating point.
         labels: class numbers y, integer, of the batch shape.
         axis: where the classes are; one axis or several.
-        where: what takes part: booleans of the batch shape (whole rows), or that broadcast to the full shape.
+        where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
+            as the prediction, to which they broadcast (entries).
 
     Returns:
         One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
@@ -209,7 +216,7 @@ def categorical_cross_entropy_with_integer_labels(
 
 
 @compiled()
-def binary_cross_entropy(probs: ArrayLike, labels: ArrayLike) -> Array:
+def binary_cross_entropy(probs: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None) -> Array:
     r"""Cross-entropy of independent yes-or-no questions with predicted probabilities of yes.
 
     .. math:: -t \log q - (1 - t) \log(1 - q), \qquad 0 \log 0 = 0
@@ -220,14 +227,16 @@ def binary_cross_entropy(probs: ArrayLike, labels: ArrayLike) -> Array:
 
     Args:
         probs: predicted probabilities of yes, floating point, of any shape.
-        labels: probabilities of yes, floating point or integer, of the same shape.
+        labels: probabilities of yes, floating point, integer or boolean, of the same shape or one that broadcasts to it.
+        where: what takes part: booleans or integers (what isn't 0) with as many axes as probs, which broadcast to
+            them. The rest has loss 0 and gradient 0, whatever it holds.
 
     Returns:
         The loss of each entry in nats: float32 for half precision, else the wider of the two dtypes.
 
     Raises:
         TypeError: for a wrong dtype.
-        ValueError: for labels of another shape.
+        ValueError: for a shape that does not broadcast to that of probs.
 
     >>> import jax.numpy as jnp
     >>> import jaxce
@@ -238,13 +247,10 @@ def binary_cross_entropy(probs: ArrayLike, labels: ArrayLike) -> Array:
     """
     function = "binary_cross_entropy"
     q = _checks.floating(function, "probs", probs)
-    t = jnp.asarray(labels)
-    if jnp.issubdtype(t.dtype, jnp.integer):
-        t = t.astype(_checks.compute_dtype(q))
-    t = _checks.floating(function, "labels", t)
-    _checks.same_shape(function, "labels", t, q.shape, "the shape of probs")
-    q, t = _checks.upcast(q, t)
-    return neg_x_log_y(t, q) + neg_x_log_not_y(1 - t, q)
+    t = _checks.dense(function, "labels", labels, q.shape, _checks.compute_dtype(q), "probs")
+    keep = _checks.where_elements(function, where, q.shape)
+    q, t = _checks.upcast(_checks.only(keep, q, 0.5), _checks.only(keep, t, 1))
+    return _checks.only(keep, neg_x_log_y(t, q) + neg_x_log_not_y(1 - t, q), 0)
 
 
 # --- losses on log-probabilities --------------------------------------------------------------------------------------
@@ -266,9 +272,11 @@ def kl_divergence(
 
     Args:
         log_predictions: log q, floating point.
-        targets: probabilities t, floating point, of the same shape.
+        targets: probabilities t, of the same shape or one that broadcasts to it: floating point, or with as many axes
+            integers or booleans (one-hot).
         axis: where the classes are; one axis or several.
-        where: what takes part: booleans of the batch shape (whole rows), or that broadcast to the full shape.
+        where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
+            as the prediction, to which they broadcast (entries).
 
     Returns:
         One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
@@ -303,9 +311,10 @@ def kl_divergence_with_log_targets(
 
     Args:
         log_predictions: log q, floating point.
-        log_targets: l = log t, floating point, of the same shape.
+        log_targets: l = log t, floating point, of the same shape or one that broadcasts to it.
         axis: where the classes are; one axis or several.
-        where: what takes part: booleans of the batch shape (whole rows), or that broadcast to the full shape.
+        where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
+            as the prediction, to which they broadcast (entries).
 
     Returns:
         One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
@@ -341,9 +350,11 @@ def generalized_kl_divergence(
 
     Args:
         log_predictions: log q, floating point.
-        targets: t >= 0, floating point, of the same shape.
+        targets: t >= 0, of the same shape or one that broadcasts to it: floating point, or with as many axes integers or
+            booleans.
         axis: where the classes are; one axis or several.
-        where: what takes part: booleans of the batch shape (whole rows), or that broadcast to the full shape.
+        where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
+            as the prediction, to which they broadcast (entries).
 
     Returns:
         One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
@@ -379,7 +390,8 @@ def nll(log_probs: ArrayLike, labels: ArrayLike, axis: Axis = -1, where: ArrayLi
         log_probs: log q, floating point.
         labels: class numbers y, integer, of the batch shape.
         axis: where the classes are; one axis or several.
-        where: what takes part: booleans of the batch shape (whole rows), or that broadcast to the full shape.
+        where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
+            as the prediction, to which they broadcast (entries).
 
     Returns:
         One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.

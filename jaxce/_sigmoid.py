@@ -3,7 +3,7 @@ r"""Binary losses on logits: how surprising is a yes or a no to someone whose lo
 Everything is measured from |x|, with exp(-|x|) <= 1, and p = sigma(x) appears only as one of a pair (p, 1 - p) of which
 neither is formed from the other. So no tail is lost: not the loss's, not its gradient's, not its curvature's.
 
-The losses are written without a comparison, as XLA:CPU then makes a single loop of the loss and the mean over it; one
+The plain loss is written without a comparison, as XLA:CPU then makes a single loop of the loss and the mean over it; one
 ``jnp.where`` makes that two to four loops with the whole array between them, and four times the time.
 """
 
@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from jaxce import _checks, _cpu
 from jaxce._checks import NOT_NEGATIVE, SHARE, compiled
 from jaxce._rules import custom_jvp
-from jaxce._terms import scale
+from jaxce._terms import _rule, largest, scale
 
 
 def _atanh_coefficients(count: int) -> list[float]:
@@ -50,8 +50,10 @@ def _softplus(x: Array) -> Array:
 
 def _unless_zero(weight: Array, x: Array) -> Array:
     """X >= 0, but 0 where weight is 0, so that 0 * inf is 0."""
-    largest = float(jnp.finfo(x.dtype).max)
-    return 2 * jnp.minimum(x / 2, jnp.abs(jnp.sign(weight)) * largest)  # 2 * largest = inf
+    most = jnp.abs(jnp.sign(weight)) * largest(x)
+    part = jnp.minimum(x, most)
+    # Infinity is the sum of two largest numbers. A factor of 2 XLA would multiply with the weight, before it overflows.
+    return part + jnp.minimum(x - part, most)
 
 
 @custom_jvp
@@ -101,6 +103,53 @@ def _binary_cross_entropy_jvp(primals: tuple[Array, Array], tangents: tuple[Arra
     return _binary_cross_entropy(*primals), _slope(x, t) * dx + scale(-x, dt)
 
 
+# --- weighted and smoothed: each part by itself, so that neither loses digits to the other ---
+
+
+@custom_jvp
+def _cost(x: Array) -> Array:
+    """What a no costs: -log sigma(-x) = log(1 + exp(x)). A yes costs as much at -x."""
+    return jnp.maximum(x, 0) + _softplus(-jnp.abs(x))
+
+
+@_cost.defjvp
+def _cost_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _cost(*primals), _sigmoids(*primals)[0] * tangents[0]
+
+
+@custom_jvp
+def _times(weight: Array, cost: Array) -> Array:
+    """Weight * cost for cost >= 0, and 0 * inf is 0."""
+    return weight * _unless_zero(weight, cost)
+
+
+@_times.defjvp
+def _times_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    weight, cost = primals
+    return _times(weight, cost), weight * tangents[1] + scale(cost, tangents[0])
+
+
+def _smoothed(t: Array, a: Array) -> tuple[Array, Array]:
+    """T = (1 - a) t + a / 2, and 1 - T, which isn't formed from a T near 1."""
+    return (1 - a) * t + a / 2, (1 - a) * (1 - t) + a / 2
+
+
+@custom_jvp
+def _weighted(x: Array, t: Array, w: Array, a: Array) -> Array:
+    """-w T log sigma(x) - (1 - T) log sigma(-x), T the smoothed label."""
+    yes, no = _smoothed(t, a)
+    return _times(w * yes, _cost(-x)) + _times(no, _cost(x))
+
+
+@_weighted.defjvp
+def _weighted_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    (x, t), (_, _, w, a) = _cpu.reread(primals[:2]), primals  # as in _binary_cross_entropy
+    dx, dt, dw, da = tangents
+    (yes, no), (p, not_p) = _smoothed(t, a), _sigmoids(x)
+    by_label = scale(_times(w, _cost(-x)) - _cost(x), (1 - a) * dt + (0.5 - t) * da)
+    return _weighted(*primals), (no * p - w * yes * not_p) * dx + by_label + scale(_cost(-x), yes * dw)
+
+
 # --- focal: the loss times (1 - p_t)^gamma, with p_t the probability of the label ---
 
 
@@ -132,13 +181,14 @@ def _modulation(x: Array, t: Array, gamma: Array) -> Array:
     return _miss(x, t) ** gamma
 
 
-@_modulation.defjvp
-def _modulation_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-    x, t, gamma = primals
-    value = _modulation(x, t, gamma)
-    by_x, by_gamma = gamma * value * _log_slope(x, t), value * _log_miss(x, t)
-    by_t = scale(_modulation_by_label(x, t, gamma), tangents[1])
-    return value, by_x * tangents[0] + by_t + by_gamma * tangents[2]
+_rule(
+    _modulation,
+    lambda x, t, gamma: (
+        gamma * _modulation(x, t, gamma) * _log_slope(x, t),
+        _modulation_by_label(x, t, gamma),
+        _modulation(x, t, gamma) * _log_miss(x, t),
+    ),
+)
 
 
 def _log_miss(x: Array, t: Array) -> Array:
@@ -164,31 +214,36 @@ def _focal(x: Array, t: Array, gamma: Array) -> Array:
     return _modulation(x, t, gamma) * _binary_cross_entropy(x, t)
 
 
-@_focal.defjvp
-def _focal_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-    x, t, gamma = primals
-    largest = float(jnp.finfo(x.dtype).max)
+def _focal_slopes(x: Array, t: Array, gamma: Array) -> tuple[Array, Array, Array]:
+    most = largest(x)
     factor, loss = _modulation(x, t, gamma), _binary_cross_entropy(x, t)
-    finite = jnp.minimum(loss, largest)
+    finite = jnp.minimum(loss, most)
     # At infinite logits, where the factor has stopped changing, 0 times the largest number stands for 0 times infinity.
     by_x = factor * (_slope(x, t) + gamma * _log_slope(x, t) * finite)
-    by_t = _modulation_by_label(x, t, gamma) * loss - factor * jnp.clip(x, -largest, largest)
-    by_gamma = factor * _log_miss(x, t) * finite
-    return _focal(x, t, gamma), by_x * tangents[0] + scale(by_t, tangents[1]) + by_gamma * tangents[2]
+    by_t = _modulation_by_label(x, t, gamma) * loss - factor * jnp.clip(x, -most, most)
+    return by_x, by_t, factor * _log_miss(x, t) * finite
 
 
-def _arguments(function: str, logits: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
+_rule(_focal, _focal_slopes)
+
+
+def _arguments(function: str, logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None) -> list[Any]:
+    """What takes part (None: everything), logits and labels: a yes at log-odds 0 in place of what doesn't."""
     x = _checks.floating(function, "logits", logits)
-    t = jnp.asarray(labels)
-    if jnp.issubdtype(t.dtype, jnp.integer):
-        t = t.astype(_checks.compute_dtype(x))
-    t = _checks.floating(function, "labels", t)
-    _checks.same_shape(function, "labels", t, x.shape, "the shape of logits")
-    return x, t
+    t = _checks.dense(function, "labels", labels, x.shape, _checks.compute_dtype(x), "logits")
+    keep = _checks.where_elements(function, where, x.shape)
+    return [keep, _checks.only(keep, x, 0), _checks.only(keep, t, 1)]
 
 
-@compiled()
-def sigmoid_binary_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Array:
+@compiled(label_smoothing=SHARE)
+def sigmoid_binary_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    pos_weight: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+) -> Array:
     r"""Cross-entropy of independent yes-or-no questions: one logit, the log-odds for yes, and one label for each.
 
     .. math:: -t \log \sigma(x) - (1 - t) \log \sigma(-x) =
@@ -200,31 +255,61 @@ def sigmoid_binary_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Array:
     with gradient 0, and +inf otherwise. An empty array gives an empty array. Optax's function has the same name and
     meaning.
 
+    With ``pos_weight`` w and ``label_smoothing`` a it is, with derivative :math:`(1 - T)\, \sigma(x) - w\, T\, \sigma(-x)`,
+
+    .. math:: -w\, T \log \sigma(x) - (1 - T) \log \sigma(-x), \qquad T = (1 - a)\, t + a / 2,
+
+    right to 4 ulp (gradient: of the larger of its two parts).
+
     Args:
         logits: floating point, of any shape.
-        labels: probabilities of yes, floating point or integer, of the same shape.
+        labels: probabilities of yes, floating point, integer or boolean, of the same shape or one that broadcasts to it.
+        where: what takes part: booleans or integers (what isn't 0) with as many axes as logits, which broadcast to
+            them. The rest has loss 0 and gradient 0, whatever it holds.
+        pos_weight: how often a yes counts, a number or an array that broadcasts to logits; no / yes of the data makes
+            both count the same. PyTorch's meaning, soft labels included.
+        label_smoothing: what share of each label is replaced by 1/2, in [0, 1]. Keras' meaning.
 
     Returns:
-        The loss of each entry, of the same shape: float32 for half precision, else the wider of the two dtypes.
+        The loss of each entry, in the shape of logits: float32 for half precision, else the widest of the dtypes.
 
     Raises:
-        TypeError: for logits that are not floating point or labels that are not numbers.
-        ValueError: for labels of another shape.
+        TypeError: for logits that are not floating point, labels or weights that are not numbers, a mask of floats.
+        ValueError: for a shape that does not broadcast to that of logits, or smoothing out of range.
 
     >>> import jax.numpy as jnp
     >>> import jaxce
     >>> print(jaxce.sigmoid_binary_cross_entropy(jnp.array([0.0, 40.0, -2.0, jnp.inf]), jnp.array([1, 1, 1, 1])))
     [6.931472e-01 4.248354e-18 2.126928e+00 0.000000e+00]
+    >>> labels = jnp.array([True, False, True])
+    >>> print(jaxce.sigmoid_binary_cross_entropy(jnp.zeros(3), labels, pos_weight=2))
+    [1.3863 0.6931 1.3863]
+    >>> missing = jnp.array([1.0, 0.0, jnp.nan])
+    >>> print(jaxce.sigmoid_binary_cross_entropy(jnp.zeros(3), missing, where=~jnp.isnan(missing)))
+    [0.6931472 0.6931472 0. ]
 
     Source: Cox, "The Regression Analysis of Binary Sequences", JRSS B 20 (1958).
     """
-    x, t = _arguments("sigmoid_binary_cross_entropy", logits, labels)
-    return _binary_cross_entropy(x, t)
+    function = "sigmoid_binary_cross_entropy"
+    keep, x, t = _arguments(function, logits, labels, where)
+    if pos_weight is None and label_smoothing is None:
+        loss = _binary_cross_entropy(x, t)
+    else:
+        factor = 1 if pos_weight is None else pos_weight
+        w = _checks.dense(function, "pos_weight", factor, x.shape, _checks.compute_dtype(x, t), "logits")
+        x, t, w = _checks.upcast(x, t, _checks.only(keep, w, 1))
+        loss = _weighted(x, t, w, jnp.asarray(0 if label_smoothing is None else label_smoothing).astype(x.dtype))
+    return _checks.only(keep, loss, 0)
 
 
 @compiled(alpha=SHARE._replace(neutral=None), gamma=NOT_NEGATIVE)
 def sigmoid_focal_loss(
-    logits: ArrayLike, labels: ArrayLike, *, alpha: ArrayLike | None = None, gamma: ArrayLike = 2.0
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 2.0,
+    where: ArrayLike | None = None,
 ) -> Array:
     r"""Binary cross-entropy that looks away from what is already right.
 
@@ -239,16 +324,17 @@ def sigmoid_focal_loss(
 
     Args:
         logits: floating point, of any shape.
-        labels: probabilities of yes, floating point or integer, of the same shape.
+        labels: probabilities of yes, floating point, integer or boolean, of the same shape or one that broadcasts to it.
         alpha: weight of yes, in [0, 1], against 1 - alpha for no.
         gamma: how strongly to look away, at least 0.
+        where: what takes part, as there.
 
     Returns:
-        The loss of each entry, of the same shape.
+        The loss of each entry, in the shape of logits.
 
     Raises:
-        TypeError: for logits that are not floating point or labels or options that are not numbers.
-        ValueError: for labels of another shape, or options out of range.
+        TypeError: for logits that are not floating point, labels or options that are not numbers, a mask of floats.
+        ValueError: for a shape that does not broadcast to that of logits, or options out of range.
 
     >>> import jax.numpy as jnp
     >>> import jaxce
@@ -257,13 +343,14 @@ def sigmoid_focal_loss(
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, https://arxiv.org/abs/1708.02002.
     """
-    x, t = _checks.upcast(*_arguments("sigmoid_focal_loss", logits, labels))
+    keep, x, t = _arguments("sigmoid_focal_loss", logits, labels, where)
+    x, t = _checks.upcast(x, t)
     if gamma is None:
         loss = _binary_cross_entropy(x, t)
     else:
         loss = _focal(x, t, jnp.broadcast_to(gamma, x.shape).astype(x.dtype))
-    if alpha is None:
-        return loss
-    alpha = jnp.asarray(alpha).astype(x.dtype)
-    weight = alpha * t + (1 - alpha) * (1 - t)
-    return weight * jnp.where((weight == 0) & (loss == jnp.inf), 0, loss)
+    if alpha is not None:
+        alpha = jnp.asarray(alpha).astype(x.dtype)
+        weight = alpha * t + (1 - alpha) * (1 - t)
+        loss = weight * jnp.where((weight == 0) & (loss == jnp.inf), 0, loss)
+    return _checks.only(keep, loss, 0)
