@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -37,7 +36,7 @@ _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 def _arguments(
     function: str, where: ArrayLike | None, observed: str, x: ArrayLike, **parameters: ArrayLike
-) -> list[Any]:
+) -> tuple[Array | None, list[Array]]:
     """What takes part (None: everything), the parameters and the observation, in their common dtype and shape.
 
     What doesn't take part observes 1 where all parameters are 0, which is ordinary for every distribution.
@@ -46,7 +45,7 @@ def _arguments(
     arrays[observed] = _observation(function, observed, x, *arrays.values())
     *given, x = _broadcast(function, **arrays)
     keep = _checks.where_elements(function, where, x.shape)
-    return [keep, *(_checks.only(keep, a, 0) for a in given), _checks.only(keep, x, 1)]
+    return keep, [*(_checks.only(keep, a, 0) for a in given), _checks.only(keep, x, 1)]
 
 
 def _observation(function: str, observed: str, x: ArrayLike, *parameters: Array) -> Array:
@@ -158,7 +157,7 @@ def bernoulli_nll(logits: ArrayLike, x: ArrayLike, *, where: ArrayLike | None = 
 
     Reference: Cox, "The Regression Analysis of Binary Sequences", JRSS B 20 (1958).
     """
-    keep, z, x = _arguments("bernoulli_nll", where, "x", x, logits=logits)
+    keep, (z, x) = _arguments("bernoulli_nll", where, "x", x, logits=logits)
     return _checks.only(keep, jnp.where((x >= 0) & (x <= 1), sigmoid_binary_cross_entropy(z, x), jnp.nan), 0)
 
 
@@ -191,7 +190,7 @@ def gaussian_nll(
 
     Reference: Gauss, "Theoria motus corporum coelestium" (1809), section 177.
     """
-    keep, m, s, x = _arguments("gaussian_nll", where, "x", x, location=location, log_scale=log_scale)
+    keep, (m, s, x) = _arguments("gaussian_nll", where, "x", x, location=location, log_scale=log_scale)
     z = _times_exp(x - m, -s)
     return _checks.only(keep, 0.5 * z * z + s + (_HALF_LOG_2PI if full else 0), 0)
 
@@ -218,7 +217,7 @@ def laplace_nll(location: ArrayLike, log_scale: ArrayLike, x: ArrayLike, *, wher
 
     Reference: Laplace, "Memoire sur la probabilite des causes par les evenements" (1774).
     """
-    keep, m, s, x = _arguments("laplace_nll", where, "x", x, location=location, log_scale=log_scale)
+    keep, (m, s, x) = _arguments("laplace_nll", where, "x", x, location=location, log_scale=log_scale)
     z = _times_exp(x - m, -s)
     return _checks.only(keep, z * lax.sign(z) + s + math.log(2), 0)  # jnp.abs has the derivative 1 at 0
 
@@ -280,7 +279,7 @@ def student_t_nll(
 
     Reference: Student, "The Probable Error of a Mean", Biometrika 6 (1908).
     """
-    keep, m, s, log_df, x = _arguments(
+    keep, (m, s, log_df, x) = _arguments(
         "student_t_nll", where, "x", x, location=location, log_scale=log_scale, log_df=log_df
     )
     log_df = jnp.minimum(log_df, 70.0 if x.dtype.itemsize == 4 else 650.0)
@@ -313,7 +312,7 @@ def exponential_nll(log_rate: ArrayLike, x: ArrayLike, *, where: ArrayLike | Non
 
     Reference: Johnson, Kotz and Balakrishnan, "Continuous Univariate Distributions" 1 (1994), chapter 19.
     """
-    keep, log_rate, x = _arguments("exponential_nll", where, "x", x, log_rate=log_rate)
+    keep, (log_rate, x) = _arguments("exponential_nll", where, "x", x, log_rate=log_rate)
     return _checks.only(keep, jnp.where(x >= 0, _times_exp(x, log_rate) - log_rate, jnp.nan), 0)
 
 
@@ -341,7 +340,7 @@ def gamma_nll(
 
     Reference: Johnson, Kotz and Balakrishnan, "Continuous Univariate Distributions" 1 (1994), chapter 17.
     """
-    keep, log_a, log_rate, x = _arguments(
+    keep, (log_a, log_rate, x) = _arguments(
         "gamma_nll", where, "x", x, log_concentration=log_concentration, log_rate=log_rate
     )
     a, positive = jnp.exp(log_a), jnp.where(x > 0, x, 1)
@@ -384,7 +383,7 @@ def poisson_nll(log_rate: ArrayLike, counts: ArrayLike, *, full: bool = True, wh
 
     Reference: Poisson, "Recherches sur la probabilite des jugements" (1837), section 81.
     """
-    keep, log_rate, k = _arguments("poisson_nll", where, "counts", counts, log_rate=log_rate)
+    keep, (log_rate, k) = _arguments("poisson_nll", where, "counts", counts, log_rate=log_rate)
     rate, valid = jnp.exp(log_rate), k >= 0
     k, positive = _counts(k)
     if full:
@@ -456,7 +455,7 @@ def negative_binomial_nll(
 
     Reference: Hilbe, "Negative Binomial Regression" (2011), section 8.2 (NB2).
     """
-    keep, log_mean, log_r, k = _arguments(
+    keep, (log_mean, log_r, k) = _arguments(
         "negative_binomial_nll", where, "counts", counts, log_mean=log_mean, log_concentration=log_concentration
     )
     limit = 80.0 if k.dtype.itemsize == 4 else 700.0

@@ -227,12 +227,14 @@ def _focal_slopes(x: Array, t: Array, gamma: Array) -> tuple[Array, Array, Array
 _rule(_focal, _focal_slopes)
 
 
-def _arguments(function: str, logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None) -> list[Any]:
+def _arguments(
+    function: str, logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None
+) -> tuple[Array | None, Array, Array]:
     """What takes part (None: everything), logits and labels: a yes at log-odds 0 in place of what doesn't."""
     x = _checks.floating(function, "logits", logits)
     t = _checks.dense(function, "labels", labels, x.shape, _checks.compute_dtype(x), "logits")
     keep = _checks.where_elements(function, where, x.shape)
-    return [keep, _checks.only(keep, x, 0), _checks.only(keep, t, 1)]
+    return keep, _checks.only(keep, x, 0), _checks.only(keep, t, 1)
 
 
 @compiled(label_smoothing=SHARE)
