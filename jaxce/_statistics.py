@@ -73,7 +73,8 @@ class Logits(NamedTuple):
         _checks.same_shape(function, "weights", w, y.shape, "the shape of labels")
         chosen = self._class(y)
         bad = (chosen < 0) & (w != 0)
-        return self._with(chosen=chosen, shares=jnp.where(bad, jnp.nan, w).astype(self.dtype))
+        shares = jnp.where(bad, jnp.nan, w).astype(self.dtype)
+        return self._with(chosen=jnp.where(bad, 0, chosen), shares=shares)
 
     def _class(self, labels: Array) -> Array:
         """Integer labels, -1 where one is no class."""
@@ -131,12 +132,13 @@ def _read_linear(logits: LinearLogits, dtype: np.dtype, there: Array | None) -> 
     if there is not None:  # what a row holds that takes no part must not be multiplied by anything
         there = jnp.broadcast_to(there, logits.shape[:-1])
         inputs["hidden"] = jnp.where(there[..., None], inputs["hidden"], 0)
+    inputs["kernel"] = _mesh.gather_features(inputs["kernel"], logits.class_axis)
     strips = _mesh.strips(logits.classes)
     length = logits.classes // strips
     rows = max(1, math.prod(logits.shape[:-1]) // _mesh.devices())
     if logits.block_size is None:
-        size = min(length, max(LEAST, min(MOST, BLOCK // rows // 128 * 128)))
-        chunks = -(-rows * size // BLOCK)
+        size = min(length, max(LEAST // strips, 128, min(MOST, BLOCK // (rows * strips) // 128 * 128)))
+        chunks = -(-rows * strips * size // BLOCK)
     else:
         size, chunks = min(length, -(-logits.block_size // strips)), 1
     return Spec(dtype, logits.classes, size, strips, logits.class_axis, logits.half, chunks=chunks), inputs

@@ -17,6 +17,8 @@ import jaxce
 N, D, V = 3, 4, 11  # 11 is prime: no block but 1 divides it
 quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 LABELS = np.array([0, 10, 4], np.int32)
+SPARSE = np.array([[0, 1, 1], [10, -1, 3], [4, 99, 2]], np.int32)  # one twice, and two that are none
+SHARES = np.array([[0.5, 0.25, 0.5], [1.0, 0.0, 0.5], [0.25, 0.0, 2.0]], np.float32)
 WEIGHTS = np.array([1.0, 0.5, 2.0, 0.0, 1.0, 3.0, 0.25, 1.0, 1.0, 2.0, 1.5], np.float32)
 
 
@@ -43,6 +45,10 @@ FUNCTIONS: dict[str, Function] = {  # of logits and the options axis and where, 
     "dense labels, modified": lambda x, **k: jaxce.softmax_cross_entropy(
         x, softened(), label_smoothing=0.1, class_weights=WEIGHTS, z_loss=0.1, **k
     ),
+    "sparse labels, modified": lambda x, **k: jaxce.softmax_cross_entropy_with_sparse_labels(
+        x, SPARSE, SHARES, label_smoothing=0.1, class_weights=WEIGHTS, z_loss=0.1, **k
+    ),
+    "focal, one target for all": lambda x, **k: jaxce.softmax_focal_loss(x, softened()[0], class_weights=WEIGHTS, **k),
     "focal, integer": lambda x, **k: jaxce.softmax_focal_loss(x, LABELS, **k),
     "focal, dense": lambda x, **k: jaxce.softmax_focal_loss(x, softened(), gamma=1.5, **k),
     "poly, integer": lambda x, **k: jaxce.poly_loss_cross_entropy(x, LABELS, **k),
