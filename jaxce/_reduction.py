@@ -47,9 +47,14 @@ def weighted_mean(
     .. math:: \frac{\sum_i w_i l_i}{\sum_i w_i}, \qquad 0 \text{ where the denominator is } 0
 
     with derivatives w_i / sum(w) by a loss and (l_i - mean) / sum(w) by a weight, all 0 where the denominator is 0.
-    What has weight 0 is selected away before anything is multiplied: it may be NaN or infinite, in value and
-    derivative, and reaches neither the mean nor a gradient (the weight of a loss that isn't finite then has derivative
-    0, too). Weights may be negative. No losses at all have the mean 0.
+    What has weight 0 is selected away before anything is multiplied: a loss may be NaN or infinite there, and reaches
+    neither the mean nor the gradient by losses and weights (the weight of a loss that isn't finite has derivative 0,
+    too). Weights may be negative. No losses at all have the mean 0.
+
+    But what a NaN was computed from gets a gradient of NaN all the same: 0 times the NaN that is the loss's own
+    derivative. Labels of -100 and missing targets make such losses: the mean is right, and the gradient by the logits
+    NaN. So say it to the loss as well, which then leaves them out before it computes anything:
+    ``weighted_mean(loss(logits, labels, where=counts), counts)`` with ``counts = labels != -100``.
 
     On many devices (inside ``shard_map``, ``pmap`` or a ``vmap`` with that ``axis_name``) both sums are taken over all
     of them, so that the mean is that of all losses, however unevenly the weights lie. Inside ``shard_map`` with its
