@@ -1,0 +1,226 @@
+"""README's recipes, the functions as they stand there, against the same formulas in NumPy and float64."""
+
+from __future__ import annotations
+
+import doctest
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+import jaxce
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+TOLERANCE = dict(rtol=2e-5, atol=2e-6)  # float32 matrix products and sums of a few terms near 1
+N, D, K = 6, 4, 3
+X, KERNEL, DIRECTION = (np.random.default_rng(i).normal(size=size) for i, size in enumerate(((N, D), (D, K), (D, K))))
+LABELS = np.array([0, 1, -100, 2, -100, -100])
+
+
+@pytest.fixture(scope="module")
+def recipes() -> dict[str, Any]:
+    """What the recipes define; that they run, and print what they say, is a test of README itself."""
+    section = README.partition("\n## Recipes\n")[2].partition("\n## ")[0]
+    names: dict[str, Any] = {"jax": jax, "jnp": jnp, "jaxce": jaxce}
+    for example in doctest.DocTestParser().get_examples(section):
+        if example.source.startswith(("from", "def", "@", "keys =", "hidden, head =")):
+            exec(compile(example.source, "<README>", "exec"), names)
+    return names
+
+
+def f32(*arrays: Any) -> Any:
+    return tuple(jnp.asarray(a, jnp.float32 if np.asarray(a).dtype.kind == "f" else jnp.int32) for a in arrays)
+
+
+def log_p(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Of each label, 0 for a label of padding."""
+    picked = np.take_along_axis(scipy.special.log_softmax(logits, -1), np.maximum(labels, 0)[..., None], -1)[..., 0]
+    return np.where(labels == -100, 0, picked)
+
+
+def close(got: Any, expected: Any) -> None:
+    np.testing.assert_allclose(np.asarray(got, np.float64), expected, **TOLERANCE)
+
+
+def gradient(loss: Any, at: np.ndarray) -> np.ndarray:
+    """By central differences in float64: 1e-9 exact."""
+    flat = [(loss(at + h) - loss(at - h)) / 2e-5 for h in 1e-5 * np.eye(at.size).reshape(-1, *at.shape)]
+    return np.reshape(flat, at.shape)
+
+
+def mean_nll(kernel: np.ndarray) -> float:
+    return -log_p(X @ kernel, LABELS).sum() / (LABELS != -100).sum()
+
+
+def test_accumulation(recipes: dict[str, Any]) -> None:
+    """Micro-batches of which one has no example that counts, and others not equally many."""
+    x, labels, kernel = f32(X.reshape(3, 2, D), LABELS.reshape(3, 2), KERNEL)
+    loss, gradients = recipes["accumulate"]({"kernel": kernel}, x, labels)
+    close(loss, mean_nll(KERNEL))
+    close(gradients["kernel"], gradient(mean_nll, KERNEL))
+    close(jax.grad(recipes["summed_loss"])({"kernel": kernel}, x, labels)["kernel"], gradient(mean_nll, KERNEL))
+
+
+def test_hessian_product(recipes: dict[str, Any]) -> None:
+    x, labels, kernel, direction = f32(X.reshape(3, 2, D), LABELS.reshape(3, 2), KERNEL, DIRECTION)
+    got = recipes["hessian_product"]({"kernel": kernel}, {"kernel": direction}, x, labels)["kernel"]
+    p = scipy.special.softmax(X @ KERNEL, -1)
+    moved = X @ DIRECTION
+    by_logits = p * (moved - (p * moved).sum(-1, keepdims=True)) * (LABELS != -100)[:, None] / (LABELS != -100).sum()
+    close(got, X.T @ by_logits)
+
+
+def test_half_precision(recipes: dict[str, Any]) -> None:
+    x, labels, kernel = f32(X, LABELS, KERNEL)
+    loss, gradients = jax.value_and_grad(recipes["half_loss"])({"kernel": kernel}, x, labels)
+    assert loss.dtype == gradients["kernel"].dtype == jnp.float32
+    with jax.numpy_dtype_promotion("strict"):
+        logits = x.astype(jnp.bfloat16) @ kernel.astype(jnp.bfloat16)  # what the loss is given: rounded to bfloat16
+    log_q = scipy.special.log_softmax(np.asarray(logits, np.float64), -1)
+    smooth = 0.9 * np.eye(K)[np.maximum(LABELS, 0)] + 0.1 / K
+    counts = LABELS != -100
+    close(loss, -(smooth * log_q).sum(-1)[counts].mean())
+    by_logits = np.where(counts[:, None], np.exp(log_q) - smooth, 0) / counts.sum()
+    exact = X.T @ by_logits
+    assert np.abs(gradients["kernel"] - exact).max() < 2**-8 * 4 * np.abs(exact).max()  # a few roundings to 8 bits
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def head(recipes: dict[str, Any]) -> np.ndarray:
+    return np.asarray(recipes["head"], np.float64)
+
+
+def test_distillation(recipes: dict[str, Any], head: np.ndarray, rng: np.random.Generator) -> None:
+    student = rng.normal(size=(5, len(head)))
+    teacher = np.asarray(recipes["hidden"], np.float64)
+
+    def loss(student: np.ndarray) -> float:
+        p, q = (scipy.special.log_softmax(h @ head / 2, -1) for h in (teacher, student))
+        return 4 * (np.exp(p) * (p - q)).sum(-1).mean()
+
+    value, slope = jax.value_and_grad(recipes["distillation_loss"])(*f32(student, head))
+    close(value, loss(student))
+    close(slope, gradient(loss, student))
+
+
+def test_dpo(recipes: dict[str, Any], head: np.ndarray, rng: np.random.Generator) -> None:
+    states = rng.normal(size=(4, 2, 3, len(head)))
+    chosen, rejected = np.array([[1, 2, 3], [4, -100, -100]]), np.array([[9, 5, -100], [7, 7, 7]])
+
+    def loss(policy: np.ndarray) -> float:
+        of = [
+            log_p(h @ head, tokens).sum(-1)
+            for h, tokens in zip([*policy, *states[2:]], 2 * (chosen, rejected), strict=True)
+        ]
+        return np.logaddexp(0, -0.1 * (of[0] - of[2] - of[1] + of[3])).mean()
+
+    policy, reference = f32(states[:2], states[2:])
+    value, slope = jax.value_and_grad(recipes["dpo_loss"])(policy, reference, *f32(chosen, rejected))
+    close(value, loss(states[:2]))
+    close(slope, gradient(loss, states[:2]))
+
+
+def test_policy(recipes: dict[str, Any], head: np.ndarray, rng: np.random.Generator) -> None:
+    states = rng.normal(size=(2, 3, len(head)))
+    allowed = rng.uniform(size=(2, 3, head.shape[1])) < 0.01
+    allowed[..., 0] = True
+    actions = allowed.argmax(-1)
+    log_q = scipy.special.log_softmax(np.where(allowed, states @ head / 0.5, -np.inf), -1)
+    got = recipes["act"](*f32(states, actions), jnp.asarray(allowed), temperature=0.5)
+    close(got[0], log_p(np.where(allowed, states @ head / 0.5, -np.inf), actions))
+    close(got[1], scipy.special.entr(np.exp(log_q)).sum(-1))
+
+
+def test_grpo(recipes: dict[str, Any], head: np.ndarray, rng: np.random.Generator) -> None:
+    """Ratios on both sides of the clip, advantages of both signs, and answers that are not equally long."""
+    states = rng.normal(size=(3, 4, len(head)))
+    actions = rng.integers(head.shape[1], size=(3, 4))
+    actions[1, 2:] = -100
+    counts = actions != -100
+    now = log_p(states @ head / 0.7, actions)
+    old, reference = now + 0.4 * rng.normal(size=(2, 3, 4))
+    rewards = np.array([1.0, 0.0, 0.5])
+    advantages = ((rewards - rewards.mean()) / (rewards.std() + 1e-6))[:, None]
+
+    def loss(states: np.ndarray) -> float:
+        now = log_p(states @ head / 0.7, actions)
+        ratio, far = np.exp(now - old), np.where(counts, reference - now, 0)
+        gain = np.minimum(ratio * advantages, np.clip(ratio, 0.8, 1.2) * advantages)
+        return ((0.04 * (np.exp(far) - far - 1) - gain) * counts).sum() / counts.sum()
+
+    assert (np.abs(np.exp(now - old)[counts] - 1) > 0.2).any() and (np.abs(np.exp(now - old)[counts] - 1) < 0.2).any()
+    value, slope = jax.value_and_grad(recipes["grpo_loss"])(*f32(states, actions, old, reference, rewards))
+    close(value, loss(states))
+    close(slope, gradient(loss, states))
+
+
+def test_the_divergence_of_grpo_is_a_mean_of_its_estimates(rng: np.random.Generator) -> None:
+    """Over actions drawn by the policy, exp(far) - far - 1 is on average D(policy || reference), which LinearLogits has."""
+    policy, reference = rng.normal(size=(2, 5))
+    log_q, log_r = scipy.special.log_softmax(policy), scipy.special.log_softmax(reference)
+    expected = np.sum(np.exp(log_q) * (np.expm1(log_r - log_q) - (log_r - log_q)))
+    close(jaxce.relative_entropy_with_logits(*f32(policy, reference)), expected)
+
+
+def test_evaluation(recipes: dict[str, Any]) -> None:
+    """As a scan over batches, and vmapped over an ensemble."""
+    kernels = np.stack([KERNEL, DIRECTION, 0 * KERNEL])
+    x, labels = f32(X.reshape(3, 2, D), LABELS.reshape(3, 2))
+    got = jax.vmap(recipes["evaluate"], (0, None, None))({"kernel": jnp.asarray(kernels, jnp.float32)}, x, labels)
+    counts = LABELS != -100
+    logits = X[counts] @ kernels
+    close(got.nll, [-log_p(z, LABELS[counts]).mean() for z in logits])
+    close(got.perplexity, [np.exp(-log_p(z, LABELS[counts]).mean()) for z in logits])
+    close(got.accuracy[:2], (logits.argmax(-1) == LABELS[counts])[:2].mean(-1))
+
+
+# Losses of other trainers, written from their sources: T5X' `losses.compute_weighted_cross_entropy` and that of Flax'
+# lm1b example, and MaxText's `cross_entropy_with_logits`, which is T5X' too.
+
+
+def of_t5x(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray, smoothing: float, z_loss: float) -> Any:
+    classes = logits.shape[-1]
+    low = smoothing / (classes - 1)
+    constant = -((1 - smoothing) * np.log(1 - smoothing) + (classes - 1) * low * np.log(low + 1e-20))
+    targets = np.where(np.arange(classes) == labels[..., None], 1 - smoothing, low)
+    log_z = scipy.special.logsumexp(logits, -1)
+    z_term = z_loss * log_z**2
+    loss = -(targets * (logits - log_z[..., None])).sum(-1) + z_term - constant
+    return (loss * weights).sum(), (z_term * weights).sum(), weights.sum()
+
+
+def test_t5x_and_flax(rng: np.random.Generator) -> None:
+    """s for the other classes together is our s K / (K - 1), and the smoothed labels' entropy is what they subtract."""
+    logits, labels, weights = (
+        rng.normal(size=(4, 5, K)) * 3,
+        rng.integers(K, size=(4, 5)),
+        rng.integers(2, size=(4, 5)) * 1.0,
+    )
+    s, zeta = 0.1, 1e-2
+    x, y, w = f32(logits, labels, weights)
+    each = jaxce.softmax_cross_entropy_with_integer_labels(x, y, label_smoothing=s * K / (K - 1), z_loss=zeta)
+    constant = jaxce.entropy(jaxce.smooth_labels(jnp.eye(K)[0], s * K / (K - 1)))
+    z_term = zeta * jaxce.logsumexp(x) ** 2
+    got = jaxce.weighted_mean(each - constant, w, normalizer=1), jaxce.weighted_mean(z_term, w, normalizer=1)
+    for value, expected in zip(got, of_t5x(logits, labels, weights, s, zeta), strict=False):
+        np.testing.assert_allclose(value, expected, rtol=2e-5)  # a sum of 20 terms in float32
+
+
+def test_maxtext(rng: np.random.Generator) -> None:
+    """The pair that is logged, [B, T] each: the loss with its z-term, and the z-term alone."""
+    logits, labels = rng.normal(size=(2, 5, K)) * 3, rng.integers(K, size=(2, 5))
+    statistics = jaxce.softmax_statistics(*f32(logits, labels))
+    z_term = 1e-2 * statistics.log_normalizer**2
+    for i, row in enumerate(np.ndindex(2, 5)):
+        expected = of_t5x(logits[row], labels[row], np.ones(()), 1e-30, 1e-2)
+        close((statistics.nll + z_term).ravel()[i], expected[0])
+        close(z_term.ravel()[i], expected[1])
