@@ -23,8 +23,9 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jaxce import _checks, _mesh
-from jaxce._checks import FINITE, SHARE, compiled
-from jaxce._logits import LinearLogits, product, shape_logits
+from jaxce._checks import FINITE, SHARE, AxisName, compiled
+from jaxce._logits import AnyLogits, LinearLogits, ShardedLogits, product, shape_logits
+from jaxce._mesh import on_each_device
 from jaxce._passes import join_rows, split_rows
 from jaxce._reduction import weighted_mean
 from jaxce._rules import custom_jvp
@@ -102,45 +103,75 @@ def linear_cross_entropy(
     if chunk_size is not None:
         _checks.positive_integer(_NAME, "chunk_size", chunk_size, "None or a positive integer")
 
+    total = _total(logits, y, w, label_smoothing, class_weights, z_loss, chunk_size)
+    return weighted_mean(total, normalizer=jnp.sum(w) if normalizer is None else normalizer)
+
+
+@on_each_device("total")
+def _total(
+    logits: LinearLogits,
+    labels: Array,
+    weights: Array,
+    label_smoothing: ArrayLike,
+    class_weights: ArrayLike | None,
+    z_loss: ArrayLike,
+    chunk_size: int | None,
+) -> Array:
+    """The weighted sum of the losses."""
+    axis_name, counts = logits.axis_name, weights != 0
     given = {"label_smoothing": label_smoothing, "z_loss": z_loss, "class_weights": class_weights}
     modifiers: Any = {name: value for name, value in given.items() if value is not None}
-    if logits.axis_name is not None or _mesh.devices() > 1:
-        losses = softmax_cross_entropy_with_integer_labels(logits, y, where=w != 0, **modifiers)
-        return weighted_mean(losses, w, normalizer=normalizer)
+    if "class_weights" in modifiers:
+        modifiers["class_weights"] = _checks.floating(_NAME, "class_weights", modifiers["class_weights"])
+        of = "one number per class"
+        _checks.same_shape(_NAME, "class_weights", modifiers["class_weights"], (logits.classes,), of)
+    if _mesh.devices() > 1:
+        losses = softmax_cross_entropy_with_integer_labels(logits, labels, where=counts, **modifiers)
+        return jnp.sum(jnp.where(counts, weights * losses, 0))
 
-    if class_weights is not None:
-        modifiers["class_weights"] = _checks.floating(_NAME, "class_weights", class_weights)
-        _checks.same_shape(
-            _NAME, "class_weights", modifiers["class_weights"], (logits.classes,), "one number per class"
-        )
     # What a row holds that takes no part must not be multiplied by anything, even 0.
-    hidden, y = jnp.where((w != 0)[..., None], logits.hidden, 0), jnp.where(w != 0, y, 0)
+    hidden, labels = jnp.where(counts[..., None], logits.hidden, 0), jnp.where(counts, labels, 0)
     fields = {name: getattr(logits, name) for name in ("kernel", "bias", "soft_cap", "temperature")}
-    fields |= {"hidden": hidden.reshape(y.size, hidden.shape[-1]), "weights": w.reshape(y.size)} | modifiers
-    inputs = {name: jnp.asarray(value) for name, value in fields.items() if value is not None}
+    fields |= {"hidden": hidden.reshape(labels.size, hidden.shape[-1]), "weights": weights.reshape(labels.size)}
+    inputs = {name: jnp.asarray(value) for name, value in (fields | modifiers).items() if value is not None}
     inputs = {
         name: value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(logits.dtype)
         for name, value in inputs.items()
     }
-    inputs = _mesh.vary(inputs, _mesh.varying(inputs, y))
-    options = _Options(chunk_size=chunk_size, class_axis=logits.class_axis, block_size=logits.block_size)
-    total = _weighted_sum(options, y.reshape(y.size), inputs)
-    return weighted_mean(total, normalizer=jnp.sum(w) if normalizer is None else normalizer)
+    if axis_name is not None:
+        _mesh.check(_NAME, "logits", axis_name, inputs["kernel"])
+    inputs = _mesh.vary(inputs, _mesh.varying(inputs, labels))
+    options = _Options(chunk_size, logits.class_axis, logits.block_size, axis_name)
+    share = _weighted_sum(options, labels.reshape(labels.size), inputs)
+    return share if axis_name is None else lax.psum(share, axis_name)
 
 
 class _Options(NamedTuple):
     chunk_size: int | None
     class_axis: int
     block_size: int | None
+    axis_name: AxisName | None
 
 
 Inputs = dict[str, Array]  # what the loss is differentiated by, with all examples on one axis
 
+# Where devices share the classes each knows the losses, and the sum of the devices' equal shares of them is what is
+# differentiated: by inputs that count as different on each device, so that a gradient is the part that a device's classes
+# have in it. The sum over devices comes last, once.
 
-def _sum_of_losses(logits: LinearLogits | Array, labels: Array, inputs: Inputs) -> Array:
+
+def _sum_of_losses(options: _Options, logits: AnyLogits, labels: Array, inputs: Inputs) -> Array:
+    """The weighted sum of the losses of logits, whole or a device's part; of devices that share the classes a share."""
+    name = options.axis_name
+    if name is not None and not isinstance(logits, LinearLogits):
+        logits = ShardedLogits(logits, name)
     modifiers: Any = {name: inputs[name] for name in ("label_smoothing", "z_loss", "class_weights") if name in inputs}
     losses = softmax_cross_entropy_with_integer_labels(logits, labels, **modifiers)
-    return jnp.sum(inputs["weights"] * jnp.where(inputs["weights"] == 0, 0, losses))
+    total = jnp.sum(inputs["weights"] * jnp.where(inputs["weights"] == 0, 0, losses))
+    if name is None:
+        return total
+    count = lax.axis_size(name) + 0 * lax.axis_index(name)  # a number of each device, also of those of a vmap
+    return total / count.astype(total.dtype)
 
 
 def _sum_by_blocks(options: _Options, labels: Array, inputs: Inputs) -> Array:
@@ -153,8 +184,9 @@ def _sum_by_blocks(options: _Options, labels: Array, inputs: Inputs) -> Array:
         bias=inputs.get("bias"),
         soft_cap=inputs.get("soft_cap"),
         temperature=inputs.get("temperature"),
+        axis_name=options.axis_name,
     )
-    return _sum_of_losses(logits, labels, inputs)
+    return _sum_of_losses(options, logits, labels, inputs)
 
 
 @partial(custom_jvp, nondiff_argnums=(0,))
@@ -185,7 +217,7 @@ def _sum_and_gradient(options: _Options, names: tuple[str, ...], labels: Array, 
         if "bias" in of_all:
             x = x + jnp.broadcast_to(of_all["bias"].astype(dtype), x.shape)
         x = shape_logits(x, of_all.get("temperature"), of_all.get("soft_cap"))
-        return _sum_of_losses(x, labels, of_examples | of_all)
+        return _sum_of_losses(options, x, labels, of_examples | of_all)
 
     def multiply(a: Array, a_axis: int, b: Array, b_axis: int) -> Array:
         a, b = (v.astype(jnp.bfloat16 if half else dtype) for v in (a, b))

@@ -71,10 +71,27 @@ def devices() -> int:
 def strips(classes: int) -> int:
     """In how many equal strips to see the classes, so that a block with a bit of each strip is a bit of each device's part.
 
-    How a mesh with automatic axis types shards the classes isn't known while tracing, but into no more parts than there
-    are devices; XLA would gather what is cut otherwise.
+    How a mesh with automatic axis types shards the classes isn't known while tracing. Of a mesh in use they are taken to
+    lie along one of its axes, whichever; else on any devices. XLA would gather what is cut otherwise.
     """
-    return math.gcd(classes, devices())
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return math.gcd(classes, devices())
+    sizes = (n for n, t in zip(mesh.axis_sizes, mesh.axis_types, strict=True) if t != AxisType.Manual)
+    return math.gcd(classes, math.lcm(*sizes))
+
+
+def gather_features(kernel: Array, class_axis: int) -> Array:
+    """A kernel whose features are whole on each device of a mesh in use that has automatic axis types.
+
+    Where they are sharded XLA would add up over the network the logits of each block instead.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Auto not in mesh.axis_types or AxisType.Explicit in mesh.axis_types:
+        return kernel
+    parts: list[Any] = [PartitionSpec.UNCONSTRAINED, None]
+    spec = PartitionSpec(*(parts if class_axis == 0 else parts[::-1]))
+    return lax.with_sharding_constraint(kernel, NamedSharding(mesh, spec))
 
 
 # Arrays on a mesh with explicit axis types show in their types how they are sharded. There each device runs a function of
@@ -82,7 +99,7 @@ def strips(classes: int) -> int:
 
 
 def on_each_device(result: str) -> Callable[[_F], _F]:
-    """A decorator for functions of logits; the results have the shape of the "batch" or of the "logits"."""
+    """A decorator for functions of logits; the results have the shape of the "batch" or of the "logits", or are a "total"."""
 
     def decorate(function: _F) -> _F:
         signature = inspect.signature(function)
@@ -115,7 +132,7 @@ def _run_on_each_device(function: Callable[..., Any], given: dict[str, Any], res
     leaves, tree = jax.tree.flatten(arrays)
     logits = [x for name, x in arrays.items() if name.endswith("logits")]
     shape = logits[0].shape
-    axes = _checks.axes(function.__name__, given["axis"], len(shape))
+    axes = _checks.axes(function.__name__, given.get("axis", -1), len(shape))
     batch = [a for a in range(len(shape)) if a not in axes]
     places = [place for name, x in sorted(arrays.items()) for place in _places(name, x, shape, batch, axes[0])]
     mesh = next(jax.typeof(leaf).sharding.mesh for leaf in leaves if any(_spec(leaf)))
@@ -148,9 +165,12 @@ def _run_on_each_device(function: Callable[..., Any], given: dict[str, Any], res
 
     def run(*leaves: Array) -> Any:
         here = given | jax.tree.unflatten(tree, leaves)
-        return function(**{n: part_of(x) if n.endswith("logits") else x for n, x in here.items()})
+        value = function(**{n: part_of(x) if n.endswith("logits") else x for n, x in here.items()})
+        return lax.psum(value, tuple(rows)) if result == "total" and rows else value
 
-    out = PartitionSpec(*(parts.get(a) for a in (batch if result == "batch" else range(len(shape)))))
+    rows = [n for a in batch for n in ([parts[a]] if isinstance(parts.get(a), str) else parts.get(a) or ())]
+    kept = {"batch": batch, "logits": range(len(shape)), "total": ()}[result]
+    out = PartitionSpec(*(parts.get(a) for a in kept))
     explicit = all(t == AxisType.Explicit for t in mesh.axis_types)
     axis_names = set() if explicit else taken  # all of them, but those of an enclosing vmap
     return jax.shard_map(run, mesh=mesh, in_specs=tuple(specs), out_specs=out, axis_names=axis_names)(*leaves)
