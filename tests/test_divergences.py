@@ -1,4 +1,4 @@
-"""Divergences of softmax distributions: of nearly equal ones, and where classes are there in one of the two alone.
+"""Divergences of softmax distributions: of nearly equal ones, of logits that lie apart, and of classes that one has alone.
 
 On arrays, on `LinearLogits` and on `ShardedLogits` alike, in value and gradient.
 """
@@ -140,6 +140,33 @@ def test_nearly_equal_rows(name: str, kind: str) -> None:
                 # In units of the largest entry; an entry is a difference of numbers of the size of p times the difference.
                 limit = 1e-4 * largest + (4 * 2.0**-24 if name == "cross-entropy" else 1e-13)
                 assert np.abs(np.asarray(slope[0], np.float64) - right).max() <= limit, (offset, difference)
+
+
+@every_function
+@pytest.mark.parametrize("kind", ["array", "linear", "array and linear", "sharded"])
+def test_rows_that_lie_apart(name: str, kind: str) -> None:
+    """A softmax doesn't know where its logits are: beside logits of 1e30 those near 0 have all their digits."""
+    rng = np.random.default_rng(4)
+    for offset in (3.0, 1e4, -1e6, 1e8, -1e30):
+        grid = max(2.0**-6, float(np.spacing(np.float32(abs(offset)))))  # of numbers around the offset
+        gaps = np.float32(grid) * rng.integers(0, 3 if grid > 1 else int(8 / grid), size=(1, 7)).astype(np.float32)
+        far = np.float32(np.round(offset / grid) * grid) - gaps
+        near = 2 * rng.normal(size=(1, 7)).astype(np.float32)
+        for x, y in (far, near), (near, far):
+            with mpmath.workdps(120):  # of which 60 are behind the point
+                exact = Exact(*(v[0].astype(np.float64) - v.max() for v in (x, y)))
+                value, gradients = float(exact.value(name)), exact.gradients(name)
+            (_, got), slopes = both(name, kind)(x, y)
+            assert abs(float(got[0]) - value) <= 32 * 2.0**-23 * value, offset
+            for slope, right in zip(slopes, gradients, strict=True):
+                # 4 ulp of the largest numbers of which an entry is a difference, and as much for their own errors.
+                np.testing.assert_allclose(
+                    slope[0],
+                    [float(r) for r in right],
+                    rtol=1e-6,
+                    atol=8 * 2.0**-23 * max(1, value),
+                    err_msg=f"{offset}",
+                )
 
 
 def masks() -> list[tuple[str, np.ndarray, np.ndarray]]:
