@@ -421,7 +421,7 @@ def test_mixture_gradients_are_responsibilities() -> None:
 @pytest.mark.parametrize("absent", ["weight", "where"])
 def test_a_component_that_is_not_there(absent: str) -> None:
     w, nll = jnp.array([[0.3, -jnp.inf if absent == "weight" else jnp.nan, 1.0]]), jnp.array([[2.0, jnp.nan, 90.0]])
-    where = None if absent == "weight" else jnp.array([[True, False, True]])
+    where = None if absent == "weight" else jnp.array([[1, 0, 2]])  # what isn't 0 takes part
     value, gradient = jax.value_and_grad(lambda *a: jaxce.mixture_nll(*a, where=where).sum(), (0, 1))(w, nll)
     expected = jaxce.mixture_nll(w[:, ::2], nll[:, ::2])
     np.testing.assert_allclose(value, expected[0], rtol=1e-6)
@@ -569,3 +569,80 @@ def test_arguments_broadcast() -> None:
         assert getattr(jaxce, name)(a, *[0.0] * (count - 2), jnp.ones((3, 4), "int32")).dtype == "float32"
         with pytest.raises(ValueError, match=f"^{name}: .* must broadcast with what precedes it, .*, got"):
             getattr(jaxce, name)(jnp.zeros(3), *[0.0] * (count - 2), b)
+
+
+# --- where ------------------------------------------------------------------------------------------------------------
+
+WHERE = {  # the number of arguments, of which the last is observed
+    "sigmoid_binary_cross_entropy": 2,
+    "sigmoid_focal_loss": 2,
+    "binary_cross_entropy": 2,
+    **{name: len(args[0]) for name, args in BAD.items()},
+}
+
+
+QUICK = "sigmoid_binary_cross_entropy", "binary_cross_entropy", "gaussian_nll", "poisson_nll"
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in WHERE])
+def test_what_where_leaves_out(name: str) -> None:
+    """It is left out before anything is computed: whatever it is, the value and all derivatives are those of the rest."""
+    rng = np.random.default_rng(4)
+    function, count = getattr(jaxce, name), WHERE[name]
+    keep = np.array([[True, False, True, False], [False, True, True, False]])
+    good = [rng.uniform(0.2, 0.8, keep.shape).astype("float32") for _ in range(count)]
+    bad = [np.where(keep, a, rng.permuted([[NAN, INF, -INF, -3.0]] * 2, axis=1)).astype("float32") for a in good]
+    ones = [np.ones_like(a) for a in good]
+
+    @jax.jit
+    def derivatives(args: Any, where: Any) -> Any:
+        def f(*args: Any) -> Any:
+            return function(*args, where=where)
+
+        def gradient(*args: Any) -> Any:
+            return jax.grad(lambda *args: f(*args).sum(), tuple(range(count)))(*args)
+
+        value, tangent = jax.jvp(f, args, ones)
+        products = jax.jvp(gradient, args, ones)[1]
+        back = jax.grad(lambda *args: sum(g.sum() for g in gradient(*args)), tuple(range(count)))(*args)
+        return value, tangent, *gradient(*args), *products, *back
+
+    everything = derivatives(good, np.ones(keep.shape, "int8"))
+    for got, expected in zip(derivatives(bad, keep.astype("int8")), everything, strict=True):
+        np.testing.assert_allclose(got, np.where(keep, expected, 0), rtol=1e-5, atol=1e-6)  # another program's rounding
+        assert (np.asarray(got)[~keep] == 0).all()
+    columns = function(*good, where=keep[:1])
+    np.testing.assert_array_equal(columns, np.where(keep[:1], function(*good), 0))
+    with pytest.raises(
+        ValueError, match=rf"{name}: where must have .* \(2, 4\), got bool\[2\].* where\[\.\.\., None\]"
+    ):
+        function(*good, where=keep[:, 0])
+    with pytest.raises(TypeError, match=f"{name}: where must be"):
+        function(*good, where=keep.astype("float32"))
+
+
+def test_where_of_vectors() -> None:
+    """A mask of vectors, each with a scale of its own or all with one."""
+    m, scale, x = (jnp.asarray(a, "float32") for a in vectors())
+    keep = jnp.asarray(np.random.default_rng(5).uniform(size=(2, 5)) < 0.5).at[:, 3].set(False)
+    bad_x = jnp.where(keep[..., None], x, jnp.nan)
+    bad_scale = scale.at[3].set(jnp.nan)  # which no vector that counts has
+
+    @jax.jit
+    def values_and_gradients(args: Any, bad: Any) -> Any:
+        def masked(*args: Any) -> Any:
+            return jaxce.multivariate_normal_nll(*args, where=keep)
+
+        def plain(*args: Any) -> Any:
+            return jnp.where(keep, jaxce.multivariate_normal_nll(*args), 0)
+
+        return [
+            (f(*a), jax.grad(lambda *a, f=f: f(*a).sum(), (0, 1, 2))(*a)) for f, a in ((masked, bad), (plain, args))
+        ]
+
+    for scales, bad in ((scale, bad_scale), (scale[0], scale[0])):
+        got, expected = values_and_gradients((m, scales, x), (m, bad, bad_x))
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # sums of numbers up to 100, in another order
+    with pytest.raises(ValueError, match=r"multivariate_normal_nll: where must have .* \(2, 5\), got bool\[5\]"):
+        jaxce.multivariate_normal_nll(m, scale, x, where=keep[0])

@@ -106,6 +106,30 @@ def test_every_row_is_read(library: str) -> None:
     assert len(rows(library)) == len(re.findall(r"^\|", table, re.M)) - 2 > 10
 
 
+def test_formulas() -> None:
+    """What PyTorch and Keras document for an imbalance and for smoothing, also where neither is installed."""
+    arrays = {name: np.asarray(value, float) for name, value in example().items()}
+    x, t, w, z, b = (arrays[name] for name in "xtwzb")
+    # BCEWithLogitsLoss: l = -[p y log sigma(x) + (1 - y) log(1 - sigma(x))]
+    log_p, log_not_p = scipy.special.log_expit(x), scipy.special.log_expit(-x)
+    close(ours("sigmoid_binary_cross_entropy(x, t, pos_weight=w)"), -(w * t * log_p + (1 - t) * log_not_p))
+    # BinaryCrossentropy: y (1 - s) + 0.5 s
+    smooth = b * (1 - 0.1) + 0.5 * 0.1
+    expected = -(smooth * scipy.special.log_expit(z) + (1 - smooth) * scipy.special.log_expit(-z))
+    close(ours("sigmoid_binary_cross_entropy(z, b, label_smoothing=0.1)"), expected)
+
+
+def test_the_trap_of_padded_labels() -> None:
+    """Weights alone leave the gradient NaN, as the row of ignore_index says; a mask in the loss as well doesn't."""
+    x, y = jnp.asarray(example()["x"]), jnp.asarray(example()["padded_y"])
+    loss, counts = jaxce.softmax_cross_entropy_with_integer_labels, y != -100
+    value, slope = jax.value_and_grad(lambda x: jaxce.weighted_mean(loss(x, y), counts))(x)
+    both, right = jax.value_and_grad(lambda x: jaxce.weighted_mean(loss(x, y, where=counts), counts))(x)
+    np.testing.assert_allclose(value, both, rtol=1e-6)
+    np.testing.assert_array_equal(np.isnan(slope).all(1), ~np.asarray(counts))
+    np.testing.assert_allclose(right, np.where(counts[:, None], slope, 0), rtol=1e-6)
+
+
 def test_labels_that_start_at_one() -> None:
     x, y = jnp.asarray(example()["x"]), jnp.asarray(example()["y"])
     loss = jaxce.softmax_cross_entropy_with_integer_labels

@@ -231,6 +231,7 @@ def test_nan_stays_nan(function: Any) -> None:
 def test_masked_is_absent(function: Any) -> None:
     q, t = as_given(function, [[0.2, 0.3, 0.5], [0.1, 0.6, 0.3]], [[0.5, 0.4, 0.1], [0.3, 0.3, 0.4]])
     keep = jnp.array([[True, False, True], [False, False, False]])
+    np.testing.assert_array_equal(function(q, t, where=keep.astype("int8") * 2), function(q, t, where=keep))
     for bad in (NAN, INF, -INF):
         x, y = jnp.where(keep, q, bad), jnp.where(keep, t, bad)
         with jax.debug_nans(True):
@@ -315,9 +316,41 @@ def test_dtypes() -> None:
             assert loss.dtype == jnp.float32
             np.testing.assert_array_equal(loss, function(q, t))
             np.testing.assert_array_equal(loss, function(q.astype(half), t))
-    np.testing.assert_array_equal(
-        binary_cross_entropy(q, jnp.array([1, 0, 1])), binary_cross_entropy(q, jnp.array([1.0, 0, 1]))
-    )
+    for dtype in ("int32", "bool"):
+        np.testing.assert_array_equal(
+            binary_cross_entropy(q, np.array([1, 0, 1], dtype)), binary_cross_entropy(q, jnp.array([1.0, 0, 1]))
+        )
+
+
+@pytest.mark.parametrize("function", [*DENSE, binary_cross_entropy])
+def test_targets_broadcast(function: Any) -> None:
+    """To the prediction: one distribution for all rows, a column, a number; derivatives by them are sums."""
+    q, t = as_given(function, np.full((3, 4), 0.25), np.linspace(0.1, 0.7, 12).reshape(3, 4))
+    targets = [t[0], t[:1], t[:, :1], t[0, 0]]
+
+    @jax.jit
+    def losses(targets: Any) -> Any:
+        return [function(q, t).sum() for t in targets]
+
+    wide = [jnp.broadcast_to(t, q.shape) for t in targets]
+    np.testing.assert_allclose(losses(targets), losses(wide), rtol=1e-6, atol=1e-6)  # sums in another order
+    slopes, each = (jax.jit(jax.grad(lambda targets: sum(losses(targets))))(a) for a in (targets, wide))
+    for slope, one, axes in zip(slopes, each, ((0,), (0,), (1,), (0, 1)), strict=True):
+        np.testing.assert_allclose(slope, one.sum(axes).reshape(slope.shape), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [categorical_cross_entropy, kl_divergence, generalized_kl_divergence])
+def test_whole_targets(function: Any) -> None:
+    """One-hot rows may be integers or booleans; whole numbers of fewer axes would be classes, which don't broadcast."""
+    q, t = as_given(function, np.full((2, 2), 0.5), np.eye(2))
+    for dtype in ("int32", "uint8", "bool"):
+        np.testing.assert_array_equal(function(q, np.eye(2).astype(dtype)), function(q, t))
+        hint = "nll" if is_log(function)[0] else "categorical_cross_entropy_with_integer_labels"
+        with pytest.raises(
+            ValueError, match=rf"{function.__name__}: .*, got {dtype}\[2\]; class numbers are for {hint}"
+        ):
+            function(q, np.array([0, 1]).astype(dtype))
+    np.testing.assert_array_equal(function(q, np.array([[0, 1]])), function(q, jnp.array([0.0, 1.0])))
 
 
 @pytest.mark.parametrize("function", [*DENSE, *INTEGER, binary_cross_entropy])
@@ -326,10 +359,14 @@ def test_bad_arguments(function: Any) -> None:
     y = jnp.zeros(2, jnp.int32) if function in INTEGER else x
     with pytest.raises(TypeError, match=rf"{function.__name__}: .*must be"):
         function(jnp.ones((2, 3), jnp.int32), y)
-    with pytest.raises(TypeError, match=rf"{function.__name__}: .*must be"):
-        function(x, jnp.zeros(y.shape, bool))
-    with pytest.raises(ValueError, match=rf"{function.__name__}: .*must have"):
-        function(x, y[:1])
+    wrong = [y.astype(complex)] + ([y.astype(bool), y.astype(float)] if function in INTEGER else [])
+    wrong += [y.astype(int), y.astype(bool)] if function is kl_divergence_with_log_targets else []
+    for labels in wrong:
+        with pytest.raises(TypeError, match=rf"{function.__name__}: .*must be"):
+            function(x, labels)
+    for labels in [y[:1]] if function in INTEGER else [y[:, :2], y[None], y[:, 0]]:
+        with pytest.raises(ValueError, match=rf"{function.__name__}: .*must have"):
+            function(x, labels)
     if function is not binary_cross_entropy:
         with pytest.raises(ValueError, match=rf"{function.__name__}: axis must"):
             function(x, y, 2)
