@@ -361,6 +361,19 @@ def _relative(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
 
 
+def _several(labels: jax.Array) -> jax.Array:
+    """Eight labels for each row."""
+    return labels[:, None] + jnp.arange(8)
+
+
+def _our_sparse(x: jax.Array, labels: jax.Array) -> jax.Array:
+    return jaxce.softmax_cross_entropy_with_sparse_labels(x, _several(labels), jnp.full((*labels.shape, 8), 1 / 8))
+
+
+def _plain_sparse(x: jax.Array, labels: jax.Array) -> jax.Array:
+    return -jnp.mean(jnp.take_along_axis(_log_p(x), _several(labels), -1), -1)
+
+
 def _plain_focal(x: jax.Array, labels: jax.Array) -> jax.Array:
     nll = -_at(_log_p(x), labels)
     return (1 - jnp.exp(-nll)) ** 2 * nll
@@ -424,6 +437,7 @@ CASES: dict[str, Case] = {
     "integer labels": Case(_integer, _optax_integer, with_integers, MAIN),
     "dense labels": Case(jaxce.softmax_cross_entropy, optax.losses.softmax_cross_entropy, with_numbers, MAIN),
     "label smoothing": Case(lambda x, y: _integer(x, y, label_smoothing=0.1), _plain_smoothing, with_integers, MAIN),
+    "sparse labels": Case(_our_sparse, _plain_sparse, with_integers),
     "sigmoid": Case(jaxce.sigmoid_binary_cross_entropy, optax.losses.sigmoid_binary_cross_entropy, with_numbers, MAIN),
     "entropy_with_logits": Case(jaxce.entropy_with_logits, _plain_entropy, alone, MAIN),
     "softmax_statistics": Case(jaxce.softmax_statistics, _optax_integer, with_integers, MAIN),

@@ -153,7 +153,8 @@ def softmax_cross_entropy_with_sparse_labels(
     part, also if it is no class, so that rows may have fewer than k. Differentiable by the weights too: :math:`-\log
     p_{y_j}`.
 
-    One pass over the logits compares each class with all k labels: for hundreds of labels dense ones may be faster.
+    One pass over the logits compares each with all k labels; for more than about sixteen, a sum of losses of some of
+    the labels each, or dense labels, may take less time.
 
     Args:
       logits: scores, of shape [..., classes], an array, `LinearLogits` or `ShardedLogits`.
