@@ -120,11 +120,12 @@ def block_of(spec: Spec, part: Inputs, start: Any, x: Array | None = None) -> Bl
 
 def _targets(part: Inputs, x: Array, places: Array) -> Array | None:
     """The targets of a block: those given, or the shares of the classes chosen, which masks of classes can't take away."""
-    if "targets" in part:
-        return _masked(part, jnp.broadcast_to(part["targets"], x.shape), 0)
-    if "chosen" not in part:
+    given = part.get("targets", part.get("shares"))
+    if given is None:
         return None
-    total = jnp.zeros(x.shape, part["shares"].dtype)
+    total = jnp.zeros_like(x, given.dtype)  # sharded as the logits are
+    if "targets" in part:
+        return _masked(part, total + given, 0)
     for j in range(part["chosen"].shape[-1]):
         chosen, share = (beside(part[name][..., j], x) for name in ("chosen", "shares"))
         total += jnp.where(places == chosen, share, 0)
