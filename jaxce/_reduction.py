@@ -14,16 +14,13 @@ from jaxce._checks import Axis, AxisName, compiled
 
 
 def _weights(losses: Array, weights: ArrayLike) -> Array:
-    w = jnp.asarray(weights)
-    if jnp.issubdtype(w.dtype, jnp.bool_) or jnp.issubdtype(w.dtype, jnp.integer):
-        w = w.astype(losses.dtype)
-    w = _checks.floating("weighted_mean", "weights", w)
+    w = _checks.real("weighted_mean", "weights", weights, losses.dtype)
     try:
         return jnp.broadcast_to(w, losses.shape)
     except ValueError:
         raise ValueError(
             f"weighted_mean: weights must have the shape of losses, {losses.shape}, or broadcast to it, "
-            f"got {w.dtype}[{','.join(map(str, w.shape))}]"
+            f"got {_checks.describe(w)}"
         ) from None
 
 
@@ -107,10 +104,7 @@ def weighted_mean(
     if axis_name is not None:
         numerator = lax.psum(numerator, axis_name)
     if normalizer is not None:
-        total = jnp.asarray(normalizer)
-        if jnp.issubdtype(total.dtype, jnp.integer):
-            total = total.astype(numerator.dtype)
-        total = _checks.floating(function, "normalizer", total)
+        total = _checks.real(function, "normalizer", normalizer, numerator.dtype)
         if total.shape not in ((), numerator.shape):
             _checks.same_shape(function, "normalizer", total, numerator.shape, "no axes, or the shape of the result")
         numerator, total = _checks.upcast(numerator, total)
@@ -177,10 +171,7 @@ def bits_per(nll: ArrayLike, count: ArrayLike) -> Array:
     Source: Shannon, "A Mathematical Theory of Communication", Bell System Technical Journal 27 (1948).
     """
     x = _checks.floating("bits_per", "nll", nll)
-    n = jnp.asarray(count)
-    if jnp.issubdtype(n.dtype, jnp.integer):
-        n = n.astype(_checks.compute_dtype(x))
-    n = _checks.floating("bits_per", "count", n)
+    n = _checks.real("bits_per", "count", count, _checks.compute_dtype(x))
     if n.shape != ():
         _checks.same_shape("bits_per", "count", n, x.shape, "no axes, or the shape of nll")
     x, n = _checks.upcast(x, n)

@@ -152,10 +152,7 @@ def _per_example(function: str, argument: str, value: Any, shape: tuple[int, ...
     """One number for each example; 1 where nothing is given."""
     if value is None:
         return jnp.ones(shape, dtype)
-    array = jnp.asarray(value)
-    if jnp.issubdtype(array.dtype, jnp.bool_) or jnp.issubdtype(array.dtype, jnp.integer):
-        array = array.astype(dtype)
-    array = _checks.floating(function, argument, array).astype(dtype)
+    array = _checks.real(function, argument, value, dtype).astype(dtype)
     _checks.same_shape(function, argument, array, shape, "one number for each example")
     return array
 
