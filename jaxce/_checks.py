@@ -127,19 +127,25 @@ def describe(value: Any) -> str:
     return f"{value!r}"
 
 
-def _array(function: str, argument: str, value: ArrayLike, kind: Any, expected: str) -> Array:
+def _array(function: str, argument: str, value: ArrayLike, kind: Any, expected: str, hint: str = "") -> Array:
     try:
         array = jnp.asarray(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{function}: {argument} must be {expected}, got {type(value).__name__}") from error
     if not jnp.issubdtype(array.dtype, kind):
-        raise TypeError(f"{function}: {argument} must be {expected}, got {describe(array)}")
+        raise TypeError(f"{function}: {argument} must be {expected}, got {describe(array)}{hint}")
     return array
+
+
+def array(function: str, argument: str, value: ArrayLike) -> Array:
+    """``value`` as an array of numbers."""
+    return _array(function, argument, value, np.generic, "an array of numbers")
 
 
 def floating(function: str, argument: str, value: ArrayLike) -> Array:
     """``value`` as an array of floating-point numbers."""
-    array = _array(function, argument, value, jnp.floating, "a floating-point array")
+    hint = f"; {argument} come first, labels second" if argument in ("logits", "probs", "log_probs") else ""
+    array = _array(function, argument, value, jnp.floating, "a floating-point array", hint)
     if (
         array.dtype.itemsize == 1
     ):  # 8-bit floats have neither range nor an exact path to float32 arithmetic on every device
@@ -149,15 +155,13 @@ def floating(function: str, argument: str, value: ArrayLike) -> Array:
 
 def real(function: str, argument: str, value: ArrayLike, dtype: Any = np.float32) -> Array:
     """``value`` as an array of floating-point numbers, of ``dtype`` where they are booleans or integers."""
-    array = jnp.asarray(value)
-    if jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_:
-        array = array.astype(dtype)
-    return floating(function, argument, array)
+    given = array(function, argument, value)
+    return floating(function, argument, given if jnp.issubdtype(given.dtype, jnp.inexact) else given.astype(dtype))
 
 
-def integer(function: str, argument: str, value: ArrayLike) -> Array:
+def integer(function: str, argument: str, value: ArrayLike, hint: str = "") -> Array:
     """``value`` as an array of integers."""
-    return _array(function, argument, value, jnp.integer, "an integer array")
+    return _array(function, argument, value, jnp.integer, "an integer array", hint)
 
 
 def boolean(function: str, argument: str, value: ArrayLike) -> Array:
@@ -215,11 +219,15 @@ def same_shape(function: str, argument: str, array: Array, shape: tuple[int, ...
         raise ValueError(f"{function}: {argument} must have {of}, {shape}, got {describe(array)}{hint}")
 
 
-def labels_of_rows(function: str, labels: Array, shape: tuple[int, ...], class_axes: tuple[int, ...]) -> None:
-    """Demand one label for each row of logits of ``shape``."""
-    batch = batch_shape(shape, class_axes)
-    hint = labels_hint(labels.shape, shape, class_axes)
-    same_shape(function, "labels", labels, batch, "the shape of the logits without their class axes", hint)
+def labels_of_rows(
+    function: str, labels: ArrayLike, shape: tuple[int, ...], class_axes: tuple[int, ...], of: str = "the logits"
+) -> Array:
+    """One integer label for each row of something of ``shape``."""
+    batch, given = batch_shape(shape, class_axes), np.shape(labels)
+    hint = labels_hint(given, shape, class_axes)
+    y = integer(function, "labels", labels, "; give labels.astype(int)" if given == batch else hint)
+    same_shape(function, "labels", y, batch, f"the shape of {of} without their class axes", hint)
+    return y
 
 
 def labels_hint(labels: tuple[int, ...], shape: tuple[int, ...], class_axes: tuple[int, ...]) -> str:
@@ -227,9 +235,9 @@ def labels_hint(labels: tuple[int, ...], shape: tuple[int, ...], class_axes: tup
     batch = batch_shape(shape, class_axes)
     others = [a for a in range(len(shape)) if a not in class_axes and batch_shape(shape, (a,)) == labels]
     if labels == batch:
-        return "; one class for each row is what the functions with_integer_labels take"
+        return "; one class for each row is for the function with_integer_labels in its name"
     if labels == shape:
-        return "; one number for each class is what softmax_cross_entropy takes"
+        return "; one number for each class is for the function without integer_labels in its name"
     if others:
         return f"; if the classes are on that axis, give axis={others[0]}"
     if labels == (*batch, 1):
@@ -361,16 +369,16 @@ def dense(
     Booleans and integers come out in ``dtype``. Where integers with fewer axes would be class numbers, which are never
     broadcast, ``classes`` names the function that takes those.
     """
-    whole = not jnp.issubdtype(jnp.asarray(value).dtype, jnp.floating)
-    array = real(function, argument, value, dtype)
-    fits = array.ndim <= len(shape) and all(n in (1, m) for n, m in zip(array.shape[::-1], shape[::-1], strict=False))
-    numbers = whole and classes is not None and array.ndim < len(shape)
+    x = array(function, argument, value)
+    numbers = not jnp.issubdtype(x.dtype, jnp.floating) and classes is not None and x.ndim < len(shape)
+    x = real(function, argument, x, dtype)
+    fits = x.ndim <= len(shape) and all(n in (1, m) for n, m in zip(x.shape[::-1], shape[::-1], strict=False))
     if fits and not numbers:
-        return jnp.broadcast_to(array, shape)
+        return jnp.broadcast_to(x, shape)
     hint = ""
     if numbers:
         hint = f"; class numbers are for {classes}"
-    elif [n for n in array.shape if n != 1] == [n for n in shape if n != 1]:
+    elif [n for n in x.shape if n != 1] == [n for n in shape if n != 1]:
         hint = f"; give {argument}.reshape({shape})"
     raise ValueError(
         f"{function}: {argument} must have the shape of {of}, {shape}, or broadcast to it, got {describe(value)}{hint}"

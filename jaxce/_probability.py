@@ -111,14 +111,10 @@ def _pick(
 ) -> Array:
     """The entry of each row that its label names: ``impossible`` if masked, ``certain`` if no entry is left."""
     x = _checks.floating(function, name, prediction)
-    y = _checks.integer(function, "labels", labels)
     class_axes = _checks.axes(function, axis, x.ndim)
-    batch = _checks.batch_shape(x.shape, class_axes)
-    _checks.same_shape(function, "labels", y, batch, f"the batch shape of {name}")
+    y = _checks.labels_of_rows(function, labels, x.shape, class_axes, name)
     (values,) = _checks.upcast(_checks.classes_last(x, class_axes))
-    y = y.astype(
-        jnp.result_type(int)
-    )  # a class number is compared as such, also where the labels' own dtype can't hold all of them
+    y = y.astype(jnp.result_type(int))  # which holds all classes, as the labels' own dtype may not
     classes = lax.broadcasted_iota(y.dtype, values.shape, values.ndim - 1)
     hit = classes == y[..., None]
     valid = (y >= 0) & (y < values.shape[-1])
@@ -249,7 +245,8 @@ def binary_cross_entropy(probs: ArrayLike, labels: ArrayLike, *, where: ArrayLik
     q = _checks.floating(function, "probs", probs)
     t = _checks.dense(function, "labels", labels, q.shape, _checks.compute_dtype(q), "probs")
     keep = _checks.where_elements(function, where, q.shape)
-    q, t = _checks.upcast(_checks.only(keep, q, 0.5), _checks.only(keep, t, 1))
+    q, t = _checks.upcast(q, t)
+    q, t = _checks.only(keep, q, 0.5), _checks.only(keep, t, 1)
     return _checks.only(keep, neg_x_log_y(t, q) + neg_x_log_not_y(1 - t, q), 0)
 
 

@@ -126,8 +126,9 @@ def softmax_cross_entropy(
       Murphy, Probabilistic Machine Learning: An Introduction, 2022, sections 6.1 and 10.3.
     """
     name = "softmax_cross_entropy"
-    z = read_logits(name, "logits", logits, axis, where, _wide(labels))
-    z = z.with_targets(name, labels).with_weights(name, class_weights)
+    given = _checks.array(name, "labels", labels)
+    z = read_logits(name, "logits", logits, axis, where, _wide(given))
+    z = z.with_targets(name, given).with_weights(name, class_weights)
     return _modified(z, "given", label_smoothing, z_loss)
 
 
@@ -191,15 +192,15 @@ def _with_sparse_labels(
     z_loss: Any,
 ) -> Array:
     name = "softmax_cross_entropy_with_sparse_labels"
-    z = read_logits(name, "logits", logits, axis, where, _wide(shares))
-    z = z.with_shares(name, chosen, shares).with_weights(name, class_weights)
+    weights = _checks.array(name, "weights", shares)
+    z = read_logits(name, "logits", logits, axis, where, _wide(weights))
+    z = z.with_shares(name, chosen, weights).with_weights(name, class_weights)
     return _modified(z, "given", label_smoothing, z_loss)
 
 
-def _wide(numbers: ArrayLike) -> Array:
+def _wide(numbers: Array) -> Array:
     """Numbers that may be wider than the logits: those that aren't integers."""
-    array = jnp.asarray(numbers)
-    return array if jnp.issubdtype(array.dtype, jnp.floating) else jnp.zeros((), jnp.float32)
+    return numbers if jnp.issubdtype(numbers.dtype, jnp.floating) else jnp.zeros((), jnp.float32)
 
 
 safe_softmax_cross_entropy = softmax_cross_entropy
@@ -356,7 +357,7 @@ def _by_label_dtype(
     option: Any,
 ) -> Array:
     """sum_k w_k t_k loss(-log p_k), or the label's term where labels are classes; cross-entropy if the option is None."""
-    given = jnp.asarray(labels)
+    given = _checks.array(function, "labels", labels)
     z = read_logits(function, "logits", logits, axis, where, _wide(given)).with_weights(function, class_weights)
     if jnp.issubdtype(given.dtype, jnp.integer) and given.shape != z.shape:
         z = z.with_labels(function, given)

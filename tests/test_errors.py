@@ -19,35 +19,36 @@ Y = jnp.array([0, 2])
 INTS = jnp.zeros((2, 3), "int32")
 BOOLS = jnp.zeros((2, 3), bool)
 
-# function: valid positional arguments, the names of those that must be floating point, and whether labels come with the
-# classes on the same axis ("dense"), as integers ("integer"), as either ("both"), or elementwise ("same")
+# function: valid positional arguments, the names of those that must be floating point, and what the second is: numbers
+# that broadcast to the first ("dense"), integers ("integer"), either ("both"), or of the very shape of the first ("exact")
 VALID: dict[str, tuple[tuple[Any, ...], tuple[str, ...], str | None]] = {
-    "softmax_cross_entropy": ((X, T), ("logits", "labels"), "dense"),
-    "safe_softmax_cross_entropy": ((X, T), ("logits", "labels"), "dense"),
+    "softmax_cross_entropy": ((X, T), ("logits",), "dense"),
+    "safe_softmax_cross_entropy": ((X, T), ("logits",), "dense"),
     "softmax_cross_entropy_with_integer_labels": ((X, Y), ("logits",), "integer"),
+    "softmax_cross_entropy_with_sparse_labels": ((X, Y[:, None], P[:, :1]), ("logits",), None),
     "softmax_focal_loss": ((X, Y), ("logits",), "both"),
     "poly_loss_cross_entropy": ((X, Y), ("logits",), "both"),
-    "smooth_labels": ((T, 0.1), ("labels",), None),
-    "sigmoid_binary_cross_entropy": ((X, T), ("logits",), "same"),
-    "sigmoid_focal_loss": ((X, T), ("logits",), "same"),
-    "categorical_cross_entropy": ((P, T), ("probs", "labels"), "dense"),
+    "smooth_labels": ((T, 0.1), (), None),
+    "sigmoid_binary_cross_entropy": ((X, T), ("logits",), "dense"),
+    "sigmoid_focal_loss": ((X, T), ("logits",), "dense"),
+    "categorical_cross_entropy": ((P, T), ("probs",), "dense"),
     "categorical_cross_entropy_with_integer_labels": ((P, Y), ("probs",), "integer"),
-    "binary_cross_entropy": ((P, T), ("probs",), "same"),
-    "kl_divergence": ((X, T), ("log_predictions", "targets"), "dense"),
+    "binary_cross_entropy": ((P, T), ("probs",), "dense"),
+    "kl_divergence": ((X, T), ("log_predictions",), "dense"),
     "kl_divergence_with_log_targets": ((X, X), ("log_predictions", "log_targets"), "dense"),
-    "generalized_kl_divergence": ((X, T), ("log_predictions", "targets"), "dense"),
+    "generalized_kl_divergence": ((X, T), ("log_predictions",), "dense"),
     "nll": ((X, Y), ("log_probs",), "integer"),
     "surprisal": ((P,), ("p",), None),
     "entropy": ((P,), ("p",), None),
-    "cross_entropy": ((P, T), ("p", "q"), "dense"),
-    "relative_entropy": ((P, T), ("p", "q"), "dense"),
-    "jensen_shannon_divergence": ((P, T), ("p", "q"), "dense"),
+    "cross_entropy": ((P, T), ("p", "q"), "exact"),
+    "relative_entropy": ((P, T), ("p", "q"), "exact"),
+    "jensen_shannon_divergence": ((P, T), ("p", "q"), "exact"),
     "mutual_information": ((P,), ("joint",), None),
     "differential_entropy": ((jnp.arange(10.0),), ("samples",), None),
     "entropy_with_logits": ((X,), ("logits",), None),
-    "cross_entropy_with_logits": ((X, X), ("p_logits", "q_logits"), "dense"),
-    "relative_entropy_with_logits": ((X, X), ("p_logits", "q_logits"), "dense"),
-    "jensen_shannon_divergence_with_logits": ((X, X), ("p_logits", "q_logits"), "dense"),
+    "cross_entropy_with_logits": ((X, X), ("p_logits", "q_logits"), "exact"),
+    "relative_entropy_with_logits": ((X, X), ("p_logits", "q_logits"), "exact"),
+    "jensen_shannon_divergence_with_logits": ((X, X), ("p_logits", "q_logits"), "exact"),
     "logsumexp": ((X,), ("logits",), None),
     "log_softmax": ((X,), ("logits",), None),
     "softmax_statistics": ((X, Y), ("logits",), "integer"),
@@ -110,16 +111,15 @@ def bad_calls() -> list[Any]:
             for bad in (INTS, BOOLS, None):  # text is refused by jax.jit, in words of its own
                 rows.append((name, (*args[:i], bad, *args[i + 1 :]), {}, TypeError, argument))
         second = SECOND.get(name, "labels")
-        if labels in ("dense", "same"):
-            bad_shapes = [T[:, :2], T[:1], T[0], T[None]]
+        if labels in ("dense", "exact"):
+            bad_shapes = [T[:, :2], T[None], T[:, :2, None]] + ([T[:1], T[0]] if labels == "exact" else [])
             rows += [(name, (args[0], bad), {}, ValueError, second) for bad in bad_shapes]
-        if labels == "same":
-            rows.append((name, (args[0], BOOLS), {}, TypeError, second))
+            rows += [(name, (args[0], bad), {}, TypeError, second) for bad in (None, T.astype(complex))]
         if labels in ("integer", "both"):
             bad_shapes = [Y[:1], Y[None], Y[:, None], jnp.array(0)]
             rows += [(name, (args[0], bad), {}, ValueError, second) for bad in bad_shapes]
-            rows.append((name, (args[0], Y.astype(bool)), {}, TypeError, second))
         if labels == "integer":
+            rows.append((name, (args[0], Y.astype(bool)), {}, TypeError, second))
             rows.append((name, (args[0], Y.astype("float32")), {}, TypeError, second))
         if labels == "both":
             rows.append((name, (args[0], T[:, :2]), {}, ValueError, second))
@@ -143,8 +143,7 @@ def bad_calls() -> list[Any]:
         rows.append((name, args, {"label_smoothing": "a bit"}, TypeError, "label_smoothing"))
         for weights in (jnp.ones(2), jnp.ones(4), jnp.ones((1, 3)), jnp.ones((2, 3))):
             rows.append((name, args, {"class_weights": weights}, ValueError, "class_weights"))
-        rows.append((name, args, {"class_weights": jnp.ones(3, "int32")}, TypeError, "class_weights"))
-        rows.append((name, args, {"class_weights": jnp.ones(3, bool)}, TypeError, "class_weights"))
+        rows.append((name, args, {"class_weights": jnp.ones(3, complex)}, TypeError, "class_weights"))
         for value in (float("nan"), float("inf")):
             rows.append((name, args, {"z_loss": value}, ValueError, "z_loss"))
     rows += [
@@ -207,6 +206,50 @@ def test_bad_call(
     shown = "softmax_cross_entropy" if name == "safe_softmax_cross_entropy" else name
     assert message.startswith(f"{shown}: {argument} "), message
     assert ", got " in message
+
+
+IMAGES = jnp.zeros((2, 3, 4, 5))
+CLASSES = [
+    "softmax_cross_entropy_with_integer_labels",
+    "softmax_focal_loss",
+    "softmax_cross_entropy_with_sparse_labels",
+]
+DENSE = ["softmax_cross_entropy", "sigmoid_binary_cross_entropy", "kl_divergence", "categorical_cross_entropy"]
+MISTAKES: list[tuple[list[str], tuple[Any, ...], dict[str, Any], str]] = [  # functions, what was written, what to write
+    (CLASSES + DENSE, (), {"reduction": "mean"}, "jaxce.weighted_mean(losses)"),
+    (CLASSES + DENSE, (), {"ignore_index": -100}, "where=labels != ignore_index"),
+    (CLASSES + DENSE, (), {"from_logits": True}, "categorical_cross_entropy"),
+    (CLASSES + DENSE, (), {"weight": jnp.ones(3)}, "class_weights=, one per class"),
+    (CLASSES + DENSE, (), {"sample_weight": jnp.ones(3)}, "jaxce.weighted_mean(losses, weights)"),
+    (CLASSES + DENSE, (), {"mask": jnp.ones(2, bool)}, "where=, True for what takes part"),
+    (CLASSES, (), {"dim": 1}, "axis="),
+    (CLASSES, (), {"temperature": 2.0}, "divide the logits by it, or give it to jaxce.LinearLogits"),
+    (CLASSES[:2], (Y, X), {}, "logits come first, labels second"),
+    (CLASSES[:2], (X, Y[:, None]), {}, "labels[..., 0]"),
+    (CLASSES[:1], (X, Y.astype(float)), {}, "labels.astype(int)"),
+    (CLASSES[:1], (X, T), {}, "without integer_labels in its name"),
+    (["softmax_cross_entropy"], (X, Y), {}, "with_integer_labels in its name"),
+    (["categorical_cross_entropy_with_integer_labels", "nll"], (X, Y[:, None]), {}, "labels[..., 0]"),
+    (CLASSES[:2], (IMAGES, jnp.zeros((2, 4, 5), int)), {}, "axis=1"),
+    (CLASSES[:2], (IMAGES, jnp.zeros((2, 3, 4, 1), int)), {}, "labels[..., 0]"),
+    (CLASSES[:1], (X, Y, -1, jnp.ones(2)), {}, "where=mask != 0"),
+    (CLASSES[:1], (X, Y, -1, jnp.ones(2)), {}, "jaxce.weighted_mean(losses, weights)"),
+    (CLASSES[:1], (X, Y, -1, jnp.ones(3, bool)), {}, "where[None]"),
+    (CLASSES[:1], (X, [0, 2**33]), {}, "integers of 32 bits"),
+    (CLASSES[:1], (X, ["cat", "dog"]), {}, "labels must be an array of numbers"),
+    (["softmax_cross_entropy"], (X[:, :2], T), {}, "(2, 2)"),
+    (["softmax_cross_entropy"], (X[:, :2], T), {}, "float32[2,3]"),
+]
+
+
+@pytest.mark.parametrize(("names", "args", "options", "hint"), MISTAKES, ids=[f"{m[0][0]}: {m[3]}" for m in MISTAKES])
+def test_likely_mistakes(names: list[str], args: tuple[Any, ...], options: dict[str, Any], hint: str) -> None:
+    """What people write who come from elsewhere is answered in one line with what to write."""
+    for name in names:
+        with pytest.raises((TypeError, ValueError)) as caught:
+            getattr(jaxce, name)(*(args or VALID[name][0]), **options)
+        message = str(caught.value)
+        assert message.startswith(f"{name}: ") and hint in message and "\n" not in message, message
 
 
 def test_what_shapes_the_program_is_static() -> None:
