@@ -1,0 +1,151 @@
+"""What the losses become before they run: for which platform, what is kept for a gradient, and how much memory it takes."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import jaxce
+
+N, D, K = 6, 4, 40
+integer = jaxce.softmax_cross_entropy_with_integer_labels
+LOSSES: dict[str, Callable[..., jax.Array]] = {  # of logits, labels and targets
+    "integer": lambda x, y, t: integer(x, y),
+    "integer, modified": lambda x, y, t: integer(x, y, label_smoothing=0.1, z_loss=0.1, where=y > 0),
+    "dense": lambda x, y, t: jaxce.softmax_cross_entropy(x, t),
+    "focal": lambda x, y, t: jaxce.softmax_focal_loss(x, t),
+    "statistics": lambda x, y, t: sum(jaxce.softmax_statistics(x, y)[:3]),
+    "relative entropy": lambda x, y, t: jaxce.relative_entropy_with_logits(x, jnp.log(t)),
+}
+
+
+def array(x: jax.Array, _: jax.Array, __: jax.Array) -> Any:
+    return x
+
+
+def linear(_: jax.Array, hidden: jax.Array, kernel: jax.Array) -> Any:
+    return jaxce.LinearLogits(hidden, kernel, block_size=16)
+
+
+def struct(*shape: int, dtype: Any = "float32") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+ARGUMENTS = struct(N, K), struct(N, D), struct(D, K), struct(N, dtype="int32"), struct(N, K)
+
+
+def program(name: str, make: Callable[..., Any]) -> Any:
+    def total(x: jax.Array, hidden: jax.Array, kernel: jax.Array, y: jax.Array, t: jax.Array) -> jax.Array:
+        return jnp.sum(LOSSES[name](make(x, hidden, kernel), y, t))
+
+    return jax.jit(jax.value_and_grad(total, (0, 1, 2)))
+
+
+# --- the platform -----------------------------------------------------------------------------------------------------
+
+
+def conditions(jaxpr: Any) -> Iterator[str]:
+    """What every conditional inside is decided by: the primitive that its index comes from."""
+    made = {id(v): equation.primitive.name for equation in jaxpr.eqns for v in equation.outvars}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "cond":
+            yield made.get(id(equation.invars[0]), "an argument")
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from conditions(inner)
+
+
+MAKERS = array, linear
+every_loss = pytest.mark.parametrize("name", LOSSES)
+some_losses = pytest.mark.parametrize(
+    "name", [n if n in ("integer, modified", "dense") else pytest.param(n, marks=pytest.mark.slow) for n in LOSSES]
+)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@some_losses
+def test_a_program_is_that_of_the_platform_it_is_for(name: str, make: Callable[..., Any]) -> None:
+    """Not of the machine that lowers it; and nothing is decided by what the logits are."""
+    traced = program(name, make).trace(*ARGUMENTS)
+    assert set(conditions(traced.jaxpr.jaxpr)) == {"platform_index"}
+    texts = [traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu", "cuda")]
+    assert ["optimization_barrier" in text for text in texts] == [True, False, False]
+    numbers = [re.findall(r"%\d+:(\d+) = stablehlo.reduce", text) for text in texts]
+    if make is array:  # one reduction for a state, of each of two softmaxes, and one for all sums of terms
+        passes = {"focal": 2, "relative entropy": 3}.get(name, 1)
+        assert len(numbers[1]) == passes and numbers[1] == numbers[2]
+        assert set(numbers[0]) == {"2"}  # an argmax
+
+
+def test_a_program_for_all_platforms_holds_the_choice() -> None:
+    """And chooses by the platform that it is called on."""
+    exported = export.export(program("integer, modified", array), platforms=["cpu", "tpu", "cuda"])(*ARGUMENTS)
+    text = exported.mlir_module()
+    assert "_platform_index" in text and "stablehlo.case" in text and "optimization_barrier" in text
+    rng = np.random.default_rng(0)
+    args = tuple(
+        jnp.asarray(rng.integers(K, size=s.shape) if s.dtype == "int32" else rng.uniform(size=s.shape), s.dtype)
+        for s in ARGUMENTS
+    )
+    chex.assert_trees_all_equal(exported.call(*args), program("integer, modified", array)(*args))
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("make", MAKERS)
+@every_loss
+def test_a_gradient_keeps_only_the_rows_numbers(name: str, make: Callable[..., Any], checkpoint: bool) -> None:
+    """Between forward and backward: the arguments and a few numbers of each row; with `jax.checkpoint` the arguments."""
+
+    def losses(*args: jax.Array) -> jax.Array:
+        return LOSSES[name](make(*args[:3]), *args[3:])
+
+    function = jax.checkpoint(losses) if checkpoint else losses
+
+    def kept(*args: jax.Array) -> list[jax.Array]:
+        return jax.tree.leaves(
+            jax.vjp(lambda *floats: function(*floats[:3], args[3], floats[3]), *args[:3], args[4])[1]
+        )
+
+    of_arguments = [(a.shape, a.dtype) for a in ARGUMENTS]
+    others = [s for s in jax.eval_shape(kept, *ARGUMENTS) if (s.shape, s.dtype) not in of_arguments]
+    # The largest is a mask of hidden states; nothing has the classes of all rows, or of all features.
+    assert all(math.prod(s.shape) <= N * D for s in others), others
+    assert not checkpoint or not others, others
+
+
+# --- memory and time --------------------------------------------------------------------------------------------------
+
+
+def check_memory(limit: float, function: Callable[..., Any], *args: Any) -> None:
+    """Temporary MB of the compiled program; and that it compiles in seconds, on a busy machine too."""
+    start = time.perf_counter()
+    memory = jax.jit(function).lower(*args).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < limit * 1e6, f"{memory.temp_size_in_bytes / 1e6} MB"
+    assert time.perf_counter() - start < 30
+
+
+def test_many_rows_of_many_classes() -> None:
+    """131072 rows of 196608 classes are 51.5 GB in bfloat16: beside them and their gradient a loss needs 0.14 GB.
+
+    `LinearLogits` need one block of 2^26 numbers in float32, 0.27 GB, and their gradients in float32, 0.08 GB of 64
+    features: 0.42 GB in all (measured on CPU, jax 0.10.2). The limits leave half as much again to other versions of XLA.
+    """
+    n, k, d = 131072, 196608, 64
+    y = struct(n, dtype="int32")
+    check_memory(210, jax.value_and_grad(lambda x, y: jnp.mean(integer(x, y))), struct(n, k, dtype="bfloat16"), y)
+    loss = jax.value_and_grad(lambda h, w, y: jnp.mean(integer(jaxce.LinearLogits(h, w), y)), (0, 1))
+    check_memory(630, loss, struct(n, d, dtype="bfloat16"), struct(d, k, dtype="bfloat16"), y)
