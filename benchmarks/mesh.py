@@ -1,97 +1,253 @@
-"""What crosses the network, and what each device holds, as a language model's loss goes over more devices.
+"""What crosses the network, and what each device does and holds, in a step of a language model on many devices.
 
-    python benchmarks/mesh.py [--rows 2048] [--features 512] [--classes 65536] [--devices 1 2 4 8]
+    pip install '.[programs]'                        # the compilers: neither TPU nor GPU has to be here
+    python benchmarks/mesh.py tpu v5e:4x4            # or tpu v5e:16x16, gpu 1x1x8, cpu
+    python benchmarks/mesh.py tpu v5e:4x4 --programs LinearLogits --layouts rows both --ways explicit --value
 
-One step is the mean loss of hidden states [rows, features] and a kernel [features, classes], with the gradients of both.
-The classes are sharded over the devices, and the rows are on all of them. Nothing is run: the figures are those of the step
-compiled for simulated devices, in MB per device and step. 'arguments' are its part of hidden states, kernel and labels,
-'temporary' is XLA's own figure, and 'network' adds up the results of all collectives, as often as their loops run them.
+A step is the mean loss of hidden states [rows, features] and a kernel, in bfloat16, with the gradients of both, compiled
+for a mesh of the axes "data" and "model", and not run. Each data shard has as many rows as are given. The layouts:
+
+rows       the rows over all devices, the kernel on each
+classes    the rows over "data", the classes over "model"
+features   the rows, and the kernel's features, over all devices, as FSDP has it
+both       as classes, and the features over "data"
+
+And the ways: `jax.jit` alone on a mesh with automatic or with explicit axis types, or a `jax.shard_map`, which gathers
+features by itself. The peer is Optax' loss of the product, with automatic axes. Of the functions of arrays, `integer
+labels`, `softmax_statistics` and `Evaluation`, only the first two layouts are of use, and the peer is that of programs.py.
+
+All figures are of one device, and of a step as compiled; in brackets, the peer's are 1:
+
+network MB      the results of all collectives, as often as their loops turn
+collectives     how many these are, and of them in loops
+temporary MB    XLA's own figure
+arguments MB    the device's part of what is given
+GB              what all kernels read and write in the device's memory
+megacycles      the TPU compiler's own estimate for all kernels, in which nothing overlaps and the network takes no time
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import itertools
+import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxce
 
 sys.path.append(str(Path(__file__).parent))  # where this file is run by its path, too
 
-from programs import collectives
+import programs
+
+AXES = "data", "model"
+SHAPES = {"v5e:2x2": (2, 2), "v5e:4x4": (4, 4), "v5e:16x16": (16, 16)}
 
 
-def loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, axis_name: str | None = None) -> jax.Array:
-    """The mean loss, on each device or of the whole."""
-    logits = jaxce.LinearLogits(hidden, kernel, axis_name=axis_name)
-    return jnp.mean(jaxce.softmax_cross_entropy_with_integer_labels(logits, labels))
+class Layout(NamedTuple):
+    """The axes of the mesh over which something is sharded."""
+
+    rows: Any
+    classes: Any = None
+    features: Any = None
 
 
-def whole(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
-    """The same of an array of logits."""
-    logits = hidden @ kernel
-    return jnp.mean(jaxce.softmax_cross_entropy_with_integer_labels(logits, labels))
+LAYOUTS = {
+    "rows": Layout(AXES),
+    "classes": Layout("data", "model"),
+    "features": Layout(AXES, None, AXES),
+    "both": Layout("data", "model", "data"),
+}
+WAYS = "automatic", "explicit", "shard_map"
 
 
-SPECS = P(), P(None, "model"), P()
+# Of logits, labels, and in a shard_map the axes over which rows are sharded, to what is the same on all devices.
 
 
-def programs(mesh: jax.sharding.Mesh) -> dict[str, Callable[..., jax.Array]]:
-    """The ways to write it."""
-    if mesh.axis_types[0] == AxisType.Explicit:
-        return {"LinearLogits, explicit axes": loss, "array, explicit axes": whole}
-    part = functools.partial(loss, axis_name="model")
-    mapped = jax.shard_map(part, mesh=mesh, in_specs=SPECS, out_specs=P())
-    return {"LinearLogits in shard_map": mapped, "LinearLogits, automatic axes": loss}
+def mean(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """The mean of whatever the loss gives."""
+
+    def total(logits: Any, labels: Any, rows: Any) -> Any:
+        value = sum(jnp.mean(v.astype(jnp.float32)) for v in jax.tree.leaves(loss(logits, labels)))
+        return value if rows is None else jax.lax.pmean(value, rows)
+
+    return total
+
+
+def evaluation(logits: Any, labels: Any, rows: Any) -> Any:
+    """The metrics of a batch."""
+    batch = jaxce.metrics.Evaluation.from_batch(logits, labels)
+    return batch if rows is None else batch.psum(rows)
+
+
+class Program(NamedTuple):
+    """A program of the library, and the case of programs.py that has its peer."""
+
+    ours: Callable[..., Any]
+    case: str
+    linear: bool = False
+
+
+PROGRAMS = {
+    "LinearLogits": Program(mean(jaxce.softmax_cross_entropy_with_integer_labels), "LinearLogits [V, D]", True),
+    "linear_cross_entropy": Program(mean(jaxce.linear_cross_entropy), "LinearLogits [V, D]", True),
+    "integer labels": Program(mean(jaxce.softmax_cross_entropy_with_integer_labels), "integer labels"),
+    "softmax_statistics": Program(mean(jaxce.softmax_statistics), "softmax_statistics"),
+    "Evaluation": Program(evaluation, "Evaluation.update"),
+}
+
+
+class Figures(NamedTuple):
+    """Those of the table, of one device."""
+
+    network: float
+    temporary: float
+    arguments: float
+    gigabytes: float
+    megacycles: float
+    collectives: list[programs.Collective]
+
+    @property
+    def looping(self) -> int:
+        """How many collectives run in loops, each as often as it does."""
+        return sum(c.times for c in self.collectives if c.times > 1)
+
+
+def devices(kind: str, topology: str | None) -> np.ndarray:
+    """The devices of the mesh: of a TPU's topology, or eight."""
+    found = jax.devices("cpu")[:8] if kind == "cpu" else programs.devices(kind, topology)
+    return np.array(found).reshape(SHAPES.get(str(topology), (2, 4)))
+
+
+def measure(
+    places: np.ndarray,
+    name: str,
+    layout: Layout,
+    way: str,
+    class_axis: int,
+    shape: tuple[int, ...],
+    value: bool = False,
+) -> Figures:
+    """A program's figures; ``shape`` is (rows of a data shard, features, classes), and the way "peer" is Optax'."""
+    mesh = Mesh(places, AXES, axis_types=(AxisType.Explicit if way == "explicit" else AxisType.Auto,) * 2)
+    rows, features, classes = shape
+    rows *= math.prod(mesh.shape[a] for a in AXES if a in layout.rows)
+    program = PROGRAMS[name]
+    flip = slice(None) if class_axis == 0 else slice(None, None, -1)
+    structs = [(rows, features), (classes, features)[flip], (rows,)]
+    specs = [P(layout.rows), P(*(layout.classes, layout.features)[flip]), P(layout.rows)]
+    if not program.linear:
+        structs, specs = [(rows, classes), (rows,)], [P(layout.rows, layout.classes), P(layout.rows)]
+    args = [
+        programs.array(NamedSharding(mesh, spec), struct, "int32" if len(struct) == 1 else "bfloat16")
+        for struct, spec in zip(structs, specs, strict=True)
+    ]
+
+    def whole(*arrays: Any) -> Any:
+        logits = jaxce.LinearLogits(*arrays[:2], class_axis=class_axis) if program.linear else arrays[0]
+        return program.ours(logits, arrays[-1], None)
+
+    def part(*arrays: Any) -> Any:
+        logits, name = arrays[0], layout.classes
+        if program.linear:
+            hidden, kernel, _ = arrays
+            if layout.features is not None:
+                kernel = jax.lax.all_gather(kernel, layout.features, axis=1 if class_axis == 0 else 0, tiled=True)
+            logits = jaxce.LinearLogits(hidden, kernel, class_axis=class_axis, axis_name=name)
+        elif name is not None:
+            logits = jaxce.ShardedLogits(logits, name)
+        return program.ours(logits, arrays[-1], layout.rows)
+
+    function: Callable[..., Any] = whole
+    if way == "peer":
+        case = programs.CASES[program.case if class_axis == 0 else program.case.replace("[V, D]", "[D, V]")]
+        function = case.peer if case.whole else lambda *a: jnp.mean(case.peer(*a).astype(jnp.float32))
+    elif way == "shard_map":
+        function = jax.shard_map(part, mesh=mesh, in_specs=tuple(specs), out_specs=P())
+    if not value and name != "Evaluation":
+        by = (0, 1) if program.linear else 0
+        gradients = tuple(a.sharding for a in args[:2]) if program.linear else args[0].sharding
+        function = jax.jit(jax.value_and_grad(function, by), out_shardings=(NamedSharding(mesh, P()), gradients))
+    with jax.set_mesh(mesh):
+        report = programs.report(function, *args)
+    held = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in args)
+    network = sum(c.bytes * c.times for c in report.collectives)
+    return Figures(
+        network / 1e6, report.temporary_mb, held / 1e6, report.gigabytes, report.megacycles, report.collectives
+    )
+
+
+def row(title: list[str], ours: Figures, peer: Figures | None, kind: str) -> str:
+    """A line of the table."""
+
+    def cell(name: str) -> str:
+        of = f"{getattr(ours, name):.{3 if name == 'gigabytes' else 1}f}"
+        return (
+            of if peer is None or not getattr(peer, name) else f"{of} ({getattr(ours, name) / getattr(peer, name):.2f})"
+        )
+
+    total = str(sum(c.times for c in ours.collectives))
+    cells = [cell("network"), f"{total}, {ours.looping}" if ours.looping else total, cell("temporary")]
+    cells += [f"{ours.arguments:.0f}", cell("gigabytes")] + ([cell("megacycles")] if kind == "tpu" else [])
+    return programs.line(title + cells)
 
 
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("rows", 2048), ("features", 512), ("classes", 65536)):
+    parser.add_argument("kind", choices=["tpu", "gpu", "cpu"])
+    parser.add_argument("topology", nargs="?", help="of a TPU one of " + ", ".join(SHAPES) + "; of a GPU 1x1x8")
+    for name, default in (("rows", 8192), ("features", 2048), ("classes", 128256)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
+    linear = [name for name, program in PROGRAMS.items() if program.linear]
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=linear)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--class-axes", nargs="+", type=int, choices=[0, -1], default=[0])
+    parser.add_argument("--value", action="store_true", help="without gradients")
     args = parser.parse_args()
-    shapes = (
-        ((args.rows, args.features), "float32"),
-        ((args.features, args.classes), "float32"),
-        ((args.rows,), "int32"),
-    )
-    print(f"jax {jax.__version__}, rows {args.rows}, features {args.features}, classes {args.classes}, float32\n")
-    print("| program | devices | arguments MB | temporary MB | network MB | collectives |\n|---|---|---|---|---|---|")
-    rows = []
-    for devices in args.devices:
-        for types in (AxisType.Auto, AxisType.Explicit):
-            mesh = jax.make_mesh((devices,), ("model",), axis_types=(types,), devices=jax.devices()[:devices])
-            places = [NamedSharding(mesh, spec) for spec in SPECS]
-            structs = [
-                jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-                for (shape, dtype), place in zip(shapes, places, strict=True)
-            ]
-            for name, program in programs(mesh).items():
-                step = jax.jit(jax.value_and_grad(program, (0, 1)), out_shardings=(None, (places[0], places[1])))
-                with jax.set_mesh(mesh):
-                    compiled = step.lower(*structs).compile()
-                analysis, text = compiled.memory_analysis(), compiled.as_text()
-                assert analysis is not None and text is not None
-                found = collectives(text)
-                rows.append((name, devices, analysis.argument_size_in_bytes, analysis.temp_size_in_bytes, found))
-    for name, devices, held, temporary, found in sorted(rows, key=lambda row: row[0]):
-        network = sum(c.bytes * c.times for c in found)
-        kinds = ", ".join(f"{sum(c.times for c in found if c.kind == k)} {k}" for k in sorted({c.kind for c in found}))
-        megabytes = " | ".join(f"{size / 1e6:.2f}" for size in (held, temporary, network))
-        print(f"| {name} | {devices} | {megabytes} | {kinds} |")
+    topology = args.topology or {"tpu": "v5e:4x4", "gpu": "1x1x8"}.get(args.kind)
+    places, shape = devices(args.kind, topology), (args.rows, args.features, args.classes)
+
+    def measured(program: str, layout: Layout, way: str, class_axis: int) -> Figures:
+        return measure(places, program, layout, way, class_axis, shape, args.value)
+
+    titles = ["layout", "class_axis", "program", "way"]
+    columns = ["network MB", "collectives, in loops", "temporary MB", "arguments MB", "GB"]
+    columns += ["megacycles"] if args.kind == "tpu" else []
+    print(f"jax {jax.__version__}, {args.kind} {topology or ''} as {AXES} of {places.shape}", end=", ")
+    print(f"{args.rows} rows a data shard, {args.features} features, {args.classes} classes, bfloat16\n")
+    print(programs.line(titles + columns) + "\n" + "|---" * len(titles + columns) + "|", flush=True)
+    for name, class_axis in itertools.product(args.layouts, args.class_axes):
+        peers: dict[str, Figures] = {}
+        for program in args.programs:
+            title, case = [name, str(class_axis)], PROGRAMS[program].case
+            if case not in peers:
+                peers[case] = measured(program, LAYOUTS[name], "peer", class_axis)
+                print(
+                    row(
+                        [*title, "Optax" if PROGRAMS[program].linear else "peer", "automatic"],
+                        peers[case],
+                        None,
+                        args.kind,
+                    )
+                )
+            for way in args.ways:
+                ours = measured(program, LAYOUTS[name], way, class_axis)
+                print(row([*title, program, way], ours, peers[case], args.kind), flush=True)
 
 
 if __name__ == "__main__":

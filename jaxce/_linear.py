@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType
 from jax.typing import ArrayLike
 
 from jaxce import _checks, _mesh
 from jaxce._checks import FINITE, SHARE, AxisName, compiled
-from jaxce._logits import AnyLogits, LinearLogits, ShardedLogits, product, shape_logits
+from jaxce._logits import LinearLogits, ShardedLogits, product, shape_logits
 from jaxce._mesh import on_each_device
 from jaxce._passes import join_rows, split_rows
 from jaxce._reduction import weighted_mean
@@ -60,9 +61,11 @@ def linear_cross_entropy(
     twice: three matrix products in place of four, for the memory of a chunk of examples with all their classes in
     place of a block. Without a gradient it takes no more than the losses.
 
-    On a mesh the losses are computed by themselves, as each chunk's part of the kernel's gradient would cross the network:
-    where the classes are sharded, and under `jax.jit` alone wherever arrays may lie on several devices. Inside of a
-    `jax.shard_map` over the batch a device's mean is its own; take that of all with their normalizer.
+    On a mesh a chunk has examples of each device, and each sums its own part of the kernel's gradient; the devices' parts
+    meet once, after all chunks, on a mesh with explicit axis types and inside of `jax.shard_map`, where the classes may be
+    sharded too. With automatic axis types XLA does as much for TPU and GPU, and sums parts in float32; for a CPU it sums
+    after each chunk. Inside of a `jax.shard_map` over the batch a device's mean is its own; take that of all with their
+    normalizer.
 
     A row of weight 0 takes no part, whatever it holds: its loss is 0. So for a padding label of -100 give
     ``weights=labels != -100``. In half precision the kernel's gradient is summed in float32.
@@ -75,8 +78,8 @@ def linear_cross_entropy(
       class_weights: one number per class, by which its part of the loss is multiplied.
       z_loss: the factor of the squared log-normalizer.
       normalizer: a number to divide by in place of the sum of the weights, say that of all micro-batches.
-      chunk_size: how many examples at a time where a gradient is formed; by default as many as there are features, and at
-        least 512.
+      chunk_size: how many examples at a time, of each device, where a gradient is formed; by default as many as there are
+        features, and at least 512.
 
     Returns:
       A number, in the dtype of the logits and at least float32.
@@ -95,8 +98,7 @@ def linear_cross_entropy(
     """
     if not isinstance(logits, LinearLogits):
         raise TypeError(f"{_NAME}: logits must be LinearLogits, got {_checks.describe(logits)}")
-    y = _checks.integer(_NAME, "labels", labels)
-    _checks.same_shape(_NAME, "labels", y, logits.shape[:-1], "the shape of the logits without their class axes")
+    y = _checks.labels_of_rows(_NAME, labels, logits.shape, (logits.ndim - 1,))
     w = jnp.ones(y.shape, logits.dtype) if weights is None else jnp.asarray(weights)
     _checks.same_shape(_NAME, "weights", w, y.shape, "the shape of the labels")
     w = w.astype(logits.dtype)
@@ -122,16 +124,14 @@ def _total(
     given = {"label_smoothing": label_smoothing, "z_loss": z_loss, "class_weights": class_weights}
     modifiers: Any = {name: value for name, value in given.items() if value is not None}
     if "class_weights" in modifiers:
-        modifiers["class_weights"] = _checks.floating(_NAME, "class_weights", modifiers["class_weights"])
+        modifiers["class_weights"] = _checks.real(_NAME, "class_weights", modifiers["class_weights"])
         of = "one number per class"
         _checks.same_shape(_NAME, "class_weights", modifiers["class_weights"], (logits.classes,), of)
-    if _mesh.devices() > 1:
-        losses = softmax_cross_entropy_with_integer_labels(logits, labels, where=counts, **modifiers)
-        return jnp.sum(jnp.where(counts, weights * losses, 0))
 
     # What a row holds that takes no part must not be multiplied by anything, even 0.
     hidden, labels = jnp.where(counts[..., None], logits.hidden, 0), jnp.where(counts, labels, 0)
-    fields = {name: getattr(logits, name) for name in ("kernel", "bias", "soft_cap", "temperature")}
+    fields = {name: getattr(logits, name) for name in ("bias", "soft_cap", "temperature")}
+    fields["kernel"] = _mesh.gather_features(logits.kernel, logits.class_axis)
     fields |= {"hidden": hidden.reshape(labels.size, hidden.shape[-1]), "weights": weights.reshape(labels.size)}
     inputs = {name: jnp.asarray(value) for name, value in (fields | modifiers).items() if value is not None}
     inputs = {
@@ -160,13 +160,12 @@ Inputs = dict[str, Array]  # what the loss is differentiated by, with all exampl
 # have in it. The sum over devices comes last, once.
 
 
-def _sum_of_losses(options: _Options, logits: AnyLogits, labels: Array, inputs: Inputs) -> Array:
+def _sum_of_losses(options: _Options, logits: LinearLogits | Array, labels: Array, inputs: Inputs) -> Array:
     """The weighted sum of the losses of logits, whole or a device's part; of devices that share the classes a share."""
     name = options.axis_name
-    if name is not None and not isinstance(logits, LinearLogits):
-        logits = ShardedLogits(logits, name)
     modifiers: Any = {name: inputs[name] for name in ("label_smoothing", "z_loss", "class_weights") if name in inputs}
-    losses = softmax_cross_entropy_with_integer_labels(logits, labels, **modifiers)
+    known = ShardedLogits(logits, name) if name is not None and isinstance(logits, Array) else logits
+    losses = softmax_cross_entropy_with_integer_labels(known, labels, **modifiers)
     total = jnp.sum(inputs["weights"] * jnp.where(inputs["weights"] == 0, 0, losses))
     if name is None:
         return total
@@ -210,7 +209,8 @@ def _sum_and_gradient(options: _Options, names: tuple[str, ...], labels: Array, 
     half = inputs["hidden"].dtype == kernel.dtype == jnp.bfloat16
     dtype = _checks.compute_dtype(inputs["hidden"], kernel)
     examples = labels.size
-    chunks = max(1, -(-examples // (options.chunk_size or max(_EXAMPLES, inputs["hidden"].shape[-1]))))
+    chunk_size = options.chunk_size or max(_EXAMPLES, inputs["hidden"].shape[-1])
+    chunks = max(1, -(-examples // (chunk_size * _mesh.devices(AxisType.Auto))))
 
     def loss_of(of_examples: Inputs, of_all: Inputs, labels: Array) -> Array:
         x = of_examples["products"]

@@ -60,12 +60,18 @@ def vary(tree: _T, axes: frozenset[str]) -> _T:
     return jax.tree.map(cast, tree)
 
 
-def devices() -> int:
-    """On how many devices an array may lie: those of the mesh in use, if one is set; inside of `jax.shard_map`, one."""
+def devices(*types: AxisType) -> int:
+    """On how many devices an array may lie: those of the mesh in use, if one is set; inside of `jax.shard_map`, one.
+
+    With ``types``, as far as axes of the mesh of these types shard it.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.device_count()
-    return math.prod(n for n, t in zip(mesh.axis_sizes, mesh.axis_types, strict=True) if t != AxisType.Manual)
+    return jax.device_count() if mesh.empty else math.prod(_sizes(*types or (AxisType.Auto, AxisType.Explicit)))
+
+
+def _sizes(*types: AxisType) -> list[int]:
+    mesh = jax.sharding.get_abstract_mesh()
+    return [n for n, t in zip(mesh.axis_sizes, mesh.axis_types, strict=True) if t in types]
 
 
 def strips(classes: int) -> int:
@@ -75,10 +81,7 @@ def strips(classes: int) -> int:
     lie along one of its axes, whichever; else on any devices. XLA would gather what is cut otherwise.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return math.gcd(classes, devices())
-    sizes = (n for n, t in zip(mesh.axis_sizes, mesh.axis_types, strict=True) if t != AxisType.Manual)
-    return math.gcd(classes, math.lcm(*sizes))
+    return math.gcd(classes, jax.device_count() if mesh.empty else math.lcm(*_sizes(AxisType.Auto)))
 
 
 def gather_features(kernel: Array, class_axis: int) -> Array:
@@ -99,7 +102,7 @@ def gather_features(kernel: Array, class_axis: int) -> Array:
 
 
 def on_each_device(result: str) -> Callable[[_F], _F]:
-    """A decorator for functions of logits; the results have the shape of the "batch" or of the "logits", or are a "total"."""
+    """A decorator for functions of logits; results have the shape of the "batch" or the "logits", or are a "total"."""
 
     def decorate(function: _F) -> _F:
         signature = inspect.signature(function)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import AxisType
 from jax.typing import ArrayLike
 
 from jaxce import _checks, _mesh
@@ -45,8 +46,7 @@ class Logits(NamedTuple):
 
     def with_labels(self, function: str, labels: ArrayLike) -> Logits:
         """With integer labels, one for each row; -1 of one that is no class."""
-        y = _checks.integer(function, "labels", labels)
-        _checks.labels_of_rows(function, y, self.shape, self.axes)
+        y = _checks.labels_of_rows(function, labels, self.shape, self.axes)
         return self._with(labels=self._class(y))
 
     def with_targets(self, function: str, labels: ArrayLike) -> Logits:
@@ -135,7 +135,7 @@ def _read_linear(logits: LinearLogits, dtype: np.dtype, there: Array | None) -> 
     inputs["kernel"] = _mesh.gather_features(inputs["kernel"], logits.class_axis)
     strips = _mesh.strips(logits.classes)
     length = logits.classes // strips
-    rows = max(1, math.prod(logits.shape[:-1]) // _mesh.devices())
+    rows = max(1, math.prod(logits.shape[:-1]) // _mesh.devices(AxisType.Auto))
     if logits.block_size is None:
         size = min(length, max(LEAST // strips, 128, min(MOST, BLOCK // (rows * strips) // 128 * 128)))
         chunks = -(-rows * strips * size // BLOCK)
