@@ -234,6 +234,8 @@ def _arguments(
     x = _checks.floating(function, "logits", logits)
     t = _checks.dense(function, "labels", labels, x.shape, _checks.compute_dtype(x), "logits")
     keep = _checks.where_elements(function, where, x.shape)
+    if keep is not None:  # of a selection among 16-bit floats XLA for a TPU makes a kernel of its own
+        x, t = _checks.upcast(x, t)
     return keep, _checks.only(keep, x, 0), _checks.only(keep, t, 1)
 
 
