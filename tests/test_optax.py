@@ -62,7 +62,7 @@ def optax_tests(module: str, losses: str) -> list[Any]:
 TESTS = optax_tests("_classification_test", "_classification") + optax_tests("_smoothing_test", "_smoothing")
 
 
-@pytest.mark.filterwarnings("ignore:the rational private module:DeprecationWarning")  # assertWarns touches every module
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:mpmath")  # assertWarns touches what every module has
 @pytest.mark.parametrize("test", TESTS)
 def test_optax(test: unittest.TestCase) -> None:
     np.random.seed(0)  # the global one, from which Optax' tests draw
