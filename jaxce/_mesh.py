@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
@@ -58,6 +59,12 @@ def vary(tree: _T, axes: frozenset[str]) -> _T:
         return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(cast, tree)
+
+
+def iota(like: Array, axis: int) -> Array:
+    """The place of each number along an axis of an array, sharded as that is."""
+    sharding = jax.typeof(like).sharding
+    return lax.broadcasted_iota(jnp.int32, like.shape, axis, out_sharding=sharding if any(sharding.spec) else None)
 
 
 def devices(*types: AxisType) -> int:

@@ -112,9 +112,9 @@ def block_of(spec: Spec, part: Inputs, start: Any, x: Array | None = None) -> Bl
     """The logits of a block, unless they are given, with what comes with them."""
     x = logits_of(spec, part) if x is None else x
     first = start if spec.axis_name is None else start + lax.axis_index(spec.axis_name) * spec.classes
-    places = first + lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    places = first + _mesh.iota(x, x.ndim - 1)
     if spec.strips > 1:
-        places += spec.length * lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 2)
+        places += spec.length * _mesh.iota(x, x.ndim - 2)
     return Block(x, first, places, part.get("labels"), part.get("weights"), _targets(part, x, places))
 
 

@@ -411,6 +411,18 @@ def test_metrics_of_sharded_logits() -> None:
         np.testing.assert_allclose(got, right, rtol=2e-6)  # a handful of float32 operations
 
 
+def test_metrics_on_an_explicit_mesh() -> None:
+    a = arrays("float32")
+    m = mesh(AxisType.Explicit)
+    x, y = (jax.device_put(a[n], NamedSharding(m, SPECS[n])) for n in ("logits", "labels"))
+    for got, right in zip(
+        jax.tree.leaves(jaxce.metrics.Evaluation.from_batch(x, y, k=2).compute()),
+        jax.tree.leaves(jaxce.metrics.Evaluation.from_batch(a["logits"], a["labels"], k=2).compute()),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, right, rtol=2e-6)  # a handful of float32 operations
+
+
 # --- under jit alone --------------------------------------------------------------------------------------------------
 
 LAYOUTS: dict[str, dict[str, P]] = {
