@@ -64,6 +64,10 @@ def classes(rng: np.random.Generator, batch: tuple[int, ...]) -> np.ndarray:
     return rng.integers(K, size=batch).astype(np.int32)
 
 
+def two_classes(rng: np.random.Generator, batch: tuple[int, ...]) -> np.ndarray:
+    return rng.integers(K, size=(*batch, 2)).astype(np.int32)
+
+
 class Case(NamedTuple):
     """``function(*floats, *integers, **options)``: ``floats`` are differentiated, everything is mapped over."""
 
@@ -71,6 +75,7 @@ class Case(NamedTuple):
     floats: tuple[Callable[..., np.ndarray], ...]
     integers: tuple[Callable[..., np.ndarray], ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
+    last: int = 0  # how many of the floats come after the integers
     reduces: bool = False  # whether it makes one number of the whole batch
     slow: bool = False  # to compile
 
@@ -99,7 +104,8 @@ class Case(NamedTuple):
     def call(self, floats: Any, integers: Any, where: Any = None) -> tuple[jax.Array, ...]:
         """The floating-point results, as a tuple."""
         options = {k: v for k, v in self.options} | ({} if where is None else {"where": where})
-        result = self.public(*floats, *integers, **options)
+        first = len(floats) - self.last
+        result = self.public(*floats[:first], *integers, *floats[first:], **options)
         return tuple(leaf for leaf in jax.tree.leaves(result) if jnp.issubdtype(leaf.dtype, jnp.floating))
 
     def scalar(self, floats: Any, integers: Any, where: Any = None) -> jax.Array:
@@ -122,7 +128,7 @@ WEIGHTS = np.array([1.0, 0.5, 2.0, 0.0], np.float32)
 x, p, log_p = reals(K), probabilities(K), log_probabilities(K)
 CASES = [
     # logits
-    Case("logsumexp", (x,)),
+    Case("logsumexp", (x,), slow=True),
     Case("log_softmax", (x,)),
     Case("softmax_statistics", (x,), (classes,)),
     Case("softmax_statistics", (x,), options=options(labels=None), slow=True),
@@ -130,9 +136,10 @@ CASES = [
     Case("softmax_cross_entropy", (x, p)),
     Case("softmax_cross_entropy", (x, p), options=options(label_smoothing=0.1, z_loss=0.1), slow=True),
     Case("safe_softmax_cross_entropy", (x, p), slow=True),
-    Case("softmax_cross_entropy_with_integer_labels", (x,), (classes,)),
+    Case("softmax_cross_entropy_with_integer_labels", (x,), (classes,), slow=True),
     Case("softmax_cross_entropy_with_integer_labels", (x,), (classes,), options(label_smoothing=0.1, z_loss=0.1)),
-    Case("softmax_focal_loss", (x,), (classes,)),
+    Case("softmax_cross_entropy_with_sparse_labels", (x, positive(2)), (two_classes,), last=1),
+    Case("softmax_focal_loss", (x,), (classes,), slow=True),
     Case("softmax_focal_loss", (x, p), options=options(gamma=1.5), slow=True),
     Case("poly_loss_cross_entropy", (x,), (classes,), slow=True),
     Case("poly_loss_cross_entropy", (x, p), options=options(epsilon=0.5)),
