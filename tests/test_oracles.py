@@ -219,9 +219,3 @@ def test_optax_half_precision_is_returned_in_half_precision() -> None:
     assert integer(x, Y).dtype == "float32"
     close(integer(x, Y), truth)
     differs(optax_integer(x, Y).astype("float32"), truth)
-
-
-def test_optax_broadcasts_labels_silently() -> None:
-    x, t = jnp.array([2.0, 3.0]), jnp.array([3.0])
-    with pytest.raises(ValueError, match="labels"):
-        jaxce.softmax_cross_entropy(x, t)
