@@ -118,9 +118,9 @@ def log_ratio(x: Array, row: Row, y: Array, other: Row) -> Array:
 
     m, n = eighth(row.m), eighth(other.m)
     apart = jnp.abs(m - n) > 1 / 8
-    a, b, shift = (beside(jnp.where(apart, *pair), x) for pair in ((m, 0), (n, 0), (0, m - n)))
-    ratio = ((eighth(x) - a) - (eighth(y) - b)) - shift
-    return jnp.clip(8 * ratio - beside(row.log_sum - other.log_sum, x), -most, most)
+    a, b = (beside(jnp.where(apart, v, 0), x) for v in (m, n))
+    shift = jnp.where(apart, 0, 8 * (m - n)) + (row.log_sum - other.log_sum)
+    return jnp.clip(8 * ((eighth(x) - a) - (eighth(y) - b)) - beside(shift, x), -most, most)
 
 
 @log_ratio.defjvp
@@ -358,6 +358,9 @@ def _(
             for s, p, d, (x, _) in zip(specs, parts, dparts, read, strict=True)
         ]
         args = _arguments(specs[0].dtype, [x for x, _ in read], [t for t, _ in weighed], rows, options)
+        if len(read) == 2:  # the same the other way round, or XLA:GPU would store what the sums had
+            x, y = (v.astype(specs[0].dtype) for v, _ in read)
+            args[4] = -log_ratio(y, rows[1], x, rows[0])
         others = [dt for t, dt in weighed if t is not None] + [
             None if d is None else beside(d, args[0]) for d in doptions
         ]
@@ -367,11 +370,10 @@ def _(
         total = [jnp.sum(_derivative(term, args, varying), -1) if varying else none for term in terms[:count]]
         for i, (side, slope) in enumerate(pairs):
             p, f = args[2 * side + 1], slope(*args)
-            others = [beside(row.others, p) for row in rows]
-            all_f = beside(of_slopes[i], p)
-            rest = rests[i](*args, *others) if i in rests else all_f - f
+            all_f, others = (beside(v, p) for v in (of_slopes[i], rows[side].others))
             coefficient = f - p * all_f
-            coefficient = replaced(jnp.where(p > 0.5, f * others[side] - p * rest, coefficient), coefficient)
+            rest = rests[i](*args, *(beside(row.others, p) for row in rows)) if i in rests else all_f - f
+            coefficient = replaced(jnp.where(p > 0.5, f * others - p * rest, coefficient), coefficient)
             total[i // len(sides)] += jnp.sum(coefficient * read[side][1].astype(p.dtype), -1)
         return tuple(total)
 
