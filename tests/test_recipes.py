@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import re
 from pathlib import Path
 from typing import Any
 
@@ -199,20 +200,19 @@ def of_t5x(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray, smoothin
 
 
 def test_t5x_and_flax(rng: np.random.Generator) -> None:
-    """s for the other classes together is our s K / (K - 1), and the smoothed labels' entropy is what they subtract."""
+    """README's rows: s for the other classes together is our s K / (K - 1), and they subtract the labels' entropy."""
     logits, labels, weights = (
-        rng.normal(size=(4, 5, K)) * 3,
-        rng.integers(K, size=(4, 5)),
+        rng.normal(size=(4, 5, 7)) * 3,
+        rng.integers(7, size=(4, 5)),
         rng.integers(2, size=(4, 5)) * 1.0,
     )
-    s, zeta = 0.1, 1e-2
-    x, y, w = f32(logits, labels, weights)
-    each = jaxce.softmax_cross_entropy_with_integer_labels(x, y, label_smoothing=s * K / (K - 1), z_loss=zeta)
-    constant = jaxce.entropy(jaxce.smooth_labels(jnp.eye(K)[0], s * K / (K - 1)))
-    z_term = zeta * jaxce.logsumexp(x) ** 2
-    got = jaxce.weighted_mean(each - constant, w, normalizer=1), jaxce.weighted_mean(z_term, w, normalizer=1)
-    for value, expected in zip(got, of_t5x(logits, labels, weights, s, zeta), strict=False):
-        np.testing.assert_allclose(value, expected, rtol=2e-5)  # a sum of 20 terms in float32
+    expected = of_t5x(logits, labels, weights, 0.1, 0.01)
+    calls = re.findall(r"^\| `\(x, y, s, .+?\)\[(\d)\]` \| `([^|]+)` \|", README, re.M)
+    assert [int(i) for i, _ in calls] == [0, 1, 2]
+    names = {name: getattr(jaxce, name) for name in jaxce.__all__}
+    names |= dict(zip("xys", f32(logits, labels, weights), strict=True)) | {"jnp": jnp}
+    for i, call in calls:
+        np.testing.assert_allclose(eval(call, names), expected[int(i)], rtol=2e-5)  # a sum of 20 terms in float32
 
 
 def test_maxtext(rng: np.random.Generator) -> None:
