@@ -262,8 +262,8 @@ def kl_divergence(
     .. math:: \sum_k t_k (\log t_k - \log q_k), \qquad 0 \log 0 = 0
 
     with derivatives -t by log q, and log(t / q) + 1 by the target: -inf at t = 0 < q, and 0 where t = q = 0. A class
-    with q = 0 < t makes it +inf. It is the sum for the numbers as they are given, right to 1 ulp, and where its terms
-    cancel to 2^-8 ulp of the sum of -t log t; so where the numbers don't sum to 1 to their last digit, it may be as far
+    with q = 0 < t makes it +inf. It is the sum for the numbers as they are given, right to 4 ulp of
+    the sum of its terms' sizes; so where the numbers don't sum to 1 to their last digit, it may be as far
     below 0 as they are off, and `generalized_kl_divergence` may not. Entries that ``where`` masks, and rows without any
     entry left, add 0 and have gradient 0, whatever they hold. An empty batch gives an empty result.
 

@@ -207,7 +207,7 @@ def logsumexp(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None
     r"""The logarithm of a sum of exponentials, :math:`\log \sum_k e^{x_k} = m + L`.
 
     Here :math:`m` is the maximum and :math:`L = \log(1 + \sum_{k \ne \text{top}} e^{x_k - m})`, so a result near a maximum
-    of 0 has all its digits; where a negative maximum nearly cancels L, it is right to an ulp of these two. A row with no
+    of 0 has all its digits; where a negative maximum nearly cancels L, it is right to some ulp of these two. A row with no
     class, all masked or -inf, gives -inf, with gradient 0. The gradient is softmax(x).
 
     Args:

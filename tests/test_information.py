@@ -107,6 +107,27 @@ def test_entropy(classes: int) -> None:
         assert ulp_error(jaxce.entropy(p, base=2), [exact / mpmath.log(2)]) <= 4
 
 
+def exact_mutual_information(joint: np.ndarray) -> Any:
+    table = [numbers(row) for row in joint]
+    total = mpmath.fsum(v for row in table for v in row)
+    rows, columns = [mpmath.fsum(row) for row in table], [mpmath.fsum(column) for column in zip(*table, strict=True)]
+    terms = (
+        v * mpmath.log(v * total / (rows[i] * columns[k])) for i, row in enumerate(table) for k, v in enumerate(row)
+    )
+    return mpmath.fsum(terms) / total
+
+
+@pytest.mark.parametrize("dependence", [1, 1e-2, 1e-3, 1e-4, 1e-6])
+def test_mutual_information(dependence: float) -> None:
+    outer = distributions(5, 3)[:, None] * distributions(4, 3)
+    joint = (outer * np.exp(dependence * RNG.normal(size=(5, 4)))).astype("float32")
+    with mpmath.workdps(60):
+        exact = exact_mutual_information(joint)
+        got = jaxce.mutual_information(joint)
+        # Marginals' products are rounded by 1e-7: their square is left, times a few.
+        assert ulp_error(got, [exact]) <= 16 or abs(float(got) - exact) <= 1e-13
+
+
 def test_scipy() -> None:
     p, q = PAIRS["random"]
     joint = np.outer(p, q) + np.diag(p)
