@@ -128,8 +128,21 @@ def test_value_and_gradient(name: str) -> None:
         close(both(a), expected(a), rtol=1e-12, atol=1e-13)
 
 
+MODES = (
+    "jvp",
+    "forward over reverse",
+    "reverse over reverse",
+    "jacfwd",
+    "jacrev",
+    "reverse over forward",
+    "forward over forward",
+)
+
+
 @some("integer labels")
-def test_derivatives_in_all_modes_and_orders(name: str) -> None:
+@pytest.mark.parametrize("modes", [MODES[:2], pytest.param(MODES[2:], marks=pytest.mark.slow)], ids=["some", "others"])
+def test_derivatives_in_all_modes_and_orders(name: str, modes: tuple[str, ...]) -> None:
+    """By all that varies at once; `test_hessian.py` has all orders of those by the kernel."""
     function = FUNCTIONS[name]
     with jax.enable_x64(True):
         a, directions = arguments("float64"), arguments("float64", seed=1)
@@ -144,17 +157,16 @@ def test_derivatives_in_all_modes_and_orders(name: str) -> None:
             def along(a: Any) -> Any:
                 return jax.jvp(f, (a,), (directions,))[1]
 
-            return quick(
-                lambda a: {
-                    "jvp": jax.jvp(lambda a: function(make(a)), (a,), (directions,))[1],
-                    "jacfwd": jax.jacfwd(f)(a),
-                    "jacrev": jax.jacrev(lambda a: function(make(a)))(a),
-                    "forward over reverse": jax.jvp(jax.grad(f), (a,), (directions,))[1],
-                    "reverse over forward": jax.grad(along)(a),
-                    "reverse over reverse": jax.grad(lambda a: dot(jax.grad(f)(a), directions))(a),
-                    "forward over forward": jax.jvp(along, (a,), (directions,))[1],
-                }
-            )
+            of = {
+                "jvp": lambda a: jax.jvp(lambda a: function(make(a)), (a,), (directions,))[1],
+                "jacfwd": jax.jacfwd(f),
+                "jacrev": jax.jacrev(lambda a: function(make(a))),
+                "forward over reverse": lambda a: jax.jvp(jax.grad(f), (a,), (directions,))[1],
+                "reverse over forward": jax.grad(along),
+                "reverse over reverse": jax.grad(lambda a: dot(jax.grad(f)(a), directions)),
+                "forward over forward": lambda a: jax.jvp(along, (a,), (directions,))[1],
+            }
+            return quick(lambda a: {mode: of[mode](a) for mode in modes})
 
         got = orders(lambda a: linear(a, block_size=4))(a)
         expected = orders(lambda a: linear(a).materialize())(a)
@@ -412,7 +424,7 @@ def test_export_linearize_cond_and_leaks() -> None:
     close(saved(a["hidden"], a["kernel"]), function(a["hidden"], a["kernel"])[1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_half_precision(dtype: str) -> None:
     """Values are those of the exact products in float32; gradients are float32's, rounded once.
 

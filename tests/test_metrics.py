@@ -188,7 +188,7 @@ def test_linear_logits(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     linear = jaxce.LinearLogits(hidden, kernel, block_size=None if chunks > 1 else 9)
     if chunks > 1:
         monkeypatch.setattr("jaxce._statistics.BLOCK", N * K // chunks)
-    for where in (None, np.arange(N) % 5 > 0, np.arange(K)[None] != 3):
+    for where in (np.arange(N) % 5 > 0, np.arange(K)[None] != 3):
         got, whole = (
             Evaluation.from_batch(x, labels, w, where, units=units).compute() for x in (linear, hidden @ kernel)
         )
@@ -204,7 +204,7 @@ def test_sharded_logits() -> None:
         return Evaluation.from_batch(jaxce.ShardedLogits(x, axis_name="model"), labels, w).compute()
 
     whole = Evaluation.from_batch(jnp.concatenate(parts, -1), labels, w).compute()
-    results = jax.vmap(part, axis_name="model")(parts)
+    results = jax.jit(jax.vmap(part, axis_name="model"))(parts)
     for i in range(4):
         same(jax.tree.map(lambda leaf, i=i: leaf[i], results), whole)
 
@@ -223,7 +223,7 @@ def test_derivatives() -> None:
     def ours(x: Any) -> Any:
         return Brier.from_batch(x, labels, w).compute(), Calibration.from_batch(x, labels, w, bins=10**5).compute()
 
-    for got, plain in zip(jax.jacobian(ours)(jnp.asarray(logits)), (brier, gap), strict=True):
+    for got, plain in zip(jax.jit(jax.jacobian(ours))(jnp.asarray(logits)), (brier, gap), strict=True):
         np.testing.assert_allclose(got, jax.grad(plain)(jnp.asarray(logits)), rtol=1e-5, atol=1e-8)
 
 
@@ -418,7 +418,7 @@ def test_sum_over_an_axis() -> None:
     logits, labels, w, _ = data()
     w = np.where(np.arange(N) < 12, 0, w)  # a part without anything
     parts = [a.reshape(8, 12, *a.shape[1:]) for a in (logits, labels, w)]
-    metrics = jax.vmap(lambda *b: Evaluation.from_batch(*b).psum("data"), axis_name="data")(*parts)
+    metrics = jax.jit(jax.vmap(lambda *b: Evaluation.from_batch(*b).psum("data"), axis_name="data"))(*parts)
     whole = Evaluation.from_batch(logits, labels, w).compute()
     for i in (0, 7):
         same(jax.tree.map(lambda leaf, i=i: leaf[i], metrics).compute(), whole)
