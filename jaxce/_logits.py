@@ -42,8 +42,8 @@ class LinearLogits:
       class_axis: the kernel's axis of classes; 0 for a kernel of shape [classes, features], such as a tied embedding.
       soft_cap: a positive number that no logit's magnitude exceeds.
       temperature: a positive number by which hW + b is divided.
-      block_size: how many classes at a time. By default as many as make 2^26 logits with all rows of a device, but
-        2048 at least and 8192 at most; where that makes more logits, rows are taken in chunks, one after the other.
+      block_size: how many classes at a time. By default 8192; where that makes more than 2^26 logits with all rows of
+        a device, these are taken in chunks, one after the other.
       axis_name: inside `jax.shard_map`, the mesh axis, or axes, over which the kernel's classes are sharded: kernel and
         bias are then this device's part, and hidden is the same on all devices of the axis. See `ShardedLogits`.
 

@@ -22,8 +22,8 @@ from jaxce._state import Ask, State
 BLOCK = 1 << 26
 """About how many logits a block has at most."""
 
-LEAST, MOST = 2048, 8192
-"""How many classes a block has at least and at most, unless the logits say it."""
+CLASSES = 8192
+"""How many classes a block has, unless the logits say it. Rows too many for that come in chunks."""
 
 
 class Logits(NamedTuple):
@@ -137,7 +137,7 @@ def _read_linear(logits: LinearLogits, dtype: np.dtype, there: Array | None) -> 
     length = logits.classes // strips
     rows = max(1, math.prod(logits.shape[:-1]) // _mesh.devices(AxisType.Auto))
     if logits.block_size is None:
-        size = min(length, max(LEAST // strips, 128, min(MOST, BLOCK // (rows * strips) // 128 * 128)))
+        size = min(length, max(CLASSES // strips, 128, min(CLASSES, BLOCK // (rows * strips) // 128 * 128)))
         chunks = -(-rows * strips * size // BLOCK)
     else:
         size, chunks = min(length, -(-logits.block_size // strips)), 1
