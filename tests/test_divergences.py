@@ -113,7 +113,9 @@ class Exact:
 
 
 @every_function
-@pytest.mark.parametrize("kind", ["array", "linear", "array and linear", "sharded"])
+@pytest.mark.parametrize(
+    "kind", ["array", "linear", pytest.param("array and linear", marks=pytest.mark.slow), "sharded"]
+)
 def test_nearly_equal_rows(name: str, kind: str) -> None:
     """Rows that differ by 1e-1 ... 1e-6, with offsets, in one batch of parameters: the contract's 32 ulp or 1e-4."""
     rng = np.random.default_rng(0)
@@ -143,7 +145,9 @@ def test_nearly_equal_rows(name: str, kind: str) -> None:
 
 
 @every_function
-@pytest.mark.parametrize("kind", ["array", "linear", "array and linear", "sharded"])
+@pytest.mark.parametrize(
+    "kind", ["array", "linear", pytest.param("array and linear", marks=pytest.mark.slow), "sharded"]
+)
 def test_rows_that_lie_apart(name: str, kind: str) -> None:
     """A softmax doesn't know where its logits are: beside logits of 1e30 those near 0 have all their digits."""
     rng = np.random.default_rng(4)

@@ -43,7 +43,12 @@ def test_one_hot_labels_widen_nothing() -> None:
 
 @pytest.mark.parametrize("loss", [LOSSES["cross-entropy"], LOSSES["focal"]])
 @pytest.mark.parametrize(
-    ("shape", "linear"), [((), False), ((K,), False), ((N, 1), False), ((1, 1), True), ((K,), True)]
+    ("shape", "linear"),
+    [
+        ((N, 1), False),
+        ((K,), True),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in (((), False), ((K,), False), ((1, 1), True))),
+    ],
 )
 def test_dense_labels_broadcast_to_the_logits(loss: Any, shape: tuple[int, ...], linear: bool) -> None:
     """As if they had been broadcast before; the derivative by the labels is the sum."""

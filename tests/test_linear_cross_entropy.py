@@ -67,8 +67,10 @@ def counted(gradient: Arrays) -> Arrays:
     return gradient | {"weights": jnp.delete(gradient["weights"], 3)}
 
 
-@pytest.mark.parametrize("class_axis", [-1, 0])
-@pytest.mark.parametrize("chunk_size", [3, pytest.param(1, marks=pytest.mark.slow), None])
+@pytest.mark.parametrize(
+    ("chunk_size", "class_axis"),
+    [(3, -1), (None, 0), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((3, 0), (None, -1), (1, -1), (1, 0)))],
+)
 def test_value_and_gradient(chunk_size: int | None, class_axis: int) -> None:
     with jax.enable_x64(True):
         a = arguments(class_axis=class_axis)

@@ -135,7 +135,7 @@ def test_ties_go_to_the_first_class() -> None:
     close(Accuracy.from_batch(ties, jnp.arange(3)).compute(), 1 / 3)
 
 
-@pytest.mark.parametrize("classes", [7, 40, 4400])
+@pytest.mark.parametrize("classes", [7, pytest.param(40, marks=pytest.mark.slow), 4400])
 def test_rank_is_a_plain_count(classes: int) -> None:
     """Of equal logits the first comes first; infinite ones and the largest finite ones are told apart."""
     rng = np.random.default_rng(classes)
@@ -390,7 +390,10 @@ def test_scan() -> None:
     same(evaluate(batches)._replace(bits_per_unit=0.0), whole()._replace(bits_per_unit=0.0))
 
 
-@pytest.mark.parametrize("empty", [Mean.empty, TopKAccuracy.empty, Calibration.empty, Evaluation.empty])
+@pytest.mark.parametrize(
+    "empty",
+    [*(pytest.param(m.empty, marks=pytest.mark.slow) for m in (Mean, TopKAccuracy, Calibration)), Evaluation.empty],
+)
 def test_a_metric_can_be_donated(empty: Any) -> None:
     """No array is in it twice, at the start or after an update."""
     logits, labels, *_ = data(4)
