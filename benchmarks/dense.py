@@ -1,12 +1,16 @@
 """Losses on arrays beside Optax's and PyTorch's: time, as ratios in one run, and temporary memory.
 
-    python benchmarks/dense.py [--rounds 9] [--losses integer dense sigmoid entropy] [--shapes 65536x10 8192x1000]
+    python benchmarks/dense.py [--rounds 9] [--losses integer dense sigmoid entropy_with_logits] [--shapes 65536x10
+    8192x1000] python benchmarks/dense.py --losses probabilities --shapes 8192x1000 1024x32768
 
-Each round runs every version once, one after the other, so that a slow moment of the machine meets all of them; the table
-shows the median over the rounds of the ratio to Optax in the same round. 'value' is the mean loss and 'grad' the mean loss
-with its gradient by the logits. The temporary memory of jaxce and Optax is XLA's own figure
-(``compiled.memory_analysis()``). PyTorch takes part where it is installed. Entropy has no function in Optax, where it is
-the cross-entropy of the softmax with itself, nor in PyTorch, where it is the formula written with log_softmax.
+Each round runs every version once, one after the other, so that a slow moment of the machine meets all of them; the
+table shows the median over the rounds of the ratio to Optax in the same round. 'value' is the mean loss and 'grad' the
+mean loss with its gradient by the logits. The temporary memory of jaxce and Optax is XLA's own figure
+(``compiled.memory_analysis()``). PyTorch takes part where it is installed. Entropy from logits has no function in
+Optax, where it is the cross-entropy of the softmax with itself, nor in PyTorch, where it is the formula written with
+log_softmax. 'probabilities' stands for the losses, entropies and divergences of probabilities and log-probabilities,
+and for the divergences from logits; where Optax has none of these, the ratio is to the plain formula in float32, as in
+programs.py.
 
 Where exactness costs time: the top class is left out of the sum of exponentials, so that a confident row's loss keeps its
 digits. For that each class is compared with the maximum, and those that attain it are counted, which shows in rows of
@@ -30,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from programs import CASES
 
 import jaxce
 
@@ -42,6 +47,11 @@ except ImportError:
 
 SHAPES = ["65536x10", "8192x1000", "1024x32768", "512x131072"]
 DTYPES = ["float32", "bfloat16"]
+ON_LOGITS = ["integer", "dense", "sigmoid", "entropy_with_logits"]
+OF_LOGITS = ["cross_entropy_with_logits", "relative_entropy_with_logits", "jensen_shannon_divergence_with_logits"]
+OF_LOGS = ["nll", "kl_divergence", "kl_divergence_with_log_targets", "generalized_kl_divergence"]
+OF_PROBABILITIES = ["entropy", "cross_entropy", "relative_entropy", "jensen_shannon_divergence"]
+PROBABILITIES = OF_LOGITS + OF_LOGS + OF_PROBABILITIES
 Function = Callable[[Any, Any], Any]
 
 
@@ -63,21 +73,45 @@ def losses() -> dict[str, dict[str, Function]]:
         },
         "dense": {"optax": optax.softmax_cross_entropy, "jaxce": jaxce.softmax_cross_entropy},
         "sigmoid": {"optax": optax.sigmoid_binary_cross_entropy, "jaxce": jaxce.sigmoid_binary_cross_entropy},
-        "entropy": {"optax": _optax_entropy, "jaxce": lambda logits, _: jaxce.entropy_with_logits(logits)},
+        "entropy_with_logits": {"optax": _optax_entropy, "jaxce": lambda logits, _: jaxce.entropy_with_logits(logits)},
     }
+    for name in PROBABILITIES:
+        ours, peer = CASES[name].ours, CASES[name].peer
+        one = name == "entropy"
+        table[name] = {
+            "optax": (lambda x, _, f=peer: f(x)) if one else peer,
+            "jaxce": (lambda x, _, f=ours: f(x)) if one else ours,
+        }
     if torch is not None:
         table["integer"]["torch"] = lambda x, y: F.cross_entropy(x, y, reduction="none")
         table["dense"]["torch"] = lambda x, t: F.cross_entropy(x, t.to(x.dtype), reduction="none")
         table["sigmoid"]["torch"] = lambda x, t: F.binary_cross_entropy_with_logits(x, t.to(x.dtype), reduction="none")
-        table["entropy"]["torch"] = _torch_entropy
+        table["entropy_with_logits"]["torch"] = _torch_entropy
     return table
 
 
+def softmax(x: np.ndarray) -> np.ndarray:
+    """Probabilities."""
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return (e / e.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def predictions(loss: str, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Logits, probabilities or their logarithms."""
+    x = (3 * rng.normal(size=shape)).astype(np.float32)
+    if loss in OF_PROBABILITIES:
+        return softmax(x)
+    return np.log(softmax(x)) if loss in OF_LOGS else x
+
+
 def labels(loss: str, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Labels of the form that the loss takes."""
-    if loss == "dense":
-        t = np.exp(3 * rng.normal(size=shape))
-        return (t / t.sum(-1, keepdims=True)).astype(np.float32)
+    """Labels of the form that the loss takes, or a second distribution."""
+    if loss in OF_LOGITS:
+        return (3 * rng.normal(size=shape)).astype(np.float32)
+    if loss == "kl_divergence_with_log_targets":
+        return np.log(softmax(3 * rng.normal(size=shape)))
+    if loss == "dense" or loss in PROBABILITIES and loss != "nll":
+        return softmax(3 * rng.normal(size=shape))
     if loss == "sigmoid":
         return rng.integers(0, 2, shape).astype(np.float32)
     return rng.integers(0, shape[1], shape[0])
@@ -123,7 +157,7 @@ def row(
 ) -> tuple[dict[str, float], dict[str, float], float]:
     """Median ratios to Optax, temporary MB, and Optax's median time in seconds."""
     rng = np.random.default_rng(0)
-    x = (3 * rng.normal(size=shape)).astype(np.float32)
+    x = predictions(loss, shape, rng)
     versions = list(programs(loss, x, labels(loss, shape, rng), dtype, gradient))
     times: dict[str, list[float]] = {name: [] for name, _, _ in versions}
     for round_ in range(rounds + 1):
@@ -140,7 +174,7 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--losses", nargs="+", default=list(losses()), choices=list(losses()))
+    parser.add_argument("--losses", nargs="+", default=ON_LOGITS, choices=[*losses(), "probabilities"])
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxK")
     args = parser.parse_args()
 
@@ -151,7 +185,7 @@ def main() -> None:
     print("| loss | mode | shape | dtype | Optax, ms | jaxce | torch | temporary MB: Optax | jaxce |")
     print("|---|---|---|---|---|---|---|---|---|")
     means: dict[tuple[str, str], list[float]] = {}
-    for loss in args.losses:
+    for loss in PROBABILITIES if args.losses == ["probabilities"] else args.losses:
         for dtype in DTYPES:
             for shape in args.shapes:
                 n, k = (int(size) for size in shape.split("x"))
