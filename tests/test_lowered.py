@@ -139,13 +139,13 @@ def check_memory(limit: float, function: Callable[..., Any], *args: Any) -> None
 
 
 def test_many_rows_of_many_classes() -> None:
-    """131072 rows of 196608 classes are 51.5 GB in bfloat16: beside them and their gradient a loss needs 0.14 GB.
+    """131072 rows of 196608 classes are 51.5 GB in bfloat16: a loss and its gradient need less than 1 percent beside them.
 
-    `LinearLogits` need one block of 2^26 numbers in float32, 0.27 GB, and their gradients in float32, 0.08 GB of 64
-    features: 0.42 GB in all (measured on CPU, jax 0.10.2). The limits leave half as much again to other versions of XLA.
+    Measured on CPU, jax 0.10.2 and 0.12.0: 0.14 and 0.34 GB, sums of blocks of the rows. `LinearLogits` have a block of
+    2^26 numbers in float32, 0.27 GB, and their gradients in float32, 0.08 GB of 64 features: 0.41 and 0.47 GB in all.
     """
     n, k, d = 131072, 196608, 64
     y = struct(n, dtype="int32")
-    check_memory(210, jax.value_and_grad(lambda x, y: jnp.mean(integer(x, y))), struct(n, k, dtype="bfloat16"), y)
+    check_memory(515, jax.value_and_grad(lambda x, y: jnp.mean(integer(x, y))), struct(n, k, dtype="bfloat16"), y)
     loss = jax.value_and_grad(lambda h, w, y: jnp.mean(integer(jaxce.LinearLogits(h, w), y)), (0, 1))
-    check_memory(630, loss, struct(n, d, dtype="bfloat16"), struct(d, k, dtype="bfloat16"), y)
+    check_memory(515, loss, struct(n, d, dtype="bfloat16"), struct(d, k, dtype="bfloat16"), y)
