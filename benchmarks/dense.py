@@ -1,7 +1,7 @@
 """Losses on arrays beside Optax's and PyTorch's: time, as ratios in one run, and temporary memory.
 
-    python benchmarks/dense.py [--rounds 9] [--losses integer dense sigmoid entropy_with_logits] [--shapes 65536x10
-    8192x1000] python benchmarks/dense.py --losses probabilities --shapes 8192x1000 1024x32768
+    python benchmarks/dense.py [--rounds 9] [--losses integer dense sigmoid entropy_with_logits] [--shapes 65536x10]
+    python benchmarks/dense.py --losses probabilities --shapes 8192x1000 1024x32768
 
 Each round runs every version once, one after the other, so that a slow moment of the machine meets all of them; the
 table shows the median over the rounds of the ratio to Optax in the same round. 'value' is the mean loss and 'grad' the

@@ -179,7 +179,7 @@ def test_brier_of_confident_rows_keeps_its_digits(classes: int) -> None:
         np.testing.assert_allclose(got, right[i], rtol=1e-6, err_msg=str(i))
 
 
-@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("chunks", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_linear_logits(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A product by blocks of classes, and of rows, with classes masked, has the numbers of the array that it stands for."""
     rng = np.random.default_rng(0)
