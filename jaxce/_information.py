@@ -80,7 +80,7 @@ def entropy(p: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, ba
     Args:
       p: probabilities of the classes, which lie along ``axis``. They are not normalised.
       axis: the class axis, or several.
-      where: which entries take part, broadcastable to p; a mask of the batch shape means whole rows.
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as p).
       base: base of the logarithm; None for nats, 2 for bits.
 
     Returns:
@@ -112,7 +112,7 @@ def cross_entropy(
       p: probabilities of the classes, which lie along ``axis``: the truth.
       q: probabilities of the same shape: the model. Neither is normalised.
       axis: the class axis, or several.
-      where: which entries take part, broadcastable to p; a mask of the batch shape means whole rows.
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as p).
       base: base of the logarithm; None for nats, 2 for bits.
 
     Returns:
@@ -146,7 +146,7 @@ def relative_entropy(
       p: probabilities of the classes, which lie along ``axis``.
       q: probabilities of the same shape.
       axis: the class axis, or several.
-      where: which entries take part, broadcastable to p; a mask of the batch shape means whole rows.
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as p).
       base: base of the logarithm; None for nats, 2 for bits.
 
     Returns:
@@ -178,7 +178,7 @@ def jensen_shannon_divergence(
       p: probabilities of the classes, which lie along ``axis``.
       q: probabilities of the same shape.
       axis: the class axis, or several.
-      where: which entries take part, broadcastable to p; a mask of the batch shape means whole rows.
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as p).
       base: base of the logarithm; None for nats, 2 for bits.
 
     Returns:
@@ -379,7 +379,7 @@ def entropy_with_logits(
     Args:
       logits: scores, of shape [..., classes], an array, `LinearLogits` or `ShardedLogits`.
       axis: the class axis, or several.
-      where: which rows (a mask of the batch shape) or which entries of the logits take part.
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the logits).
       base: base of the logarithm; None for nats, 2 for bits.
 
     Returns:
@@ -427,7 +427,7 @@ def cross_entropy_with_logits(
       p_logits: logits of the classes, which lie along ``axis``: an array, `LinearLogits` or `ShardedLogits`.
       q_logits: logits of the same shape, of either kind; sharded if p_logits are.
       axis: the class axis, or several.
-      where: which rows (a mask of the batch shape) or which entries take part.
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the logits).
       base: base of the logarithm; None for nats, 2 for bits.
 
     Returns:
@@ -476,7 +476,7 @@ def relative_entropy_with_logits(
       p_logits: logits of the classes, which lie along ``axis``: an array, `LinearLogits` or `ShardedLogits`.
       q_logits: logits of the same shape, of either kind; sharded if p_logits are.
       axis: the class axis, or several.
-      where: which entries take part, broadcastable to p_logits; a mask of the batch shape means whole rows.
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the logits).
       base: base of the logarithm; None for nats, 2 for bits.
 
     Returns:
@@ -520,7 +520,7 @@ def jensen_shannon_divergence_with_logits(
       p_logits: logits of the classes, which lie along ``axis``: an array, `LinearLogits` or `ShardedLogits`.
       q_logits: logits of the same shape, of either kind; sharded if p_logits are.
       axis: the class axis, or several.
-      where: which entries take part, broadcastable to p_logits; a mask of the batch shape means whole rows.
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the logits).
       base: base of the logarithm; None for nats, 2 for bits.
 
     Returns:

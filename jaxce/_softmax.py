@@ -54,7 +54,7 @@ def softmax_cross_entropy_with_integer_labels(
       logits: scores, of shape [..., classes], an array in any floating-point dtype, `LinearLogits` or `ShardedLogits`.
       labels: integer classes, of the shape of the logits without the class axes.
       axis: the class axis, or several; labels then count the classes of the flattened axes.
-      where: which rows take part (a mask of the batch shape), or which entries (one that broadcasts to the logits' shape).
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the logits).
       label_smoothing: the share in [0, 1] that is spread evenly over the classes.
       class_weights: one number per class, by which its part of the loss is multiplied.
       z_loss: the factor of the squared log-normalizer.
@@ -107,7 +107,7 @@ def softmax_cross_entropy(
       logits: scores, of shape [..., classes], an array, `LinearLogits` or `ShardedLogits`.
       labels: numbers that broadcast to the same shape, or booleans or integers of it; not normalised.
       axis: the class axis, or several that together hold the classes.
-      where: which rows take part (a mask of the batch shape), or which entries (one that broadcasts to the logits' shape).
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the logits).
       label_smoothing: the share in [0, 1] of the labels that is spread evenly over the classes.
       class_weights: one number per class, by which its part of the loss is multiplied.
       z_loss: the factor of the squared log-normalizer.
@@ -162,7 +162,7 @@ def softmax_cross_entropy_with_sparse_labels(
       labels: integer classes, of shape [..., k].
       weights: numbers of the shape of the labels; not normalised.
       axis: the class axis, or several; labels then count the classes of the flattened axes.
-      where: which rows take part (a mask of the batch shape), or which entries (one that broadcasts to the logits' shape).
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the logits).
       label_smoothing: the share in [0, 1] of the weights that is spread evenly over the classes.
       class_weights: one number per class, by which its part of the loss is multiplied.
       z_loss: the factor of the squared log-normalizer.
@@ -230,7 +230,7 @@ def softmax_focal_loss(
       logits: scores, of shape [..., classes], an array, `LinearLogits` or `ShardedLogits`.
       labels: integer classes of the batch shape, or one number per class, as those of `softmax_cross_entropy`.
       axis: the class axis, or several.
-      where: which rows (a mask of the batch shape) or which entries of the logits take part.
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the logits).
       gamma: the exponent, at least 0.
       class_weights: one number per class, by which its part of the loss is multiplied.
 
@@ -272,7 +272,7 @@ def poly_loss_cross_entropy(
       labels: integer classes of the batch shape, or one number per class, as those of `softmax_cross_entropy`.
       epsilon: the weight of the added term.
       axis: the class axis, or several.
-      where: which rows (a mask of the batch shape) or which entries of the logits take part.
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the logits).
       class_weights: one number per class, by which its part of the loss is multiplied.
 
     Returns:
@@ -299,7 +299,7 @@ def smooth_labels(labels: ArrayLike, alpha: ArrayLike, *, axis: Axis = -1, where
       labels: numbers of shape [..., classes], such as one-hot vectors.
       alpha: the share of the uniform distribution, in [0, 1].
       axis: the class axis, or several.
-      where: which rows (a mask of the batch shape) or which entries take part.
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the labels).
 
     Returns:
       An array of the shape of the labels, in float32 for half-precision labels.

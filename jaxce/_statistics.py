@@ -180,7 +180,7 @@ def softmax_statistics(
       logits: scores, of shape [..., classes], an array, `LinearLogits` or `ShardedLogits`.
       labels: integer classes, of the shape of the logits without the class axes, or None.
       axis: the class axis, or several; labels and predictions then count the classes of the flattened axes.
-      where: which rows (a mask of the batch shape) or which entries of the logits take part.
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the logits).
 
     Returns:
       `SoftmaxStatistics` with four arrays of the batch shape.
@@ -213,7 +213,7 @@ def logsumexp(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None
     Args:
       logits: an array of floating-point numbers, `LinearLogits` or `ShardedLogits`.
       axis: the axis to sum over, or several.
-      where: which rows (a mask of the batch shape) or which entries take part.
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the logits).
 
     Returns:
       An array without the class axes, in float32 for half-precision logits.
@@ -236,7 +236,7 @@ def log_softmax(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = No
     Args:
       logits: scores, of shape [..., classes]; `LinearLogits` are computed whole, as the result is as large.
       axis: the class axis, or several, over which all probabilities together sum to 1.
-      where: which rows (a mask of the batch shape) or which entries take part.
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the logits).
 
     Returns:
       An array of the shape of the logits, in float32 for half-precision logits.
