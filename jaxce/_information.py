@@ -19,7 +19,7 @@ from jaxce._checks import Axis, compiled
 from jaxce._logits import AnyLogits, NotArray
 from jaxce._measures import Slopes, Term, replaced, sum_of_terms
 from jaxce._mesh import on_each_device
-from jaxce._rules import custom_jvp
+from jaxce._rules import custom_jvp, scale
 from jaxce._statistics import read_logits
 
 
@@ -218,7 +218,7 @@ def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
     value = _mutual_information(joint)
     product, total = _product_of_marginals(joint)
     slope = (_terms.log_ratio(joint, product) - value[..., None, None]) / total
-    return value, jnp.sum(_terms.scale(slope, tangent), (-2, -1))
+    return value, jnp.sum(scale(slope, tangent), (-2, -1))
 
 
 @compiled("axis", "base")

@@ -26,7 +26,7 @@ from jaxce._checks import Axis, compiled
 from jaxce._rules import custom_jvp
 from jaxce._sigmoid import sigmoid_binary_cross_entropy
 from jaxce._statistics import logsumexp
-from jaxce._terms import _rule, polynomial
+from jaxce._terms import polynomial
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -100,8 +100,7 @@ def _rate_deviance(k: Array, rate: Array, log_k: Array, log_rate: Array) -> Arra
     return _deviance(k, rate - k, _log(rate * (1 / k), log_rate - log_k))
 
 
-_rule(
-    _rate_deviance,
+_rate_deviance.defslopes(
     lambda k, rate, log_k, log_rate: (-_log(rate * (1 / k), log_rate - log_k), None, None, rate - k),
 )
 
@@ -248,7 +247,7 @@ def _student_t_slopes(d: Array, log_scale: Array, log_df: Array) -> tuple[Array,
     return (df + 1) * by_d, -(df + 1) * share, (curved - share) / 2
 
 
-_rule(_student_t, _student_t_slopes)
+_student_t.defslopes(_student_t_slopes)
 
 
 @compiled()
@@ -424,7 +423,7 @@ def _negative_binomial_slopes(log_mean: Array, log_r: Array, k: Array) -> tuple[
     return -gap, _deviance(r, gap, log_r_ratio), None
 
 
-_rule(_negative_binomial_deviance, _negative_binomial_slopes)
+_negative_binomial_deviance.defslopes(_negative_binomial_slopes)
 
 
 @compiled()

@@ -14,8 +14,8 @@ from jax.typing import ArrayLike
 
 from jaxce import _checks
 from jaxce._checks import Axis, compiled
-from jaxce._rules import custom_jvp
-from jaxce._terms import bregman, log_ratio, neg_log, neg_x_log_not_y, neg_x_log_y, scale
+from jaxce._rules import custom_jvp, scale
+from jaxce._terms import bregman, log_ratio, neg_log, neg_x_log_not_y, neg_x_log_y
 
 # --- terms: what one class adds ---------------------------------------------------------------------------------------
 

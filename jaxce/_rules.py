@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import Array
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
@@ -32,6 +34,24 @@ class custom_jvp:  # named as JAX's, whose place it takes
         """Sets rule(*static arguments, primals, tangents) -> (primals, tangents) of the results."""
         self.rule, self.symbolic_zeros = rule, symbolic_zeros
         return rule
+
+    def defslopes(
+        self,
+        slopes: Callable[..., tuple[Array | None, ...]],
+        times: Callable[[Array, Array], Array] | None = None,
+    ) -> None:
+        """Sets the derivative by each argument of an elementwise function; None by one that only says another more exactly.
+
+        They are multiplied with tangents by `scale`, unless ``times`` says otherwise.
+        """
+
+        def rule(primals: Any, tangents: Any) -> Any:
+            pairs = zip(slopes(*primals), tangents, strict=True)
+            terms = [(times or scale)(c, t) for c, t in pairs if c is not None and not _is_zero(t)]
+            out = self(*primals)
+            return out, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(out)
+
+        self.defjvp(rule, symbolic_zeros=True)
 
     def __call__(self, *args: Any) -> Any:
         static = tuple(args[i] for i in self.static)
@@ -122,3 +142,19 @@ _ruled.def_abstract_eval(lambda *args, jaxpr, rule: jaxpr.out_avals)
 ad.primitive_jvps[_ruled] = _jvp
 batching.fancy_primitive_batchers[_ruled] = _batch
 mlir.register_lowering(_ruled, mlir.lower_fun(_evaluate, multiple_results=True))
+
+
+def largest(x: Array) -> float:
+    """The largest finite number of x's dtype."""
+    return float(jnp.finfo(x.dtype).max)
+
+
+def scale(coefficient: Array, tangent: Array) -> Array:
+    """coefficient * tangent, for derivative rules: an infinite coefficient times a zero tangent is 0, not NaN.
+
+    Multiplied in two steps by finite numbers, so it stays linear in the tangent and its transpose has the same property.
+    """
+    most = largest(coefficient)
+    return (tangent * jnp.clip(coefficient, -most, most)) * jnp.where(jnp.isinf(coefficient), most, 1).astype(
+        coefficient.dtype
+    )

@@ -18,8 +18,7 @@ from jax.typing import ArrayLike
 
 from jaxce import _checks, _cpu
 from jaxce._checks import NOT_NEGATIVE, SHARE, compiled
-from jaxce._rules import custom_jvp
-from jaxce._terms import _rule, largest, scale
+from jaxce._rules import custom_jvp, largest, scale
 
 
 def _atanh_coefficients(count: int) -> list[float]:
@@ -181,8 +180,7 @@ def _modulation(x: Array, t: Array, gamma: Array) -> Array:
     return _miss(x, t) ** gamma
 
 
-_rule(
-    _modulation,
+_modulation.defslopes(
     lambda x, t, gamma: (
         gamma * _modulation(x, t, gamma) * _log_slope(x, t),
         _modulation_by_label(x, t, gamma),
@@ -224,7 +222,7 @@ def _focal_slopes(x: Array, t: Array, gamma: Array) -> tuple[Array, Array, Array
     return by_x, by_t, factor * _log_miss(x, t) * finite
 
 
-_rule(_focal, _focal_slopes)
+_focal.defslopes(_focal_slopes)
 
 
 def _arguments(

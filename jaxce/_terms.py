@@ -14,31 +14,13 @@ With :math:`\delta = \log p - \log q` it is :math:`p (e^{-\delta} + \delta - 1) 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 
-from jaxce._rules import custom_jvp
-
-
-def largest(x: Array) -> float:
-    """The largest finite number of x's dtype."""
-    return float(jnp.finfo(x.dtype).max)
-
-
-def scale(coefficient: Array, tangent: Array) -> Array:
-    """coefficient * tangent, for derivative rules: an infinite coefficient times a zero tangent is 0, not NaN.
-
-    Multiplied in two steps by finite numbers, so it stays linear in the tangent and its transpose has the same property.
-    """
-    most = largest(coefficient)
-    return (tangent * jnp.clip(coefficient, -most, most)) * jnp.where(jnp.isinf(coefficient), most, 1).astype(
-        coefficient.dtype
-    )
+from jaxce._rules import custom_jvp, largest
 
 
 def log1p(x: Array) -> Array:
@@ -54,22 +36,6 @@ def polynomial(coefficients: Sequence[float], x: Array) -> Array:
     return total
 
 
-def _rule(
-    function: Callable[..., Any],
-    slopes: Callable[..., tuple[Array | None, ...]],
-    times: Callable[[Array, Array], Array] = scale,
-) -> None:
-    """Gives a function its derivative by each argument; None of one that only says another more exactly."""
-
-    def jvp(primals: Any, tangents: Any) -> Any:
-        pairs = zip(slopes(*primals), tangents, strict=True)
-        terms = [times(c, t) for c, t in pairs if c is not None and not isinstance(t, SymbolicZero)]
-        out = function(*primals)
-        return out, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(out)
-
-    function.defjvp(jvp, symbolic_zeros=True)  # type: ignore[attr-defined]
-
-
 # --------------------------------------------------------------------------------------------------- of one distribution
 
 
@@ -79,7 +45,7 @@ def neg_log(p: Array) -> Array:
     return 0 - jnp.log(p)  # 0 of what is certain, and not -0
 
 
-_rule(neg_log, lambda p: (-1 / p,))
+neg_log.defslopes(lambda p: (-1 / p,))
 
 
 @custom_jvp
@@ -88,7 +54,7 @@ def neg_x_log_x(p: Array) -> Array:
     return p * neg_log(jnp.where(p == 0, 1, p))
 
 
-_rule(neg_x_log_x, lambda p: (-(1 + jnp.log(p)),))
+neg_x_log_x.defslopes(lambda p: (-(1 + jnp.log(p)),))
 
 
 @custom_jvp
@@ -102,7 +68,7 @@ def _neg_x_log_y_slopes(p: Array, q: Array) -> tuple[Array, Array]:
     return -jnp.log(q), -p / q
 
 
-_rule(neg_x_log_y, _neg_x_log_y_slopes)
+neg_x_log_y.defslopes(_neg_x_log_y_slopes)
 
 
 @custom_jvp
@@ -116,7 +82,7 @@ def _neg_x_log_not_y_slopes(w: Array, q: Array) -> tuple[Array, Array]:
     return -log1p(-q), w / (1 - q)
 
 
-_rule(neg_x_log_not_y, _neg_x_log_not_y_slopes)
+neg_x_log_not_y.defslopes(_neg_x_log_not_y_slopes)
 
 
 # ------------------------------------------------------------------------------------------ of two, from probabilities
@@ -145,7 +111,7 @@ def _log_ratio_slopes(p: Array, q: Array) -> tuple[Array, Array]:
     return 1 / p, -1 / q
 
 
-_rule(log_ratio, _log_ratio_slopes)
+log_ratio.defslopes(_log_ratio_slopes)
 
 
 def _bregman(p: Array, q: Array, delta: Array) -> Array:
@@ -163,7 +129,7 @@ def bregman(p: Array, q: Array) -> Array:
 
 
 # The other way round, or XLA on a GPU would keep what the value and its derivative have in common.
-_rule(bregman, lambda p, q: (-log_ratio(q, p), jnp.where(p == q, 0, (q - p) / q)))
+bregman.defslopes(lambda p, q: (-log_ratio(q, p), jnp.where(p == q, 0, (q - p) / q)))
 
 
 def _entropy_gap(s: Array) -> Array:
@@ -189,7 +155,7 @@ def jensen_shannon(p: Array, q: Array) -> Array:
     return jnp.where(jnp.abs(s) < 0.5, m * _entropy_gap(s), sum(far) / 2)
 
 
-_rule(jensen_shannon, lambda p, q: tuple(log / 2 for log in _logs_to_mean(p, q)))
+jensen_shannon.defslopes(lambda p, q: tuple(log / 2 for log in _logs_to_mean(p, q)))
 
 
 # -------------------------------------------------------------------------------------- of two, from log-probabilities
@@ -209,14 +175,14 @@ def _change_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array
     return -(p + q) * jnp.tanh(delta / 2)
 
 
-_rule(_change_of_logs, lambda log_p, p, log_q, q, delta: (-p, None, q, None, None), jnp.multiply)
+_change_of_logs.defslopes(lambda log_p, p, log_q, q, delta: (-p, None, q, None, None), jnp.multiply)
 
 
 def _bregman_of_logs_slopes(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> tuple[Array | None, ...]:
     return p * delta, None, _change_of_logs(log_p, p, log_q, q, delta), None, None
 
 
-_rule(bregman_of_logs, _bregman_of_logs_slopes, jnp.multiply)
+bregman_of_logs.defslopes(_bregman_of_logs_slopes, jnp.multiply)
 
 
 def drift_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
@@ -247,7 +213,7 @@ def _jensen_shannon_of_logs_slopes(
     return p * a / 2, None, q * b / 2, None, None
 
 
-_rule(jensen_shannon_of_logs, _jensen_shannon_of_logs_slopes, jnp.multiply)
+jensen_shannon_of_logs.defslopes(_jensen_shannon_of_logs_slopes, jnp.multiply)
 
 
 @custom_jvp
@@ -256,4 +222,4 @@ def neg_x_log_y_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: A
     return p * jnp.where(p == 0, 0, -log_q)
 
 
-_rule(neg_x_log_y_of_logs, lambda *logs: (neg_x_log_y_of_logs(*logs), None, -logs[1], None, None), jnp.multiply)
+neg_x_log_y_of_logs.defslopes(lambda *logs: (neg_x_log_y_of_logs(*logs), None, -logs[1], None, None), jnp.multiply)
