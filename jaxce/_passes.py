@@ -168,9 +168,7 @@ def _fold(
 
 
 def state_of(spec: Spec, inputs: Inputs) -> State:
-    """The state of each row."""
-    # A reduction with several operands has no derivative of its own, nor needs one.
-    inputs = lax.stop_gradient(inputs)
+    """The state of each row: without derivatives, which only rules that know them may ask for."""
     inputs = _mesh.vary(inputs, _axes((spec,), inputs))
 
     def part(start: Any, size: int, _: Any) -> State:
