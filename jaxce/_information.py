@@ -97,7 +97,7 @@ def entropy(p: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, ba
     """
     log_base = _checks.log_base("entropy", base)
     (array,) = classes_of("entropy", axis, where, 0, p=p)
-    return _in_base(jnp.sum(_terms.neg_x_log_x(array), -1), log_base)
+    return _in_base(_terms.total(_terms.neg_x_log_x(array)), log_base)
 
 
 @compiled("axis", "base")
@@ -128,7 +128,7 @@ def cross_entropy(
     """
     log_base = _checks.log_base("cross_entropy", base)
     a, b = classes_of("cross_entropy", axis, where, 0, p=p, q=q)
-    return _in_base(jnp.sum(_terms.neg_x_log_y(a, b), -1), log_base)
+    return _in_base(_terms.total(_terms.neg_x_log_y(a, b)), log_base)
 
 
 @compiled("axis", "base")

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxce import _checks
 from jaxce._checks import Axis, compiled
 from jaxce._rules import custom_jvp, scale
-from jaxce._terms import bregman, log_ratio, neg_log, neg_x_log_not_y, neg_x_log_y
+from jaxce._terms import bregman, log_ratio, neg_log, neg_x_log_not_y, neg_x_log_y, total
 
 # --- terms: what one class adds ---------------------------------------------------------------------------------------
 
@@ -95,10 +95,6 @@ def _dense(
     return _checks.classes_last(x, class_axes), _checks.classes_last(t, class_axes)
 
 
-def _total(terms: Array) -> Array:
-    return jnp.sum(terms, -1)
-
-
 def _pick(
     function: str,
     name: str,
@@ -170,7 +166,7 @@ def categorical_cross_entropy(
     Source: Good, "Rational Decisions", JRSS B 14 (1952).
     """
     q, t = _dense("categorical_cross_entropy", ("probs", "labels"), probs, labels, axis, where, (1.0, 0.0))
-    return _total(neg_x_log_y(t, q))
+    return total(neg_x_log_y(t, q))
 
 
 @compiled("axis")
@@ -290,7 +286,7 @@ def kl_divergence(
     Source: Kullback and Leibler, "On Information and Sufficiency", Ann. Math. Stat. 22 (1951).
     """
     names = ("log_predictions", "targets")
-    return _total(_kl_term(*_dense("kl_divergence", names, log_predictions, targets, axis, where, (0.0, 1.0))))
+    return total(_kl_term(*_dense("kl_divergence", names, log_predictions, targets, axis, where, (0.0, 1.0))))
 
 
 @compiled("axis")
@@ -329,7 +325,7 @@ def kl_divergence_with_log_targets(
     Source: Kullback and Leibler, "On Information and Sufficiency", Ann. Math. Stat. 22 (1951).
     """
     function, names = "kl_divergence_with_log_targets", ("log_predictions", "log_targets")
-    return _total(_log_target_term(*_dense(function, names, log_predictions, log_targets, axis, where, (0.0, 0.0))))
+    return total(_log_target_term(*_dense(function, names, log_predictions, log_targets, axis, where, (0.0, 0.0))))
 
 
 @compiled("axis")
@@ -369,7 +365,7 @@ def generalized_kl_divergence(
     """
     function, names = "generalized_kl_divergence", ("log_predictions", "targets")
     terms = _generalized_kl_term(*_dense(function, names, log_predictions, targets, axis, where, (0.0, 1.0)))
-    return _total(terms)
+    return total(terms)
 
 
 @compiled("axis")

@@ -48,10 +48,15 @@ def neg_log(p: Array) -> Array:
 neg_log.defslopes(lambda p: (-1 / p,))
 
 
+def total(terms: Array) -> Array:
+    """Their sum over the classes: 0 of zeros, and not -0."""
+    return 0 - jnp.sum(-terms, -1)
+
+
 @custom_jvp
 def neg_x_log_x(p: Array) -> Array:
     """-p log p, 0 at p = 0. d/dp = -(1 + log p), +inf at 0."""
-    return p * neg_log(jnp.where(p == 0, 1, p))
+    return -(p * jnp.log(jnp.where(p == 0, 1, p)))  # not p (0 - log p): XLA:CPU would write out an array of that 0
 
 
 neg_x_log_x.defslopes(lambda p: (-(1 + jnp.log(p)),))
@@ -60,7 +65,7 @@ neg_x_log_x.defslopes(lambda p: (-(1 + jnp.log(p)),))
 @custom_jvp
 def neg_x_log_y(p: Array, q: Array) -> Array:
     """-p log q, 0 at p = 0. d/dp = -log q, d/dq = -p / q."""
-    return p * neg_log(jnp.where((p == 0) & (q >= 0), 1, q))
+    return -(p * jnp.log(jnp.where((p == 0) & (q >= 0), 1, q)))
 
 
 def _neg_x_log_y_slopes(p: Array, q: Array) -> tuple[Array, Array]:
