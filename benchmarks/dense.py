@@ -14,8 +14,8 @@ programs.py.
 
 Where exactness costs time: the top class is left out of the sum of exponentials, so that a confident row's loss keeps its
 digits. For that each class is compared with the maximum, and those that attain it are counted, which shows in rows of
-about a thousand float32 classes; and the logarithm of one plus that sum is taken to half an ulp, which shows in rows of
-about ten. Long rows and half precision win more by being cut and by not being widened than they lose.
+about a thousand float32 classes. Long rows and half precision win more by being cut and by not being widened than they
+lose.
 """
 
 from __future__ import annotations
