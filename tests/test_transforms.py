@@ -376,7 +376,8 @@ def test_all_masked(case: Case, content: str) -> None:
         tangents = jax.jvp(lambda f: case.call(f, integers, where), (floats,), (floats,))[1]
         return values, jax.grad(lambda f: sum(v.sum() for v in case.call(f, integers, where)))(floats), tangents
 
-    masks = [jnp.zeros(floats[0].shape, bool)]
+    of_vectors = case.function == "multivariate_normal_nll"  # which a mask leaves out whole
+    masks = [jnp.zeros(floats[0].shape[:-1] if of_vectors else floats[0].shape, bool)]
     if not case.reduces:
         masks.append(jnp.zeros(2, bool))
     for where in masks:
