@@ -146,9 +146,7 @@ def floating(function: str, argument: str, value: ArrayLike) -> Array:
     """``value`` as an array of floating-point numbers."""
     hint = f"; {argument} come first, labels second" if argument in ("logits", "probs", "log_probs") else ""
     array = _array(function, argument, value, jnp.floating, "a floating-point array", hint)
-    if (
-        array.dtype.itemsize == 1
-    ):  # 8-bit floats have neither range nor an exact path to float32 arithmetic on every device
+    if array.dtype.itemsize == 1:  # neither the range nor, on every device, an exact path to float32
         raise TypeError(f"{function}: {argument} must be float16, bfloat16, float32 or float64, got {describe(array)}")
     return array
 

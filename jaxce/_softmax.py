@@ -191,6 +191,7 @@ def _with_sparse_labels(
     class_weights: ArrayLike | None,
     z_loss: Any,
 ) -> Array:
+    """With names that tell the devices of a mesh that neither labels nor weights have an axis of classes."""
     name = "softmax_cross_entropy_with_sparse_labels"
     weights = _checks.array(name, "weights", shares)
     z = read_logits(name, "logits", logits, axis, where, _wide(weights))
