@@ -501,6 +501,37 @@ def test_options_leave_explicit_axes_as_they_are() -> None:
         assert got.sharding.spec == P("data")
 
 
+@pytest.mark.parametrize("kind", ["array", "linear, blocks"])
+def test_several_labels_and_one_target_for_all_rows_on_an_explicit_mesh(kind: str) -> None:
+    """Labels, weights and a distribution that have not the logits' axes, in value and gradient."""
+    a = arrays("float32")
+    several, shares = (
+        jnp.stack([a["labels"], a["labels"][::-1]], -1),
+        jnp.tile(jnp.array([0.75, 0.5]), (len(a["labels"]), 1)),
+    )
+
+    def loss(a: Arrays, several: Any, shares: Any, target: Any) -> Any:
+        x = logits_of(kind, a)
+        sparse = jaxce.softmax_cross_entropy_with_sparse_labels(x, several, shares, label_smoothing=0.1)
+        return (sparse + jaxce.softmax_cross_entropy(x, target) + jaxce.softmax_focal_loss(x, target)).sum()
+
+    specs = {n: SPECS[n] for n in ("logits", "hidden", "kernel", "bias") if n in a}
+    floats = {n: a[n] for n in specs}
+    target = jax.nn.softmax(a["weights"])
+    m = mesh(AxisType.Explicit)
+    placed = [
+        jax.device_put(x, NamedSharding(m, P(*s)))
+        for x, s in ((several, ("data",)), (shares, ("data",)), (target, ("model",)))
+    ]
+    on_devices = {n: jax.device_put(x, NamedSharding(m, specs[n])) for n, x in floats.items()}
+    got = jax.jit(jax.value_and_grad(loss, (0, 2, 3)))(on_devices, *placed)
+    right = jax.value_and_grad(loss, (0, 2, 3))(floats, several, shares, target)
+    for g, r in zip(jax.tree.leaves(got), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(
+            g, r, rtol=1e-5, atol=1e-5
+        )  # sums of some dozens of float32 numbers in another order
+
+
 @pytest.mark.slow
 def test_a_mesh_of_automatic_and_explicit_axes() -> None:
     a = arrays("float32")
