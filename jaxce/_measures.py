@@ -244,7 +244,8 @@ def _tangents(spec: Spec, names: tuple[str, ...], parts: Any, dparts: Any, rows:
         if dt is not None and name.startswith("total"):
             total += jnp.sum(dt, -1)
         elif dt is not None:
-            cost = jnp.where(there(x), -log_p, jnp.where((ts[name] == 0) | ~of_row(state.present), 0, np.inf))
+            idle = (ts[name] == 0) | ~of_row(state.present)
+            cost = jnp.where(there(x) | idle, jnp.where(there(x), -log_p, 0), np.inf)
             total += jnp.sum(cost * dt, -1) / (of_row(_count(state))[..., 0] if name == "uniform" else 1)
         return total
 

@@ -123,7 +123,7 @@ def _targets(part: Inputs, x: Array, places: Array) -> Array | None:
     given = part.get("targets", part.get("shares"))
     if given is None:
         return None
-    total = jnp.zeros_like(x, given.dtype)  # sharded as the logits are
+    total = (0 * places).astype(given.dtype)  # sharded as the logits are
     if "targets" in part:
         return _masked(part, total + given, 0)
     for j in range(part["chosen"].shape[-1]):
