@@ -28,7 +28,7 @@ import numpy as np
 from jax import Array
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
-from jaxce import _cpu, _mesh
+from jaxce import _mesh, _platforms
 from jaxce._passes import Inputs, Spec, add_up, along, block_of, by_rows, logits_of, state_of
 from jaxce._rules import custom_jvp
 from jaxce._state import Ask, State, beside, targets_of, there
@@ -306,7 +306,7 @@ def _sum_of_terms(
         blocks = [block_of(spec, part, start) for spec, part in zip(specs, parts, strict=True)]
         targets = [targets_of(b, Ask(), s.dtype)[0] for s, b in zip(specs, blocks, strict=True)]
         args = _arguments(specs[0].dtype, [b.x for b in blocks], targets, *known)
-        return _cpu.sums(tuple(term(*args) for term in terms))
+        return _platforms.sums(tuple(term(*args) for term in terms))
 
     return add_up(specs, inputs, ({},) * len(inputs), (rows, options), step)
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxce import _cpu, _mesh
+from jaxce import _mesh, _platforms
 from jaxce._checks import AxisName
 from jaxce._logits import product, shape_logits
 from jaxce._state import Ask, Block, State, beside, meet, meet_all, meet_devices, nothing
@@ -78,7 +78,7 @@ def _cut(spec: Spec, inputs: Inputs, start: Any, size: int) -> Inputs:
             return jnp.broadcast_to(x, (spec.strips, *x.shape)) if name == "hidden" and spec.strips > 1 else x
         axis = _axis(spec, name, x)
         x = _strips(spec, x, axis)
-        return x if size == spec.length else _cpu.dynamic_slice(x, start, size, axis + (spec.strips > 1))
+        return x if size == spec.length else _platforms.dynamic_slice(x, start, size, axis + (spec.strips > 1))
 
     return {name: cut(name, x) for name, x in inputs.items()}
 
@@ -173,7 +173,7 @@ def state_of(spec: Spec, inputs: Inputs) -> State:
 
     def part(start: Any, size: int, _: Any) -> State:
         block = block_of(spec, _cut(spec, inputs, start, size), start)
-        return _cpu.over_classes(block, spec.ask, spec.dtype, spec.strips)
+        return _platforms.over_classes(block, spec.ask, spec.dtype, spec.strips)
 
     state = _fold(spec, part, meet, nothing)
     if spec.strips > 1:
@@ -211,7 +211,7 @@ def add_up(
             for s, whole, d in zip(specs, inputs, wide, strict=True):
                 cut = _cut(s, whole, start, size)
                 cut |= {n: cut[n].astype(s.dtype) for n in d}
-                parts.append(cut | _cpu.reread({n: cut[n] for n in ("array", "targets") if n in cut}))
+                parts.append(cut | _platforms.reread({n: cut[n] for n in ("array", "targets") if n in cut}))
             return step(tuple(parts), tuple(d | a for d, a in zip(wide, along, strict=True)), rows, start)
 
         return run(inputs, wide, along, rows, start)

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxce import _checks, _cpu
+from jaxce import _checks, _platforms
 from jaxce._checks import NOT_NEGATIVE, SHARE, compiled
 from jaxce._rules import custom_jvp, largest, scale
 
@@ -97,7 +97,7 @@ def _binary_cross_entropy(x: Array, t: Array) -> Array:
 @_binary_cross_entropy.defjvp
 def _binary_cross_entropy_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     # Read and cast again: else XLA:CPU would store what the loss and its gradient have in common.
-    x, t = _checks.upcast(*_cpu.reread(primals))
+    x, t = _checks.upcast(*_platforms.reread(primals))
     dx, dt = _checks.upcast(*tangents)
     return _binary_cross_entropy(*primals), _slope(x, t) * dx + scale(-x, dt)
 
@@ -142,7 +142,7 @@ def _weighted(x: Array, t: Array, w: Array, a: Array) -> Array:
 
 @_weighted.defjvp
 def _weighted_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
-    (x, t), (_, _, w, a) = _cpu.reread(primals[:2]), primals  # as in _binary_cross_entropy
+    (x, t), (_, _, w, a) = _platforms.reread(primals[:2]), primals  # as in _binary_cross_entropy
     dx, dt, dw, da = tangents
     (yes, no), (p, not_p) = _smoothed(t, a), _sigmoids(x)
     by_label = scale(_times(w, _cost(-x)) - _cost(x), (1 - a) * dt + (0.5 - t) * da)

@@ -88,7 +88,21 @@ def meet(a: State, b: State) -> State:
     high = jax.tree.map(lambda x, y: jnp.where(first, x, y), a, b)
     low = jax.tree.map(lambda x, y: jnp.where(first, y, x), a, b)
     m = jnp.maximum(a.m, b.m)  # NaN if either is
-    return jax.tree.map(jnp.add, high, lift(low, m))._replace(m=m, prediction=high.prediction)
+    met = jax.tree.map(jnp.add, high, lift(low, m))
+    plain = jax.tree.map(jnp.add, a, b)  # takes no selection: compilers are slow to see that it is the same
+
+    def targets(kind: str) -> Targets | None:
+        return None if getattr(a, kind) is None else getattr(met, kind)._replace(total=getattr(plain, kind).total)
+
+    return met._replace(
+        m=m,
+        label=plain.label,
+        label_weight=plain.label_weight,
+        prediction=high.prediction,
+        count=plain.count,
+        given=targets("given"),
+        uniform=targets("uniform"),
+    )
 
 
 def meet_all(states: State, axis: int = -1) -> State:

@@ -35,7 +35,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxce import _checks, _cpu
+from jaxce import _checks, _platforms
 from jaxce._checks import AxisName, compiled
 from jaxce._logits import AnyLogits
 from jaxce._measures import measure, replaced, sum_of_terms
@@ -320,7 +320,7 @@ def _rank(spec: Spec, inputs: Inputs, label: Array) -> Array:
     """How many classes come before the label, whose logit is given."""
 
     def step(parts: Any, _: Any, label: Any, start: Any) -> Array:
-        return _cpu.rank(block_of(spec, parts[0], start), label, spec.dtype, spec.strips)
+        return _platforms.rank(block_of(spec, parts[0], start), label, spec.dtype, spec.strips)
 
     inputs = {name: lax.stop_gradient(x) for name, x in inputs.items() if name != "rows"}  # others don't count anyway
     return add_up((spec,), (inputs,), ({},), label, step)

@@ -84,7 +84,8 @@ def test_a_program_is_that_of_the_platform_it_is_for(name: str, make: Callable[.
     numbers = [re.findall(r"%\d+:(\d+) = stablehlo.reduce", text) for text in texts]
     if make is array:  # one reduction for a state, of each of two softmaxes, and one for all sums of terms
         passes = {"focal": 2, "relative entropy": 3}.get(name, 1)
-        assert len(numbers[1]) == passes and numbers[1] == numbers[2]
+        assert len(numbers[1]) == len(numbers[2]) == passes
+        assert "gather" not in texts[1]  # of labels, which a GPU takes out of the reduction
         assert set(numbers[0]) == {"2"}  # an argmax
 
 

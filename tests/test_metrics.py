@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import jaxce
-from jaxce import _cpu
+from jaxce import _platforms
 from jaxce._state import Block
 from jaxce.metrics import (
     Accuracy,
@@ -159,7 +159,7 @@ def test_a_label_does_not_come_before_itself(classes: int) -> None:
     x = jnp.linspace(1, 2, classes)[None]
     block = Block(x, 0, jnp.arange(classes)[None], jnp.array([3]))
     for label in (x[:, 3] * (1 - 2e-7), x[:, 3], x[:, 3] * (1 + 2e-7)):
-        assert jnp.array_equal(_cpu.rank(block, label, x.dtype), jnp.array([classes - 4]))
+        assert jnp.array_equal(_platforms.rank(block, label, x.dtype), jnp.array([classes - 4]))
 
 
 @pytest.mark.parametrize("classes", [5, 40, 4400])

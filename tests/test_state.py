@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxce import _cpu
+from jaxce import _platforms
 from jaxce._state import SHARE, Ask, Block, State, leaves, meet, meet_all, meet_devices, nothing
 
 F32 = np.dtype(np.float32)
@@ -220,7 +220,7 @@ def test_what_is_not_asked_for_is_not_carried() -> None:
     bare = Block(jnp.asarray(r.x), 0, jax.lax.broadcasted_iota(jnp.int32, r.x.shape, 1))
     asks = {"h": Ask(entropy=True), "squares": Ask(squares=True), "prediction": Ask(prediction=True)}
     for name, ask in {"": Ask(), **asks, "uniform": Ask(uniform=True)}.items():
-        for state in leaves(bare, ask, F32), _cpu.over_classes(bare, ask, F32):
+        for state in leaves(bare, ask, F32), _platforms.over_classes(bare, ask, F32):
             carried = {n for n, v in state._asdict().items() if v is not None}
             assert carried == {"m", "s"} | ({name} if name else set())
     labelled = leaves(bare._replace(labels=jnp.asarray(r.labels)), Ask(), F32)
@@ -232,12 +232,13 @@ def test_what_is_not_asked_for_is_not_carried() -> None:
 
 WAYS = {
     "reduction": lambda b: meet_all(leaves(b, EVERYTHING, F32)),
-    "sums": lambda b: _cpu._from_sums(b, EVERYTHING, F32),
+    "sums": lambda b: _platforms._from_sums(b, EVERYTHING, F32),
+    "blocks": lambda b: _platforms._in_blocks(b, EVERYTHING, F32),
 }
 
 
-# Short rows; rows in one piece; in blocks (4400 = 80 * 55); and a prime number of classes, which can't be cut.
-@pytest.mark.parametrize("classes", [3, 40, 4400, pytest.param(4421, marks=pytest.mark.slow)])
+# Short rows; rows in one piece; in blocks (4400 = 80 * 55, 16400 = 2 * 8200); and a prime number of classes.
+@pytest.mark.parametrize("classes", [3, 40, 4400, 16400, pytest.param(4421, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("weighted", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_over_a_row(way: str, weighted: bool, classes: int) -> None:

@@ -1,8 +1,9 @@
-"""The state of a row in the way that is fast on XLA:CPU: from plain maxima and sums.
+"""The state of a row in the ways that are fast on XLA:CPU, from plain maxima and sums, and on XLA:GPU, in blocks.
 
-This is the one file that knows a platform. XLA:CPU can't vectorise a reduction with several operands, which takes five
-times as long there as the sums by themselves, but for rows of a few classes, where it is the fastest. What its sums
-taught:
+This is the one file that knows a platform; a single reduction of the classes' states is the way of all others.
+
+XLA:CPU can't vectorise a reduction with several operands, which takes five times as long there as the sums by themselves,
+but for rows of a few classes, where it is the fastest. What its sums taught:
 
 - arithmetic, minima, maxima and exp are fast inside of a sum; a comparison or a selection makes it several times slower;
 - what two sums share is written out as an array of all classes, constants among it. So each sum has a barrier of its own,
@@ -10,6 +11,10 @@ taught:
 - minimum(a, b) is b where either is NaN, and maxima lose NaN. Only a sum keeps it;
 - rows are summed as one list of blocks, two axes in all: three are several times slower, and so are rows that are longer
   than the cache.
+
+On a GPU the reduction is bound by its arithmetic, and XLA cuts long rows into pieces of which a thread has eight classes,
+almost as few as the times that the threads of a warp meet. So long rows are cut here, into pieces of which a thread has
+sixteen; and the label's logit is gathered rather than looked for.
 """
 
 from __future__ import annotations
@@ -33,6 +38,9 @@ _FEW = 10
 _MANY = 4096
 """From so many classes on rows are cut into blocks."""
 
+_LONG, _SHORT = 16384, 512
+"""Rows that are longer than the first are cut into blocks on a GPU, none shorter than the second."""
+
 
 def over_classes(block: Block, ask: Ask, dtype: np.dtype, strips: int = 1) -> State:
     """The state of the rows of a block of classes, its last axis: the way over a row."""
@@ -40,9 +48,10 @@ def over_classes(block: Block, ask: Ask, dtype: np.dtype, strips: int = 1) -> St
     def reduction(block: Block) -> State:
         return meet_all(leaves(block, ask, dtype))
 
-    if not _has_sums(block, strips):
+    if not _is_whole(block, strips):
         return reduction(block)
-    return lax.platform_dependent(block, cpu=lambda block: _from_sums(block, ask, dtype), default=reduction)
+    cpu, gpu = (lambda block, way=way: way(block, ask, dtype) for way in (_from_sums, _in_blocks))
+    return lax.platform_dependent(block, cpu=cpu, cuda=gpu, rocm=gpu, default=reduction)
 
 
 def rank(block: Block, label: Array, dtype: np.dtype, strips: int = 1) -> Array:
@@ -51,15 +60,15 @@ def rank(block: Block, label: Array, dtype: np.dtype, strips: int = 1) -> Array:
     def count(block: Block, label: Array) -> Array:
         return jnp.sum(before(block, label, dtype), -1, dtype=jnp.int32)
 
-    if not _has_sums(block, strips):
+    if not _is_whole(block, strips):
         return count(block, label)
     return lax.platform_dependent(
         block, label, cpu=lambda block, label: _rank_from_sum(block, label, dtype), default=count
     )
 
 
-def _has_sums(block: Block, strips: int) -> bool:
-    """Whether plain sums are possible and fast."""
+def _is_whole(block: Block, strips: int) -> bool:
+    """Whether a device has all of its classes in one piece, and more than a few."""
     *batch, classes = block.x.shape
     return classes > _FEW and strips == 1 and _mesh.devices() == 1 and math.prod(batch) > 0
 
@@ -82,6 +91,22 @@ def reread(x: Any) -> Any:
 def dynamic_slice(x: Array, start: Any, size: int, axis: int) -> Array:
     """lax.dynamic_slice_in_dim; on a CPU reread, or a product of 16-bit floats would have all of them widened first."""
     return reread(lax.dynamic_slice_in_dim(x, start, size, axis))
+
+
+# --- XLA:GPU ----------------------------------------------------------------------------------------------------------
+
+
+def _in_blocks(block: Block, ask: Ask, dtype: np.dtype) -> State:
+    classes = block.x.shape[-1]
+    blocks = next((n for n in range(-(-classes // _LONG), classes // _SHORT + 1) if classes % n == 0), 1)
+    states = leaves(block._replace(labels=None), ask, dtype)
+    if blocks > 1:
+        states = meet_all(jax.tree.map(lambda x: x.reshape(*x.shape[:-1], blocks, -1), states))
+    state = meet_all(states)
+    return state if block.labels is None else state._replace(**_at_label(block, dtype))
+
+
+# --- XLA:CPU ----------------------------------------------------------------------------------------------------------
 
 
 class _Sums:
