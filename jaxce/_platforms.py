@@ -67,6 +67,17 @@ def rank(block: Block, label: Array, dtype: np.dtype, strips: int = 1) -> Array:
     )
 
 
+def entry(x: Array, labels: Array, otherwise: Callable[[Array, Array], Array]) -> Array:
+    """The entry of each row that its label names, without derivatives: a gather on a CPU and on a GPU."""
+
+    def gathered(x: Array, labels: Array) -> Array:
+        return _take(x, labels[..., None])[..., 0]
+
+    if _mesh.devices() > 1 or x.size == 0:
+        return otherwise(x, labels)
+    return lax.platform_dependent(x, labels, cpu=gathered, cuda=gathered, rocm=gathered, default=otherwise)
+
+
 def _is_whole(block: Block, strips: int) -> bool:
     """Whether a device has all of its classes in one piece, and more than a few."""
     *batch, classes = block.x.shape

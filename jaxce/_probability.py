@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxce import _checks
+from jaxce import _checks, _platforms
 from jaxce._checks import Axis, compiled
 from jaxce._rules import custom_jvp, scale
 from jaxce._terms import bregman, log_ratio, neg_log, neg_x_log_not_y, neg_x_log_y, total
@@ -109,22 +110,36 @@ def _pick(
     x = _checks.floating(function, name, prediction)
     class_axes = _checks.axes(function, axis, x.ndim)
     y = _checks.labels_of_rows(function, labels, x.shape, class_axes, name)
-    (values,) = _checks.upcast(_checks.classes_last(x, class_axes))
+    x = _checks.classes_last(x, class_axes)
     y = y.astype(jnp.result_type(int))  # which holds all classes, as the labels' own dtype may not
-    classes = lax.broadcasted_iota(y.dtype, values.shape, values.ndim - 1)
-    hit = classes == y[..., None]
-    valid = (y >= 0) & (y < values.shape[-1])
-    counts = None
-    if where is not None:
-        keep = _checks.classes_last(_checks.where_entries(function, where, x.shape, class_axes), class_axes)
-        counts = keep.any(axis=-1)
-        values = jnp.where(keep, values, jnp.where(counts, impossible, certain)[..., None].astype(values.dtype))
-        valid |= ~counts
-    # Multiplied by NaN, not replaced by it, so that a bad label has a derivative of NaN, too. A comparison rather
-    # than a gather: classes may lie on many devices.
-    chosen = jnp.where(hit | ~valid[..., None], values, 0)
-    picked = jnp.sum(chosen, axis=-1) * jnp.where(valid, 1, jnp.nan).astype(values.dtype)
-    return picked if counts is None else jnp.where(counts, picked, certain)
+    valid = (y >= 0) & (y < x.shape[-1])
+    (picked,) = _checks.upcast(_entry(x, y))
+    if where is None:
+        return picked * jnp.where(valid, 1, jnp.nan).astype(picked.dtype)
+    keep = _checks.classes_last(_checks.where_entries(function, where, x.shape, class_axes), class_axes)
+    counts = keep.any(axis=-1)
+    # Multiplied by NaN, not replaced by it, so that a bad label has a derivative of NaN, too.
+    picked *= jnp.where(valid | ~counts, 1, jnp.nan).astype(picked.dtype)
+    picked = jnp.where((_entry(keep.astype(np.int8), y) != 0) | ~valid, picked, impossible)
+    return jnp.where(counts, picked, certain)
+
+
+@custom_jvp
+def _entry(x: Array, labels: Array) -> Array:
+    """The entry of each row that its label names; anything if none does, with derivatives by all."""
+    return _platforms.entry(x, labels, _found)
+
+
+@_entry.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return _entry(*primals), _found(tangents[0], primals[1])
+
+
+def _found(x: Array, labels: Array) -> Array:
+    """The same by comparing: not a scatter in the gradient, nor a gather where classes may lie on several devices."""
+    y = labels[..., None]
+    hit = lax.broadcasted_iota(y.dtype, x.shape, x.ndim - 1) == y
+    return jnp.sum(jnp.where(hit | (y < 0) | (y >= x.shape[-1]), x, jnp.zeros_like(x)), -1, dtype=x.dtype)
 
 
 # --- losses on probabilities ------------------------------------------------------------------------------------------
