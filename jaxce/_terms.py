@@ -36,6 +36,26 @@ def polynomial(coefficients: Sequence[float], x: Array) -> Array:
     return total
 
 
+def times(weight: Array, cost: Array) -> Array:
+    """weight * cost, 0 where the weight is 0, of an infinite cost too.
+
+    A selection would say so, but XLA:CPU can't have one inside of a sum: it writes out what it selects from.
+    """
+    bound = jnp.minimum(jnp.abs(weight) * (1 / _tiny(weight)), 1) * largest(weight)
+    part = jnp.minimum(bound, cost)
+    return weight * (part + jnp.minimum(bound, cost - part))  # infinity is the sum of two largest numbers
+
+
+def _tiny(x: Array) -> float:
+    """The smallest normal number of x's dtype, next to 0 to XLA."""
+    return float(jnp.finfo(x.dtype).tiny)
+
+
+def _log(weight: Array, x: Array) -> Array:
+    """log x, but where weight and x are 0 some finite number; as in `times` without a selection."""
+    return jnp.log(x + jnp.maximum(_tiny(x) - jnp.abs(weight), 0))
+
+
 # --------------------------------------------------------------------------------------------------- of one distribution
 
 
@@ -56,7 +76,7 @@ def total(terms: Array) -> Array:
 @custom_jvp
 def neg_x_log_x(p: Array) -> Array:
     """-p log p, 0 at p = 0. d/dp = -(1 + log p), +inf at 0."""
-    return -(p * jnp.log(jnp.where(p == 0, 1, p)))  # not p (0 - log p): XLA:CPU would write out an array of that 0
+    return -(p * _log(p, p))  # not p (0 - log p): XLA:CPU would write out an array of that 0
 
 
 neg_x_log_x.defslopes(lambda p: (-(1 + jnp.log(p)),))
@@ -65,7 +85,7 @@ neg_x_log_x.defslopes(lambda p: (-(1 + jnp.log(p)),))
 @custom_jvp
 def neg_x_log_y(p: Array, q: Array) -> Array:
     """-p log q, 0 at p = 0. d/dp = -log q, d/dq = -p / q."""
-    return -(p * jnp.log(jnp.where((p == 0) & (q >= 0), 1, q)))
+    return -(p * _log(p, q))
 
 
 def _neg_x_log_y_slopes(p: Array, q: Array) -> tuple[Array, Array]:
@@ -95,20 +115,29 @@ neg_x_log_not_y.defslopes(_neg_x_log_not_y_slopes)
 
 def _spread(p: Array, q: Array) -> Array:
     """s = (p - q) / (p + q), 0 where both are 0."""
-    return (p - q) / jnp.maximum(p + q, float(jnp.finfo(p.dtype).tiny))
+    return (p - q) / jnp.maximum(p + q, _tiny(p))
+
+
+def _is_near(s: Array) -> Array:
+    """Whether |log p - log q| < 1."""
+    return jnp.abs(s) < math.tanh(0.5)
 
 
 def _atanh_rest(s: Array) -> Array:
-    """atanh(s) / s - 1 = s^2 A(s^2), for |s| <= 1/3."""
-    return s * s * polynomial([1 / (2 * k + 3) for k in range(8 if s.dtype.itemsize == 4 else 17)], s * s)
+    """(atanh(s) / s - 1) / s, where p and q are near."""
+    return s * polynomial([1 / (2 * k + 3) for k in range(10 if s.dtype.itemsize == 4 else 22)], s * s)
+
+
+def _log_of_ratio(p: Array, q: Array) -> Array:
+    """log(p / q) where they aren't near: a quotient of roots neither overflows nor underflows."""
+    return 2 * jnp.log(jnp.sqrt(p) / jnp.sqrt(q))
 
 
 @custom_jvp
 def log_ratio(p: Array, q: Array) -> Array:
     """log(p / q), 0 where both are 0. d/dp = 1 / p, d/dq = -1 / q."""
     s = _spread(p, q)
-    far = 2 * jnp.log(jnp.sqrt(p) / jnp.sqrt(q))  # a quotient of roots neither overflows nor underflows
-    return jnp.where(jnp.abs(s) <= 1 / 3, 2 * s * (1 + _atanh_rest(s)), far)
+    return jnp.where(_is_near(s), 2 * s * (1 + s * _atanh_rest(s)), _log_of_ratio(p, q))
 
 
 def _log_ratio_slopes(p: Array, q: Array) -> tuple[Array, Array]:
@@ -130,7 +159,9 @@ def _bregman(p: Array, q: Array, delta: Array) -> Array:
 @custom_jvp
 def bregman(p: Array, q: Array) -> Array:
     """p log(p/q) - p + q >= 0: q at p = 0, and +inf at q = 0 < p. d/dp = log(p/q), d/dq = 1 - p/q."""
-    return _bregman(p, q, jnp.maximum(log_ratio(p, q), -largest(p)))
+    s = _spread(p, q)
+    far = p * jnp.maximum(_log_of_ratio(p, q), -largest(p)) - (p - q)
+    return jnp.where(_is_near(s), (p - q) * s * (1 + (1 + s) * _atanh_rest(s)), far)
 
 
 # The other way round, or XLA on a GPU would keep what the value and its derivative have in common.
@@ -224,7 +255,7 @@ jensen_shannon_of_logs.defslopes(_jensen_shannon_of_logs_slopes, jnp.multiply)
 @custom_jvp
 def neg_x_log_y_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
     """-p log q, 0 where p isn't there. d/dlog p = -p log q, d/dlog q = -p."""
-    return p * jnp.where(p == 0, 0, -log_q)
+    return times(p, -log_q)
 
 
 neg_x_log_y_of_logs.defslopes(lambda *logs: (neg_x_log_y_of_logs(*logs), None, -logs[1], None, None), jnp.multiply)
