@@ -30,7 +30,7 @@ from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from jaxce import _mesh, _platforms
 from jaxce._passes import Inputs, Spec, add_up, along, block_of, by_rows, logits_of, state_of
-from jaxce._rules import custom_jvp
+from jaxce._rules import custom_jvp, largest
 from jaxce._state import Ask, State, beside, targets_of, there
 
 Values = dict[str, Array]
@@ -72,9 +72,14 @@ def row_of(values: Values, state: State) -> Row:
 
 
 def _gap(x: Array, row: Row) -> Array:
-    """m - x, 0 at the maximum, infinite or not."""
-    m = beside(row.m, x)
-    return jnp.where(x == m, 0, m - x)
+    """m - x, 0 at the maximum, infinite or not, and 0 where nothing is there; no selection, as in `_terms.times`."""
+    most = largest(x)
+    peak, stretch, limit = (
+        beside(v, x)
+        for v in (jnp.clip(row.m, -most, most), jnp.where(row.m == np.inf, most, 1), jnp.where(row.present, np.inf, 0))
+    )
+    # Below an infinite maximum it is infinite, as the largest number times itself.
+    return jnp.minimum(limit, (peak - jnp.minimum(peak, x)) * stretch)
 
 
 @custom_jvp
@@ -358,10 +363,8 @@ def _(
             along(partial(targets, s, x), p, d, "targets", "weights")
             for s, p, d, (x, _) in zip(specs, parts, dparts, read, strict=True)
         ]
+        rows = tuple(row._replace(m=_platforms.renamed(row.m, row.log_sum)) for row in rows)
         args = _arguments(specs[0].dtype, [x for x, _ in read], [t for t, _ in weighed], rows, options)
-        if len(read) == 2:  # the same the other way round, or XLA:GPU would store what the sums had
-            x, y = (v.astype(specs[0].dtype) for v, _ in read)
-            args[4] = -log_ratio(y, rows[1], x, rows[0])
         others = [dt for t, dt in weighed if t is not None] + [
             None if d is None else beside(d, args[0]) for d in doptions
         ]
