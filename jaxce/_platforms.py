@@ -30,7 +30,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxce import _mesh
-from jaxce._state import SHARE, Ask, Block, State, Targets, before, leaves, meet_all, targets_of
+from jaxce._state import SHARE, Ask, Block, State, Targets, before, leaves, meet, meet_all, targets_of
 
 _FEW = 10
 """Up to so many classes go through the reduction with several operands, which XLA:CPU unrolls for so few."""
@@ -38,7 +38,7 @@ _FEW = 10
 _MANY = 4096
 """From so many classes on rows are cut into blocks."""
 
-_LONG, _SHORT = 16384, 512
+_LONG, _SHORT = 4096, 512
 """Rows that are longer than the first are cut into blocks on a GPU, none shorter than the second."""
 
 
@@ -120,10 +120,36 @@ def _in_blocks(block: Block, ask: Ask, dtype: np.dtype) -> State:
     classes = block.x.shape[-1]
     blocks = next((n for n in range(-(-classes // _LONG), classes // _SHORT + 1) if classes % n == 0), 1)
     states = leaves(block._replace(labels=None), ask, dtype)
-    if blocks > 1:
-        states = meet_all(jax.tree.map(lambda x: x.reshape(*x.shape[:-1], blocks, -1), states))
-    state = meet_all(states)
+    alone = all(v is None for v in states[2:])
+    if alone and block.x.dtype.itemsize == 2 and classes >= _SHORT:
+        state = _in_fours(block.x, dtype)
+    else:
+        if blocks > 1:
+            states = meet_all(jax.tree.map(lambda x: x.reshape(*x.shape[:-1], blocks, -1), states))
+        state = meet_all(states)
     return state if block.labels is None else state._replace(**_at_label(block, dtype))
+
+
+def _in_fours(x: Array, dtype: np.dtype) -> State:
+    """The maximum and the sum of exponentials alone, of four classes at a time.
+
+    Of 16-bit floats that is less work than to read them. Were they wider, or were there more to sum, XLA:GPU would write
+    out what the four have in common.
+    """
+    size, rest = divmod(x.shape[-1], 4)
+    m, *others = (lax.slice_in_dim(x, i * size, (i + 1) * size, axis=-1).astype(dtype) for i in range(4))
+    lesser = []  # all but the maximum, in no order
+    for y in others:
+        lesser.append(jnp.minimum(m, y))
+        m = jnp.maximum(m, y)
+    most = float(jnp.finfo(dtype).max)
+    peak = jnp.clip(m, -most, most)
+    a, b, c = (_weight(y, peak) for y in lesser)
+    state = meet_all(State(m, a + b + c))
+    if not rest:
+        return state
+    last = lax.slice_in_dim(x, 4 * size, None, axis=-1).astype(dtype)
+    return meet(state, meet_all(State(last, jnp.zeros_like(last))))
 
 
 # --- XLA:CPU ----------------------------------------------------------------------------------------------------------
