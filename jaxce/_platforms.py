@@ -100,7 +100,7 @@ def reread(x: Any) -> Any:
 
 
 def renamed(x: Array, finite: Array) -> Array:
-    """The same numbers, but as others to a GPU, where else what is made of them twice would be kept; it knows no barriers."""
+    """The same numbers, as others to a GPU: it knows no barriers, and would keep what is made of them twice."""
 
     def other(x: Array, finite: Array) -> Array:
         return x + 0 * finite

@@ -15,8 +15,8 @@ from jax.typing import ArrayLike
 
 from jaxce import _checks, _platforms
 from jaxce._checks import Axis, compiled
-from jaxce._rules import custom_jvp, largest, scale
-from jaxce._terms import bregman, log_ratio, neg_log, neg_x_log_not_y, neg_x_log_y, times, total
+from jaxce._rules import custom_jvp, scale
+from jaxce._terms import bregman, log_ratio, log_weighed, neg_log, neg_x_log_not_y, neg_x_log_y, total, weighed
 
 # --- terms: what one class adds ---------------------------------------------------------------------------------------
 
@@ -30,7 +30,7 @@ def _slope_in_target(t: Array, log_q: Array, more: float) -> Array:
 @custom_jvp
 def _kl_term(log_q: Array, t: Array) -> Array:
     """t log(t / q), 0 at t = 0."""
-    return times(t, jnp.maximum(-largest(t), jnp.log(t)) - log_q)
+    return t * (log_weighed(t, t) - weighed(t, log_q))
 
 
 @_kl_term.defjvp

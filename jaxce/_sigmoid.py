@@ -47,12 +47,16 @@ def _softplus(x: Array) -> Array:
     return e - s * (e - 2 * series)
 
 
-def _unless_zero(weight: Array, x: Array) -> Array:
-    """X >= 0, but 0 where weight is 0, so that 0 * inf is 0."""
-    most = jnp.abs(jnp.sign(weight)) * largest(x)
-    part = jnp.minimum(x, most)
+@custom_jvp
+def _times(weight: Array, cost: Array) -> Array:
+    """weight * cost for cost >= 0, and 0 * inf is 0."""
+    most = jnp.abs(jnp.sign(weight)) * largest(cost)
+    part = jnp.minimum(cost, most)
     # Infinity is the sum of two largest numbers. A factor of 2 XLA would multiply with the weight, before it overflows.
-    return part + jnp.minimum(x - part, most)
+    return weight * (part + jnp.minimum(cost - part, most))
+
+
+_times.defslopes(lambda weight, cost: (cost, weight))
 
 
 @custom_jvp
@@ -89,8 +93,7 @@ def _slope_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> t
 def _binary_cross_entropy(x: Array, t: Array) -> Array:
     """-t log sigma(x) - (1 - t) log sigma(-x)."""
     x, t = _checks.upcast(x, t)
-    not_t = t - 1
-    wrong = t * _unless_zero(t, jnp.maximum(-x, 0)) - not_t * _unless_zero(not_t, jnp.maximum(x, 0))
+    wrong = _times(t, jnp.maximum(-x, 0)) - _times(t - 1, jnp.maximum(x, 0))  # XLA:CPU would keep 1 - t
     return wrong + _softplus(-jnp.abs(x))
 
 
@@ -114,18 +117,6 @@ def _cost(x: Array) -> Array:
 @_cost.defjvp
 def _cost_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     return _cost(*primals), _sigmoids(*primals)[0] * tangents[0]
-
-
-@custom_jvp
-def _times(weight: Array, cost: Array) -> Array:
-    """Weight * cost for cost >= 0, and 0 * inf is 0."""
-    return weight * _unless_zero(weight, cost)
-
-
-@_times.defjvp
-def _times_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    weight, cost = primals
-    return _times(weight, cost), weight * tangents[1] + scale(cost, tangents[0])
 
 
 def _smoothed(t: Array, a: Array) -> tuple[Array, Array]:

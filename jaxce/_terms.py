@@ -36,14 +36,7 @@ def polynomial(coefficients: Sequence[float], x: Array) -> Array:
     return total
 
 
-def times(weight: Array, cost: Array) -> Array:
-    """weight * cost, 0 where the weight is 0, of an infinite cost too.
-
-    A selection would say so, but XLA:CPU can't have one inside of a sum: it writes out what it selects from.
-    """
-    bound = jnp.minimum(jnp.abs(weight) * (1 / _tiny(weight)), 1) * largest(weight)
-    part = jnp.minimum(bound, cost)
-    return weight * (part + jnp.minimum(bound, cost - part))  # infinity is the sum of two largest numbers
+# 0 log 0 is 0. A selection would say so, but XLA:CPU can't have one inside of a sum: it writes out what it selects from.
 
 
 def _tiny(x: Array) -> float:
@@ -51,9 +44,16 @@ def _tiny(x: Array) -> float:
     return float(jnp.finfo(x.dtype).tiny)
 
 
-def _log(weight: Array, x: Array) -> Array:
-    """log x, but where weight and x are 0 some finite number; as in `times` without a selection."""
+def log_weighed(weight: Array, x: Array) -> Array:
+    """log x, but some finite number where weight and x are 0."""
     return jnp.log(x + jnp.maximum(_tiny(x) - jnp.abs(weight), 0))
+
+
+def weighed(weight: Array, log_x: Array) -> Array:
+    """log x, but some finite number where weight and x are 0."""
+    most = largest(log_x)
+    least = -most - jnp.minimum(jnp.abs(weight) * (1 / _tiny(weight)), 1) * most  # -inf where there is a weight
+    return jnp.maximum(least, log_x)
 
 
 # --------------------------------------------------------------------------------------------------- of one distribution
@@ -76,7 +76,7 @@ def total(terms: Array) -> Array:
 @custom_jvp
 def neg_x_log_x(p: Array) -> Array:
     """-p log p, 0 at p = 0. d/dp = -(1 + log p), +inf at 0."""
-    return -(p * _log(p, p))  # not p (0 - log p): XLA:CPU would write out an array of that 0
+    return -(p * log_weighed(p, p))  # not p (0 - log p): XLA:CPU would write out an array of that 0
 
 
 neg_x_log_x.defslopes(lambda p: (-(1 + jnp.log(p)),))
@@ -85,7 +85,7 @@ neg_x_log_x.defslopes(lambda p: (-(1 + jnp.log(p)),))
 @custom_jvp
 def neg_x_log_y(p: Array, q: Array) -> Array:
     """-p log q, 0 at p = 0. d/dp = -log q, d/dq = -p / q."""
-    return -(p * _log(p, q))
+    return -(p * log_weighed(p, q))
 
 
 def _neg_x_log_y_slopes(p: Array, q: Array) -> tuple[Array, Array]:
@@ -255,7 +255,7 @@ jensen_shannon_of_logs.defslopes(_jensen_shannon_of_logs_slopes, jnp.multiply)
 @custom_jvp
 def neg_x_log_y_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
     """-p log q, 0 where p isn't there. d/dlog p = -p log q, d/dlog q = -p."""
-    return times(p, -log_q)
+    return -(p * weighed(p, log_q))
 
 
 neg_x_log_y_of_logs.defslopes(lambda *logs: (neg_x_log_y_of_logs(*logs), None, -logs[1], None, None), jnp.multiply)
