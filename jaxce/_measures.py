@@ -72,7 +72,7 @@ def row_of(values: Values, state: State) -> Row:
 
 
 def _gap(x: Array, row: Row) -> Array:
-    """m - x, 0 at the maximum, infinite or not, and 0 where nothing is there; no selection, as in `_terms.times`."""
+    """m - x, 0 at the maximum, infinite or not, and 0 where nothing is there; no selection, as in `_terms.weighed`."""
     most = largest(x)
     peak, stretch, limit = (
         beside(v, x)
