@@ -30,7 +30,7 @@ from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from jaxce import _mesh, _platforms
 from jaxce._passes import Inputs, Spec, add_up, along, block_of, by_rows, logits_of, state_of
-from jaxce._rules import custom_jvp, largest
+from jaxce._rules import custom_jvp
 from jaxce._state import Ask, State, beside, targets_of, there
 
 Values = dict[str, Array]
@@ -72,14 +72,9 @@ def row_of(values: Values, state: State) -> Row:
 
 
 def _gap(x: Array, row: Row) -> Array:
-    """m - x, 0 at the maximum, infinite or not, and 0 where nothing is there; no selection, as in `_terms.weighed`."""
-    most = largest(x)
-    peak, stretch, limit = (
-        beside(v, x)
-        for v in (jnp.clip(row.m, -most, most), jnp.where(row.m == np.inf, most, 1), jnp.where(row.present, np.inf, 0))
-    )
-    # Below an infinite maximum it is infinite, as the largest number times itself.
-    return jnp.minimum(limit, (peak - jnp.minimum(peak, x)) * stretch)
+    """m - x, 0 at the maximum, infinite or not."""
+    m = beside(row.m, x)
+    return jnp.where(x == m, 0, m - x)
 
 
 @custom_jvp
