@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import mpmath
 import numpy as np
@@ -139,6 +140,26 @@ def ulp_error(got: Any, exact: Any, scale: Any = None) -> np.ndarray:
         near = np.abs(flat) >= float(info.max) * (1 - 8 * float(info.eps))  # the rounding to infinity isn't at stake
         error = np.where(large, np.where(same | near & (np.abs(highs) < float(info.max) * 1.01), 0.0, np.inf), error)
     return np.where(np.isnan(error), np.inf, error).reshape(got.shape)
+
+
+ON_A_CPU = jax.default_backend() == "cpu"
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    """Equal, to the last bit on a CPU. A GPU's quotients aren't the nearest numbers, and it rounds two programs of one
+    formula each in its own way: 2 ulp."""
+    np.testing.assert_allclose(got, expected, rtol=0 if ON_A_CPU else 2.4e-7)
+
+
+def vanishing_error(got: Any, exact: Any) -> np.ndarray:
+    """The error, 0 or infinite, of what a probability below the smallest normal number is multiplied with.
+
+    On a CPU that is 0. A GPU has such numbers, with fewer digits the smaller they are.
+    """
+    got = np.asarray(got)
+    most = 1.01 * float(jnp.finfo(got.dtype).tiny)
+    size = np.abs(np.array([float(e) for e in exact])).reshape(got.shape)
+    return np.where(np.abs(got.astype(np.float64)) <= (most if ON_A_CPU else np.maximum(most, 1.5 * size)), 0, np.inf)
 
 
 def contract(sizes: Any, nats: Any = None) -> np.ndarray:
