@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import math
 import statistics
 import time
@@ -61,14 +62,12 @@ def rows(only: list[str]) -> Iterator[list[Row]]:
             started.append([pool.submit(x.compile) for x in lowered])
         for row, futures in zip(found, started, strict=True):
             row.compiled.extend(future.result() for future in futures)
-    for name, case in CASES.items():
-        for struct in case.shapes:
-            if same := [row for row in found if (row.name, row.shape, row.dtype) == (name, *struct)]:
-                yield same
+    for _, same in itertools.groupby(found, key=lambda row: (row.name, row.shape, row.dtype)):
+        yield list(same)
 
 
 def make(name: str, structs: list[Struct]) -> list[jax.Array]:
-    """Logits of size 3, probabilities or their logarithms, and labels or as many other numbers."""
+    """Logits of size 3, probabilities or their logarithms, and labels or as many other numbers; made on the device."""
 
     @jax.jit
     def all_of_them(key: jax.Array) -> list[jax.Array]:

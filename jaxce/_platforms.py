@@ -117,6 +117,7 @@ def dynamic_slice(x: Array, start: Any, size: int, axis: int) -> Array:
 
 
 def _in_blocks(block: Block, ask: Ask, dtype: np.dtype) -> State:
+    """The reduction, of long rows in two steps or of four classes at a time, with the label gathered."""
     classes = block.x.shape[-1]
     states = leaves(block._replace(labels=None), ask, dtype)
     alone = all(v is None for v in states[2:])

@@ -7,8 +7,9 @@ divergence is
 .. math:: b(p, q) = p \log\frac pq - p + q \ge 0 .
 
 With :math:`\delta = \log p - \log q` it is :math:`p (e^{-\delta} + \delta - 1) = p \delta^2 \left(\frac12 - \frac\delta6 +
-\frac{\delta^2}{24} - \dots\right)`, and with :math:`s = (p - q) / (p + q)` it is :math:`\delta = 2 \operatorname{atanh} s =
-2 s \left(1 + \frac{s^2}3 + \frac{s^4}5 + \dots\right)`; so nearly equal probabilities lose nothing.
+\frac{\delta^2}{24} - \dots\right)`. With :math:`s = (p - q) / (p + q)` and :math:`r = \frac s3 + \frac{s^3}5 + \dots`,
+:math:`\delta = 2 \operatorname{atanh} s = 2 s (1 + s r)`, and it is :math:`(p - q) s (1 + (1 + s) r)`. So nearly equal
+probabilities lose nothing.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def _is_near(s: Array) -> Array:
 
 
 def _atanh_rest(s: Array) -> Array:
-    """(atanh(s) / s - 1) / s, where p and q are near."""
+    """r = (atanh(s) / s - 1) / s, where p and q are near."""
     return s * polynomial([1 / (2 * k + 3) for k in range(10 if s.dtype.itemsize == 4 else 22)], s * s)
 
 
@@ -146,14 +147,6 @@ def _log_ratio_slopes(p: Array, q: Array) -> tuple[Array, Array]:
 
 
 log_ratio.defslopes(_log_ratio_slopes)
-
-
-def _bregman(p: Array, q: Array, delta: Array) -> Array:
-    """p delta - p + q, where delta is log(p/q), large but finite where p is 0."""
-    near = jnp.abs(delta) < 1
-    count = 10 if p.dtype.itemsize == 4 else 17
-    gap = delta * delta * polynomial([(-1) ** k / math.factorial(k + 2) for k in range(count)], delta)
-    return jnp.where(near, p * gap, p * delta - (p - q))
 
 
 @custom_jvp
@@ -202,7 +195,10 @@ jensen_shannon.defslopes(lambda p, q: tuple(log / 2 for log in _logs_to_mean(p, 
 @custom_jvp
 def bregman_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
     """p log(p/q) - p + q >= 0: q where p isn't there, +inf where q alone isn't. d/dlog p = p log(p/q), d/dlog q = q - p."""
-    return jnp.where((log_q == -np.inf) & (log_p != -np.inf), jnp.inf, _bregman(p, q, delta))
+    count = 10 if p.dtype.itemsize == 4 else 17
+    gap = delta * delta * polynomial([(-1) ** k / math.factorial(k + 2) for k in range(count)], delta)
+    term = jnp.where(jnp.abs(delta) < 1, p * gap, p * delta - (p - q))
+    return jnp.where((log_q == -np.inf) & (log_p != -np.inf), jnp.inf, term)
 
 
 @custom_jvp
