@@ -8,6 +8,7 @@ cancellation, so two distributions that differ in their last digits still have a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,9 +18,9 @@ from jax.typing import ArrayLike
 from jaxce import _checks, _terms
 from jaxce._checks import Axis, compiled
 from jaxce._logits import AnyLogits, NotArray
-from jaxce._measures import Slopes, Term, replaced, sum_of_terms
+from jaxce._measures import ENTROPY, Class, Measure, Slope, measure, replaced, sum_of
 from jaxce._mesh import on_each_device
-from jaxce._rules import custom_jvp, scale
+from jaxce._rules import custom_jvp, largest, scale
 from jaxce._statistics import read_logits
 
 
@@ -334,16 +335,15 @@ def differential_entropy(
 # ---------------------------------------------------------------------------------------------------- from logits
 
 
-def _sum_of_terms(
+def _measure(
     function: str,
     p_logits: AnyLogits,
     q_logits: AnyLogits,
     axis: Axis,
     where: ArrayLike | None,
-    *terms: Term,
-    slopes: Slopes | None = None,
+    *measures: Measure,
 ) -> tuple[Any, tuple[Array, ...]]:
-    """sum_k term(log p_k, p_k, log q_k, q_k, log p_k - log q_k) of each, and in which rows of either any class is there."""
+    """The measures, and in which rows of either any class is there."""
     given = {"p_logits": p_logits, "q_logits": q_logits}
     arrays = {n: x if isinstance(x, NotArray) else _checks.floating(function, n, x) for n, x in given.items()}
     names = [x.axis_name if isinstance(x, NotArray) else None for x in arrays.values()]
@@ -357,7 +357,45 @@ def _sum_of_terms(
     read = [read_logits(function, n, x, axis, where, p, q) for n, x in arrays.items()]
     size, strips = min(z.spec.size for z in read), max(z.spec.strips for z in read)
     specs = tuple(z.spec._replace(size=size, strips=strips) for z in read)
-    return sum_of_terms(terms, specs, tuple(z.inputs for z in read), slopes=slopes)
+    values, states = measure(specs, tuple(z.inputs for z in read), measures)
+    return values, tuple(state.present for state in states)
+
+
+def _of(term: Callable[..., Array]) -> Callable[[Class], Array]:
+    """A term of logarithms as one of a class."""
+    return lambda c: term(c.log_p, c.p, c.log_q, c.q, c.delta)
+
+
+def _finite(x: Array) -> Array:
+    """x, but for infinity a large number, as of log p - log q: in a row that doesn't count it is multiplied by 0."""
+    return jnp.minimum(x, largest(x) / 8)
+
+
+# The log-normalizers are rounded, so that all log p - log q may be off by a number c. Then the sum of p - q, which is 0,
+# comes out as 2 c sum_k p q / (p + q). The relative entropy, a sum of p (e^-delta + delta - 1), is off by c times that sum
+# and by c^2 / 2, a Jensen-Shannon divergence by a small multiple of c of itself and by c^2 / 8. The squares count only if
+# the divergence is as small as they are, and p near q. There the sum of p q / (p + q) is 1/2, and that of p - q is c.
+
+_OFF = sum_of(_of(_terms.difference_of_logs))
+_BY_Q = Slope(lambda c: -_of(_terms.difference_of_logs)(c), lambda: (lambda off: replaced(-off, 0 * off), (_OFF,)))
+_RELATIVE_ENTROPY = sum_of(
+    _of(_terms.bregman_of_logs),
+    Slope(
+        lambda c: c.delta,
+        lambda: (lambda total, off: replaced(_finite(total + off), total), (_RELATIVE_ENTROPY, _OFF)),
+        over_p=True,
+    ),
+    _BY_Q,
+)
+_CROSS_ENTROPY = sum_of(
+    _of(_terms.neg_x_log_y_of_logs),
+    Slope(lambda c: _finite(-c.log_q), lambda: (_finite, (_CROSS_ENTROPY,)), over_p=True),
+    _BY_Q,
+)
+_JENSEN_SHANNON = sum_of(
+    _of(_terms.jensen_shannon_of_logs),
+    *(Slope(lambda c, side=side: _terms.logs_to_mean(c.delta)[side] / 2, over_p=True) for side in (0, 1)),
+)
 
 
 @compiled("axis", "base")
@@ -394,18 +432,7 @@ def entropy_with_logits(
     """
     log_base = _checks.log_base("entropy_with_logits", base)
     z = read_logits("entropy_with_logits", "logits", logits, axis, where)
-    return _in_base(z.measure("entropy")[0]["entropy"], log_base)
-
-
-def _cross_entropy_slopes(total: Array) -> tuple[Array, Any]:
-    """The sums of -p log q, and of -p."""
-    return total, (-1.0, _minus_not_p)
-
-
-def _minus_not_p(_: Array, p: Array, *args: Array) -> Array:
-    """-(1 - p), the sum of -p of all other classes."""
-    p_others = args[-2]
-    return -jnp.where(p > 0.5, p_others, 1 - p)
+    return _in_base(z.measure(ENTROPY)[0][0], log_base)
 
 
 @compiled("axis", "base")
@@ -442,20 +469,8 @@ def cross_entropy_with_logits(
     """
     name = "cross_entropy_with_logits"
     log_base = _checks.log_base(name, base)
-    (value,), (p_there, q_there) = _sum_of_terms(
-        name, p_logits, q_logits, axis, where, _terms.neg_x_log_y_of_logs, slopes=_cross_entropy_slopes
-    )
+    (value,), (p_there, q_there) = _measure(name, p_logits, q_logits, axis, where, _CROSS_ENTROPY)
     return _in_base(jnp.where(p_there & q_there, value, 0), log_base)
-
-
-def _off(total: Array, drift: Array) -> Array:
-    """By how much all of log p - log q are off, of the sums of the terms and of p log(p/q). It counts where p is near q."""
-    return jnp.where(total < 0.01, drift - total, 0)
-
-
-def _divergence_slopes(total: Array, drift: Array) -> tuple[Array, Array]:
-    """The sums of p log(p/q), and of q - p, which is 0 but for what is off."""
-    return replaced(drift, total), replaced(-_off(total, drift), jnp.zeros_like(total))
 
 
 @compiled("axis", "base")
@@ -493,12 +508,8 @@ def relative_entropy_with_logits(
     """
     name = "relative_entropy_with_logits"
     log_base = _checks.log_base(name, base)
-    terms = _terms.bregman_of_logs, _terms.drift_of_logs
-    (total, drift), (p_there, q_there) = _sum_of_terms(
-        name, p_logits, q_logits, axis, where, *terms, slopes=_divergence_slopes
-    )
-    # What all log p - log q are off by enters as its square.
-    value = replaced(jnp.maximum(total - _off(total, drift) ** 2 / 2, 0), total)
+    (total, off), (p_there, q_there) = _measure(name, p_logits, q_logits, axis, where, _RELATIVE_ENTROPY, _OFF)
+    value = replaced(jnp.maximum(total - off**2 / 2, 0), total)
     return _in_base(jnp.where(p_there, jnp.where(q_there, value, jnp.inf), 0), log_base)
 
 
@@ -537,8 +548,6 @@ def jensen_shannon_divergence_with_logits(
     """
     name = "jensen_shannon_divergence_with_logits"
     log_base = _checks.log_base(name, base)
-    terms = _terms.jensen_shannon_of_logs, _terms.drift_of_logs
-    (total, drift), there = _sum_of_terms(name, p_logits, q_logits, axis, where, *terms)
-    # As in relative_entropy_with_logits, which near q is four times this.
-    value = replaced(jnp.maximum(total - _off(4 * total, drift) ** 2 / 8, 0), total)
+    (total, off), there = _measure(name, p_logits, q_logits, axis, where, _JENSEN_SHANNON, _OFF)
+    value = replaced(jnp.maximum(total - off**2 / 8, 0), total)
     return _in_base(jnp.where(there[0] & there[1], value, 0), log_base)

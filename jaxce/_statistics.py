@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxce import _checks, _mesh
 from jaxce._checks import Axis, compiled
 from jaxce._logits import AnyLogits, LinearLogits, NotArray, ShardedLogits
-from jaxce._measures import Values, log_probabilities, measure
+from jaxce._measures import ENTROPY, LOG_NORMALIZER, NLL, Measure, log_probabilities, measure
 from jaxce._mesh import on_each_device
 from jaxce._passes import Inputs, Spec
 from jaxce._state import Ask, State
@@ -94,9 +94,13 @@ class Logits(NamedTuple):
     def _with(self, **inputs: Array) -> Logits:
         return self._replace(inputs=self.inputs | inputs)
 
-    def measure(self, *names: str, prediction: bool = False) -> tuple[Values, State]:
-        """The measures of these names, and the state of the rows."""
-        return measure(self.spec._replace(ask=Ask(prediction=prediction)), self.inputs, names)
+    def measure(
+        self, *measures: Measure, options: tuple[Array, ...] = (), prediction: bool = False
+    ) -> tuple[tuple[Array, ...], State]:
+        """The measures, and the state of the rows."""
+        spec = self.spec._replace(ask=Ask(prediction=prediction))
+        values, (state,) = measure((spec,), (self.inputs,), measures, *options)
+        return values, state
 
 
 def read_logits(
@@ -192,13 +196,13 @@ def softmax_statistics(
       0.4076 3.4076 0.8324 2
     """
     z = read_logits("softmax_statistics", "logits", logits, axis, where)
-    names = ["log_normalizer", "entropy"]
+    measures = [LOG_NORMALIZER, ENTROPY]
     if labels is not None:
         z = z.with_labels("softmax_statistics", labels)
-        names.append("nll")
-    values, state = z.measure(*names, prediction=True)
+        measures.append(NLL)
+    (log_normalizer, entropy, *nll), state = z.measure(*measures, prediction=True)
     prediction = jnp.where(state.present, state.prediction, 0)
-    return SoftmaxStatistics(values.get("nll"), values["log_normalizer"], values["entropy"], prediction)
+    return SoftmaxStatistics(nll[0] if nll else None, log_normalizer, entropy, prediction)
 
 
 @compiled("axis")
@@ -223,7 +227,7 @@ def logsumexp(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None
       >>> print(jaxce.logsumexp(jnp.array([0.0, -50.0])))
       1.92875e-22
     """
-    return read_logits("logsumexp", "logits", logits, axis, where).measure("log_normalizer")[0]["log_normalizer"]
+    return read_logits("logsumexp", "logits", logits, axis, where).measure(LOG_NORMALIZER)[0][0]
 
 
 @compiled("axis")
@@ -231,7 +235,9 @@ def logsumexp(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None
 def log_softmax(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
     r"""Logarithms of the softmax probabilities, :math:`\log p_k = -(g_k + L)`, never positive.
 
-    A class that is masked, or whose logit is -inf, has log-probability -inf, and gradient 0 if it is masked.
+    A class that is masked, or whose logit is -inf, has the log-probability -inf. The derivative of :math:`\log p_k` by
+    :math:`x_j` is :math:`[j = k] - p_j` there too, and 0 by a masked logit, so that it is minus that of the loss with this
+    label. A row with no class left has gradient 0.
 
     Args:
       logits: scores, of shape [..., classes]; `LinearLogits` are computed whole, as the result is as large.

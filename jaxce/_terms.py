@@ -24,9 +24,13 @@ from jax import Array
 from jaxce._rules import custom_jvp, largest
 
 
+@custom_jvp
 def log1p(x: Array) -> Array:
     """log(1 + x). XLA:CPU's own is up to 128 ulp off for x < 0 in float64."""
     return jnp.sign(x) * jnp.log1p(jnp.where(x < 0, -x / (1 + x), x))
+
+
+log1p.defslopes(lambda x: (1 / (1 + x),))
 
 
 def polynomial(coefficients: Sequence[float], x: Array) -> Array:
@@ -202,27 +206,22 @@ def bregman_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array
 
 
 @custom_jvp
-def _change_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
-    """q - p. d/dlog p = -p, d/dlog q = q."""
-    return -(p + q) * jnp.tanh(delta / 2)
+def difference_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
+    """p - q. d/dlog p = p, d/dlog q = -q."""
+    return (p + q) * jnp.tanh(delta / 2)
 
 
-_change_of_logs.defslopes(lambda log_p, p, log_q, q, delta: (-p, None, q, None, None), jnp.multiply)
+difference_of_logs.defslopes(lambda log_p, p, log_q, q, delta: (p, None, -q, None, None), jnp.multiply)
 
 
 def _bregman_of_logs_slopes(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> tuple[Array | None, ...]:
-    return p * delta, None, _change_of_logs(log_p, p, log_q, q, delta), None, None
+    return p * delta, None, -difference_of_logs(log_p, p, log_q, q, delta), None, None
 
 
 bregman_of_logs.defslopes(_bregman_of_logs_slopes, jnp.multiply)
 
 
-def drift_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
-    """p log(p/q), whose sum is the divergence and a number by which all of log p - log q may be off."""
-    return p * delta
-
-
-def _logs_to_mean_of(delta: Array) -> tuple[Array, Array]:
+def logs_to_mean(delta: Array) -> tuple[Array, Array]:
     """log(p/m) and log(q/m), with m = (p + q) / 2, from log p - log q."""
     size = jnp.where(delta >= 0, delta, -delta)  # jnp.abs has no derivative at 0
     larger = -log1p(jnp.expm1(-size) / 2)
@@ -234,14 +233,14 @@ def jensen_shannon_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta
     """(b(p, m) + b(q, m)) / 2 >= 0 with m = (p + q) / 2. d/dlog p = p log(p/m) / 2, d/dlog q = q log(q/m) / 2."""
     s = jnp.tanh(delta / 2)
     near = jnp.abs(s) < 0.5
-    a, b = _logs_to_mean_of(delta)
+    a, b = logs_to_mean(delta)
     return jnp.where(near, (p + q) / 2 * _entropy_gap(jnp.where(near, s, 0)), (p * a + q * b) / 2)
 
 
 def _jensen_shannon_of_logs_slopes(
     log_p: Array, p: Array, log_q: Array, q: Array, delta: Array
 ) -> tuple[Array | None, ...]:
-    a, b = _logs_to_mean_of(delta)
+    a, b = logs_to_mean(delta)
     return p * a / 2, None, q * b / 2, None, None
 
 
@@ -250,8 +249,10 @@ jensen_shannon_of_logs.defslopes(_jensen_shannon_of_logs_slopes, jnp.multiply)
 
 @custom_jvp
 def neg_x_log_y_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
-    """-p log q, 0 where p isn't there. d/dlog p = -p log q, d/dlog q = -p."""
-    return -(p * weighed(p, log_q))
+    """-p log q: 0 where p isn't there, +inf where q alone isn't. d/dlog p = -p log q, d/dlog q = -p."""
+    absent = log_q == -np.inf
+    term = p * jnp.where(absent, 0, -log_q)
+    return jnp.where(absent & (log_p != -np.inf), jnp.inf, term)
 
 
 neg_x_log_y_of_logs.defslopes(lambda *logs: (neg_x_log_y_of_logs(*logs), None, -logs[1], None, None), jnp.multiply)

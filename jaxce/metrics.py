@@ -38,7 +38,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxce import _checks, _platforms
 from jaxce._checks import AxisName, compiled
 from jaxce._logits import AnyLogits
-from jaxce._measures import measure, replaced, sum_of_terms
+from jaxce._measures import NLL, measure, replaced, sum_of
 from jaxce._mesh import on_each_device
 from jaxce._passes import Inputs, Spec, add_up, block_of, by_rows
 from jaxce._state import Ask, State
@@ -295,18 +295,21 @@ def _examples(logits: Any, labels: Any, axis: int, where: Any, function: str, k:
     return by_rows(z.spec.chunks, (z.inputs,), functools.partial(_rows_of, spec, k))
 
 
+_SQUARES = sum_of(lambda c: c.p * c.p)
+
+
 def _rows_of(spec: Spec, k: int | None, inputs: Inputs) -> _Rows:
-    values, state = measure(spec, inputs, ("nll",))
+    (nll,), (state,) = measure((spec,), (inputs,), (NLL,))
     correct = (state.prediction == inputs["labels"]).astype(spec.dtype)
     # From the state, with the derivatives of what says the same and is computed for nothing else.
-    top = measure(spec, inputs | {"labels": state.prediction}, ("nll",))[0]["nll"]
+    top = measure((spec,), (inputs | {"labels": state.prediction},), (NLL,))[0][0]
     confidence = replaced(1 / (1 + state.s), jnp.exp(-top))
     brier = None
     if spec.ask.squares:
-        (squares,), _ = sum_of_terms((lambda _, p: p * p,), (spec,), (inputs,))
-        brier = replaced(_brier(state), squares - 2 * jnp.exp(-values["nll"]))
+        (squares,), _ = measure((spec,), (inputs,), (_SQUARES,))
+        brier = replaced(_brier(state), squares - 2 * jnp.exp(-nll))
     in_top = None if k is None else (_rank(spec, inputs, state.label) < k).astype(spec.dtype)
-    return _Rows(state.present, values["nll"], correct, confidence, brier, in_top)
+    return _Rows(state.present, nll, correct, confidence, brier, in_top)
 
 
 def _brier(state: State) -> Array:
