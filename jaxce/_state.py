@@ -13,6 +13,7 @@ A class that is absent (masked, or with the logit -inf) has the weight 0 beside 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +44,7 @@ class State(NamedTuple):
     h: Any = None  # the sum of exp(-g_k) g_k
     label: Any = None  # the label's logit
     label_weight: Any = None  # the label's class weight
-    prediction: Any = None  # the first class that attains the maximum
+    prediction: Any = None  # the first class that attains the maximum; any, if that is NaN
     count: Any = None  # the sum of `SHARE` over the classes that are there
     given: Targets | None = None
     uniform: Targets | None = None  # of t_k = `SHARE`, times the class weight, where class k is there
@@ -52,6 +53,11 @@ class State(NamedTuple):
     def present(self) -> Array:
         """Whether any class is there."""
         return there(self.m)
+
+    @property
+    def predicted(self) -> Array:
+        """The first class that attains the maximum; 0 where that is NaN or no class is there."""
+        return jnp.where(self.m > -np.inf, self.prediction, 0)
 
     @property
     def log_sum(self) -> Array:
@@ -80,19 +86,21 @@ def lift(part: State, m: Array) -> State:
     )
 
 
-def meet(a: State, b: State) -> State:
-    """The state of the classes of both."""
-    first = a.m > b.m
-    if a.prediction is not None:
-        first |= (a.m == b.m) & (a.prediction < b.prediction)
-    high = jax.tree.map(lambda x, y: jnp.where(first, x, y), a, b)
-    low = jax.tree.map(lambda x, y: jnp.where(first, y, x), a, b)
-    m = jnp.maximum(a.m, b.m)  # NaN if either is
-    met = jax.tree.map(jnp.add, high, lift(low, m))
-    plain = jax.tree.map(jnp.add, a, b)  # takes no selection: compilers are slow to see that it is the same
+def meet(*states: State) -> State:
+    """The state of the classes of all: the numbers of one that has the maximum, and what all others add to them."""
+    high, lows = states[0], []
+    for state in states[1:]:
+        first = high.m > state.m
+        if high.prediction is not None:
+            first |= (high.m == state.m) & (high.prediction < state.prediction)
+        lows.append(jax.tree.map(lambda x, y, first=first: jnp.where(first, y, x), high, state))
+        high = jax.tree.map(lambda x, y, first=first: jnp.where(first, x, y), high, state)
+    m = functools.reduce(jnp.maximum, (state.m for state in states))  # NaN if any is
+    met = _add(high, *(lift(low, m) for low in lows))
+    plain = _add(*states)  # takes no selection: compilers are slow to see that it is the same
 
     def targets(kind: str) -> Targets | None:
-        return None if getattr(a, kind) is None else getattr(met, kind)._replace(total=getattr(plain, kind).total)
+        return None if getattr(high, kind) is None else getattr(met, kind)._replace(total=getattr(plain, kind).total)
 
     return met._replace(
         m=m,
@@ -103,6 +111,10 @@ def meet(a: State, b: State) -> State:
         given=targets("given"),
         uniform=targets("uniform"),
     )
+
+
+def _add(*states: State) -> State:
+    return functools.reduce(functools.partial(jax.tree.map, jnp.add), states)
 
 
 def meet_all(states: State, axis: int = -1) -> State:

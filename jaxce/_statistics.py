@@ -154,7 +154,7 @@ class SoftmaxStatistics(NamedTuple):
     entropy: Array
     """The entropy of softmax(logits) in nats."""
     prediction: Array
-    """The class with the largest logit, the first of several (int32)."""
+    """The class with the largest logit, the first of several (int32); 0 if any is NaN or no class takes part."""
 
 
 @compiled("axis")
@@ -197,8 +197,7 @@ def softmax_statistics(
         z = z.with_labels("softmax_statistics", labels)
         names.append("nll")
     values, state = z.measure(*names, prediction=True)
-    prediction = jnp.where(state.present, state.prediction, 0)
-    return SoftmaxStatistics(values.get("nll"), values["log_normalizer"], values["entropy"], prediction)
+    return SoftmaxStatistics(values.get("nll"), values["log_normalizer"], values["entropy"], state.predicted)
 
 
 @compiled("axis")

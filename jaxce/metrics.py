@@ -40,8 +40,8 @@ from jaxce._checks import AxisName, compiled
 from jaxce._logits import AnyLogits
 from jaxce._measures import measure, replaced, sum_of_terms
 from jaxce._mesh import on_each_device
-from jaxce._passes import Inputs, Spec, add_up, block_of, by_rows
-from jaxce._state import Ask, State
+from jaxce._passes import OF_ROWS, Inputs, Spec, add_up, by_rows, reading
+from jaxce._state import Ask, State, there
 from jaxce._statistics import read_logits
 
 _M = TypeVar("_M", bound="Metric")
@@ -297,15 +297,17 @@ def _examples(logits: Any, labels: Any, axis: int, where: Any, function: str, k:
 
 def _rows_of(spec: Spec, k: int | None, inputs: Inputs) -> _Rows:
     values, state = measure(spec, inputs, ("nll",))
-    correct = (state.prediction == inputs["labels"]).astype(spec.dtype)
+    correct = (state.predicted == inputs["labels"]).astype(spec.dtype)
     # From the state, with the derivatives of what says the same and is computed for nothing else.
-    top = measure(spec, inputs | {"labels": state.prediction}, ("nll",))[0]["nll"]
+    top = measure(spec, inputs | {"labels": state.predicted}, ("nll",))[0]["nll"]
     confidence = replaced(1 / (1 + state.s), jnp.exp(-top))
     brier = None
     if spec.ask.squares:
         (squares,), _ = sum_of_terms((lambda _, p: p * p,), (spec,), (inputs,))
         brier = replaced(_brier(state), squares - 2 * jnp.exp(-values["nll"]))
-    in_top = None if k is None else (_rank(spec, inputs, state.label) < k).astype(spec.dtype)
+    in_top = None
+    if k is not None:  # a class that isn't there is in no top k
+        in_top = ((_rank(spec, inputs, state.label) < k) & there(state.label)).astype(spec.dtype)
     return _Rows(state.present, values["nll"], correct, confidence, brier, in_top)
 
 
@@ -320,7 +322,8 @@ def _rank(spec: Spec, inputs: Inputs, label: Array) -> Array:
     """How many classes come before the label, whose logit is given."""
 
     def step(parts: Any, _: Any, label: Any, start: Any) -> Array:
-        return _platforms.rank(block_of(spec, parts[0], start), label, spec.dtype, spec.strips)
+        read, part = reading(spec, parts[0], start)
+        return _platforms.rank(read, part, label, OF_ROWS, spec.dtype, spec.strips)
 
     inputs = {name: lax.stop_gradient(x) for name, x in inputs.items() if name != "rows"}  # others don't count anyway
     return add_up((spec,), (inputs,), ({},), label, step)
