@@ -27,6 +27,10 @@ SHARE = 2.0**-24
 """A uniform target: so small that gaps of huge logits add up to a finite number, and exact."""
 
 
+_FAR = 1000.0
+"""A gap g whose exp(-g) is 0 in every dtype."""
+
+
 class Targets(NamedTuple):
     """What a row's targets t, one number for each class, add up to."""
 
@@ -67,9 +71,8 @@ class State(NamedTuple):
 
 def lift(part: State, m: Array) -> State:
     """What a part of the classes adds to a row whose maximum m is elsewhere."""
-    rise = jnp.where(part.m == m, 0, m - part.m)
-    e = jnp.exp(-rise)
-    weight = part.s + 1
+    fall = jnp.where(part.m == m, 0, part.m - m)
+    e, rise, weight = jnp.exp(fall), -fall, part.s + 1
 
     def lifted(t: Targets | None) -> Targets | None:
         if t is None:
@@ -79,8 +82,9 @@ def lift(part: State, m: Array) -> State:
 
     return part._replace(
         s=weight * e,
-        squares=None if part.squares is None else (part.squares + 1) * (e * e),
-        h=None if part.h is None else part.h * e + weight * (jnp.minimum(rise, float(jnp.finfo(m.dtype).max)) * e),
+        # One factor after the other: XLA makes an exponential of its own of the product of two.
+        squares=None if part.squares is None else (part.squares + 1) * e * e,
+        h=None if part.h is None else (part.h + weight * jnp.minimum(rise, _FAR)) * e,
         given=lifted(part.given),
         uniform=lifted(part.uniform),
     )
@@ -93,17 +97,18 @@ def meet(*states: State) -> State:
         first = high.m > state.m
         if high.prediction is not None:
             first |= (high.m == state.m) & (high.prediction < state.prediction)
-        lows.append(jax.tree.map(lambda x, y, first=first: jnp.where(first, y, x), high, state))
-        high = jax.tree.map(lambda x, y, first=first: jnp.where(first, x, y), high, state)
-    m = functools.reduce(jnp.maximum, (state.m for state in states))  # NaN if any is
-    met = _add(high, *(lift(low, m) for low in lows))
+        m = jnp.maximum(high.m, state.m)  # NaN if either is
+        low = jax.tree.map(lambda x, y, first=first: jnp.where(first, y, x), high, state)
+        lows.append(low._replace(m=jnp.minimum(high.m, state.m)))
+        high = jax.tree.map(lambda x, y, first=first: jnp.where(first, x, y), high, state)._replace(m=m)
+    met = _add(high, *(lift(low, high.m) for low in lows))
     plain = _add(*states)  # takes no selection: compilers are slow to see that it is the same
 
     def targets(kind: str) -> Targets | None:
         return None if getattr(high, kind) is None else getattr(met, kind)._replace(total=getattr(plain, kind).total)
 
     return met._replace(
-        m=m,
+        m=high.m,
         label=plain.label,
         label_weight=plain.label_weight,
         prediction=high.prediction,
