@@ -158,7 +158,7 @@ class SoftmaxStatistics(NamedTuple):
     entropy: Array
     """The entropy of softmax(logits) in nats."""
     prediction: Array
-    """The class with the largest logit, the first of several (int32)."""
+    """The class with the largest logit, the first of several (int32); 0 if any is NaN or no class takes part."""
 
 
 @compiled("axis")
@@ -201,8 +201,7 @@ def softmax_statistics(
         z = z.with_labels("softmax_statistics", labels)
         measures.append(NLL)
     (log_normalizer, entropy, *nll), state = z.measure(*measures, prediction=True)
-    prediction = jnp.where(state.present, state.prediction, 0)
-    return SoftmaxStatistics(nll[0] if nll else None, log_normalizer, entropy, prediction)
+    return SoftmaxStatistics(nll[0] if nll else None, log_normalizer, entropy, state.predicted)
 
 
 @compiled("axis")

@@ -40,8 +40,8 @@ from jaxce._checks import AxisName, compiled
 from jaxce._logits import AnyLogits
 from jaxce._measures import NLL, measure, replaced, sum_of
 from jaxce._mesh import on_each_device
-from jaxce._passes import Inputs, Spec, add_up, block_of, by_rows
-from jaxce._state import Ask, State
+from jaxce._passes import OF_ROWS, Inputs, Spec, add_up, by_rows, reading
+from jaxce._state import Ask, State, there
 from jaxce._statistics import read_logits
 
 _M = TypeVar("_M", bound="Metric")
@@ -300,15 +300,17 @@ _SQUARES = sum_of(lambda c: c.p * c.p)
 
 def _rows_of(spec: Spec, k: int | None, inputs: Inputs) -> _Rows:
     (nll,), (state,) = measure((spec,), (inputs,), (NLL,))
-    correct = (state.prediction == inputs["labels"]).astype(spec.dtype)
+    correct = (state.predicted == inputs["labels"]).astype(spec.dtype)
     # From the state, with the derivatives of what says the same and is computed for nothing else.
-    top = measure((spec,), (inputs | {"labels": state.prediction},), (NLL,))[0][0]
+    top = measure((spec,), (inputs | {"labels": state.predicted},), (NLL,))[0][0]
     confidence = replaced(1 / (1 + state.s), jnp.exp(-top))
     brier = None
     if spec.ask.squares:
         (squares,), _ = measure((spec,), (inputs,), (_SQUARES,))
         brier = replaced(_brier(state), squares - 2 * jnp.exp(-nll))
-    in_top = None if k is None else (_rank(spec, inputs, state.label) < k).astype(spec.dtype)
+    in_top = None
+    if k is not None:  # a class that isn't there is in no top k
+        in_top = ((_rank(spec, inputs, state.label) < k) & there(state.label)).astype(spec.dtype)
     return _Rows(state.present, nll, correct, confidence, brier, in_top)
 
 
@@ -323,7 +325,8 @@ def _rank(spec: Spec, inputs: Inputs, label: Array) -> Array:
     """How many classes come before the label, whose logit is given."""
 
     def step(parts: Any, _: Any, label: Any, start: Any) -> Array:
-        return _platforms.rank(block_of(spec, parts[0], start), label, spec.dtype, spec.strips)
+        read, part = reading(spec, parts[0], start)
+        return _platforms.rank(read, part, label, OF_ROWS, spec.dtype, spec.strips)
 
     inputs = {name: lax.stop_gradient(x) for name, x in inputs.items() if name != "rows"}  # others don't count anyway
     return add_up((spec,), (inputs,), ({},), label, step)
