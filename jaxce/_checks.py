@@ -30,6 +30,7 @@ class Number(NamedTuple):
     expected: str
     valid: Callable[[float], bool] = math.isfinite
     neutral: float | None = 0.0
+    broadcasts: bool = False  # whether it may be an array of numbers as well
 
 
 SHARE = Number("a number in [0, 1]", lambda a: 0 <= a <= 1)
@@ -143,8 +144,10 @@ def array(function: str, argument: str, value: ArrayLike) -> Array:
 
 
 def floating(function: str, argument: str, value: ArrayLike) -> Array:
-    """``value`` as an array of floating-point numbers."""
+    """``value`` as an array of floating-point numbers; a single number may be an integer."""
     hint = f"; {argument} come first, labels second" if argument in ("logits", "probs", "log_probs") else ""
+    if jnp.ndim(value) == 0 and jnp.issubdtype(jnp.result_type(value), jnp.integer):
+        value = jnp.asarray(value, jnp.result_type(float))
     array = _array(function, argument, value, jnp.floating, "a floating-point array", hint)
     if array.dtype.itemsize == 1:  # neither the range nor, on every device, an exact path to float32
         raise TypeError(f"{function}: {argument} must be float16, bfloat16, float32 or float64, got {describe(array)}")
@@ -244,19 +247,22 @@ def labels_hint(labels: tuple[int, ...], shape: tuple[int, ...], class_axes: tup
 
 
 def option(function: str, argument: str, value: Any, kind: Number) -> Any:
-    """An option: a Python number, checked, or an array without axes; None if it makes no difference."""
+    """An option: a Python number, checked, or an array, without axes but where it broadcasts; None if it makes no difference."""
     if value is None:
         return None
     if isinstance(value, int | float | np.number) and not isinstance(value, bool):
         if not kind.valid(float(value)):
             raise ValueError(f"{function}: {argument} must be {kind.expected}, got {value!r}")
         return None if value == kind.neutral else float(value)
+    if kind.broadcasts:
+        value = _host_array(function, argument, value)
     if not hasattr(value, "dtype"):
         raise TypeError(f"{function}: {argument} must be {kind.expected}, got {value!r}")
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating) and not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{function}: {argument} must be {kind.expected}, got {describe(array)}")
-    same_shape(function, argument, array, (), "no axes")
+    if not kind.broadcasts:
+        same_shape(function, argument, array, (), "no axes")
     return array
 
 

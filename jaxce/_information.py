@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxce import _checks, _terms
@@ -198,18 +199,25 @@ def jensen_shannon_divergence(
     return _in_base(jnp.sum(_terms.jensen_shannon(a, b), -1), log_base)
 
 
-def _product_of_marginals(joint: Array) -> tuple[Array, Array]:
-    """p_x p_y / T of a table with the total T, and T, which is 1 of a table of zeros."""
+def _scaled(x: Array, axes: tuple[int, ...]) -> Array:
+    """x divided by a power of two, about the root of its largest magnitude, so that sums and products are in range."""
+    root = jnp.sqrt(jnp.max(jnp.abs(lax.stop_gradient(x)), axes, keepdims=True, initial=0))
+    power = lax.reduce_precision(root, jnp.finfo(x.dtype).nexp, 0)
+    return x / jnp.where(power > 0, power, 1)
+
+
+def _marginals(joint: Array) -> tuple[Array, Array, Array]:
+    """p_x and p_y of each entry, and the total."""
     x, y = jnp.sum(joint, -1, keepdims=True), jnp.sum(joint, -2, keepdims=True)
     total = jnp.sum(x, -2, keepdims=True)
-    total = jnp.where(total == 0, 1, total)
-    return x / total * y, total
+    return jnp.broadcast_to(x, joint.shape), jnp.broadcast_to(y, joint.shape), jnp.broadcast_to(total, joint.shape)
 
 
 @custom_jvp
 def _mutual_information(joint: Array) -> Array:
-    product, total = _product_of_marginals(joint)
-    return jnp.sum(_terms.bregman(joint, product), (-2, -1)) / total[..., 0, 0]
+    x, y, total = _marginals(joint)
+    terms = _terms.bregman_to_product(joint, x, y, total)
+    return _terms.ratio(jnp.sum(terms, (-2, -1)), jnp.sum(joint, (-2, -1)))
 
 
 @_mutual_information.defjvp
@@ -217,8 +225,8 @@ def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
     """dI = sum_xy (log(p_xy T / (p_x p_y)) - I) dp_xy / T."""
     (joint,), (tangent,) = primals, tangents
     value = _mutual_information(joint)
-    product, total = _product_of_marginals(joint)
-    slope = (_terms.log_ratio(joint, product) - value[..., None, None]) / total
+    x, y, total = _marginals(joint)
+    slope = _terms.ratio(_terms.log_ratio_to_product(joint, x, y, total) - value[..., None, None], total)
     return value, jnp.sum(scale(slope, tangent), (-2, -1))
 
 
@@ -248,11 +256,11 @@ def mutual_information(joint: ArrayLike, axis: Axis = (-2, -1), *, base: float |
     Source: T. M. Cover and J. A. Thomas, Elements of Information Theory, 2006, section 2.3.
     """
     log_base = _checks.log_base("mutual_information", base)
-    (array,) = _checks.upcast(_checks.floating("mutual_information", "joint", joint))
+    (array,) = _checks.upcast(_checks.real("mutual_information", "joint", joint))
     pair = _checks.axes("mutual_information", axis, array.ndim)
     if len(pair) != 2:
         raise ValueError(f"mutual_information: axis must name two axes, got {axis!r}")
-    return _in_base(_mutual_information(jnp.moveaxis(array, pair, (-2, -1))), log_base)
+    return _in_base(_mutual_information(_scaled(jnp.moveaxis(array, pair, (-2, -1)), (-2, -1))), log_base)
 
 
 @compiled("axis", "window_length", "method", "base")
@@ -289,46 +297,53 @@ def differential_entropy(
     Source: H. A. Noughabi, Entropy estimation using numerical methods, 2015, and the papers that it names.
     """
     log_base = _checks.log_base("differential_entropy", base)
-    (array,) = _checks.upcast(_checks.floating("differential_entropy", "samples", samples))
+    (array,) = _checks.upcast(_checks.real("differential_entropy", "samples", samples))
     given = _checks.axes("differential_entropy", axis, array.ndim)
     if len(given) != 1:
         raise ValueError(f"differential_entropy: axis must name one axis, got {axis!r}")
     x = jnp.sort(jnp.moveaxis(array, given[0], -1), axis=-1)
     n = x.shape[-1]
     m = math.floor(math.sqrt(n) + 0.5) if window_length is None else window_length
-    if not isinstance(m, int) or not 2 <= 2 * m < n:
+    if not isinstance(m, int | np.integer) or isinstance(m, bool) or not 2 <= 2 * m < n:
         raise ValueError(
             f"differential_entropy: window_length must be an integer of at least 1 and less than half of the {n} samples,"
             f" got {m!r}"
         )
+    m = int(m)
     if method == "auto":
         method = "van es" if n <= 10 else "ebrahimi" if n <= 1000 else "vasicek"
 
+    # A spacing of samples near the largest number may be too large for one: a quarter of it isn't.
+    large = jnp.max(jnp.abs(lax.stop_gradient(x)), -1, keepdims=True) > largest(x) / 4
+    x = jnp.where(large, x / 4, x)
+
     # x_i is the first sample for i < 1 and the last for i > n
-    ends = [(0, 0)] * (x.ndim - 1) + [(m, m)]
-    padded = jnp.pad(x, ends, mode="edge")
-    i = jnp.arange(1, n + 1)
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(m, m)], mode="edge")
+    spacings = padded[..., 2 * m :] - padded[..., : -2 * m]
+    i = np.arange(1, n + 1)
     if method == "vasicek":
-        value = jnp.mean(jnp.log(n / (2 * m) * (padded[..., 2 * m :] - padded[..., : -2 * m])), axis=-1)
+        logs, constant = -_terms.neg_log(spacings), math.log(n / (2 * m))
     elif method == "van es":
-        constant = math.fsum(1 / k for k in range(m, n + 1)) + math.log(m) - math.log(n + 1)
-        value = jnp.mean(jnp.log((n + 1) / m * (x[..., m:] - x[..., :-m])), axis=-1) + constant
+        logs, constant = -_terms.neg_log(x[..., m:] - x[..., :-m]), math.fsum(1 / k for k in range(m, n + 1))
     elif method == "ebrahimi":
         # fewer spacings fit in near the ends
-        c = (1 + jnp.minimum(jnp.minimum(i - 1, n - i), m).astype(x.dtype) / m) * m
-        spacings = padded[..., 2 * m :] - padded[..., : -2 * m]
-        value = jnp.mean(jnp.log(n * spacings / jnp.broadcast_to(c, spacings.shape)), axis=-1)
+        c = m + np.minimum(np.minimum(i - 1, n - i), m)
+        logs, constant = -_terms.neg_log(spacings), math.log(n) - float(np.mean(np.log(c)))
     elif method == "correa":
-        # slope of the line through the 2m + 1 samples around each
-        j = jnp.arange(-m, m + 1)
-        around = padded[..., i[:, None] + (j + m - 1)[None, :]]
-        away = around - jnp.mean(around, axis=-1, keepdims=True)
+        # slope of the line through the 2m + 1 samples around each, measured in their spacing
+        j = np.arange(-m, m + 1)
+        around = padded[..., i[:, None] + (j + m - 1)]
+        width = lax.stop_gradient(spacings)
+        away = _terms.ratio(around - around[..., :1], jnp.broadcast_to(width[..., None], around.shape))
+        away -= jnp.mean(away, axis=-1, keepdims=True)
         steps = jnp.broadcast_to(j.astype(x.dtype), away.shape)
-        value = -jnp.mean(jnp.log(jnp.sum(away * steps, axis=-1) / (n * jnp.sum(away * away, axis=-1))), axis=-1)
+        per_step = _terms.ratio(jnp.sum(away * away, axis=-1), jnp.sum(away * steps, axis=-1))
+        logs, constant = -(_terms.neg_log(width) + _terms.neg_log(per_step)), math.log(n)
     else:
         raise ValueError(
             f'differential_entropy: method must be "auto", "vasicek", "van es", "ebrahimi" or "correa", got {method!r}'
         )
+    value = jnp.mean(logs, axis=-1) + constant + jnp.where(large[..., 0], math.log(4), 0)
     return _in_base(value, log_base)
 
 

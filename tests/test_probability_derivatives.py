@@ -1,0 +1,236 @@
+"""Values, gradients and all second derivatives of the functions of probabilities, where digits and derivatives get lost.
+
+Each term is tried on pairs of numbers over the whole range of the dtype: zeros, the smallest and largest numbers, squares
+of which under- and overflow, equal and nearly equal ones. A row has three such pairs, so that none may reach the others.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+from mpmath import mpf
+
+import jaxce
+
+INF = np.inf
+ZERO = mpf(0)
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def log(x: Any) -> Any:
+    return mpmath.log(x) if x else -mpmath.inf
+
+
+def over(x: Any, y: Any) -> Any:
+    """x / y for x, y >= 0; 0 / 0 is 0."""
+    return (x / y if y else mpmath.inf) if x else ZERO
+
+
+Number = Any
+Exact = tuple[list[Number], list[Number], list[Number]]
+"""The value, two first and three second derivatives of a term: by the first argument, both, the second."""
+
+
+def of_cross_entropy(p: Number, q: Number) -> Exact:
+    if not p and not q:
+        return [ZERO], [ZERO, ZERO], [ZERO, ZERO, ZERO]
+    return [p * -log(q) if p else ZERO], [-log(q), -over(p, q)], [ZERO, -over(mpf(1), q), over(over(p, q), q)]
+
+
+def of_relative_entropy(p: Number, q: Number) -> Exact:
+    if not p and not q:
+        return [ZERO], [ZERO, ZERO], [ZERO, ZERO, ZERO]
+    value = (p * (log(p) - log(q)) if p else ZERO) - p + q
+    return [value], [log(p) - log(q), 1 - over(p, q)], [over(mpf(1), p), -over(mpf(1), q), over(over(p, q), q)]
+
+
+def of_jensen_shannon(p: Number, q: Number) -> Exact:
+    if not p and not q:
+        return [ZERO], [ZERO, ZERO], [ZERO, ZERO, ZERO]
+    a, b = (log(2 * x / (p + q)) for x in (p, q))
+    value = sum(x * y if x else ZERO for x, y in ((p, a), (q, b))) / 2
+    return [value], [a / 2, b / 2], [over(q / (p + q), p) / 2, -1 / (p + q) / 2, over(p / (p + q), q) / 2]
+
+
+def of_kl_divergence(log_q: Number, t: Number) -> Exact:
+    if not t and log_q == -mpmath.inf:
+        return [ZERO], [ZERO, ZERO], [ZERO, mpf(-1), ZERO]
+    ratio = log(t) - log_q
+    return [t * ratio if t else ZERO], [-t, ratio + 1], [ZERO, mpf(-1), over(mpf(1), t)]
+
+
+def of_log_targets(log_q: Number, log_t: Number) -> Exact:
+    if log_t == -mpmath.inf:
+        return [ZERO], [ZERO, ZERO], [ZERO, ZERO, ZERO]
+    t, ratio = mpmath.exp(log_t), log_t - log_q
+    return [t * ratio], [-t, t * (ratio + 1)], [ZERO, -t, t * (ratio + 2)]
+
+
+def of_generalized_kl(log_q: Number, t: Number) -> Exact:
+    if not t and log_q == -mpmath.inf:
+        return [ZERO], [ZERO, ZERO], [ZERO, mpf(-1), ZERO]
+    q, ratio = mpmath.exp(log_q), log(t) - log_q
+    return [(t * ratio if t else ZERO) - t + q], [q - t, ratio], [q, mpf(-1), over(mpf(1), t)]
+
+
+class Term(NamedTuple):
+    """A function of two arrays of classes, what a class adds, and the sizes in which its numbers are exact, if not their own."""
+
+    call: Callable[..., jax.Array]
+    exact: Callable[[Number, Number], Exact]
+    logs: tuple[bool, bool] = (False, False)
+    sizes: Callable[[Number, Number], list[Number]] = lambda *args: [ZERO] * 6
+
+
+def sizes_of_kl(log_q: Number, t: Number) -> list[Number]:
+    logs = abs(log_q) + abs(log(t))
+    return [t * logs if t else ZERO, ZERO, logs + 1, ZERO, ZERO, ZERO]
+
+
+def sizes_of_log_targets(log_q: Number, log_t: Number) -> list[Number]:
+    t = mpmath.exp(log_t)
+    part = t * (abs(log_q) + abs(log_t) + 2) if t else ZERO
+    return [part, ZERO, part, ZERO, ZERO, part]
+
+
+def sizes_of_generalized_kl(log_q: Number, t: Number) -> list[Number]:
+    # Nearly equal numbers have log t - log q to an ulp of what is smaller, 1 or their logarithms.
+    q = mpmath.exp(log_q)
+    near = bool(t) and abs(log(t) - log_q) < 1
+    log_size = min(mpf(1), abs(log_q) + abs(log(t))) if near else abs(log_q) + (abs(log(t)) if t else ZERO)
+    return [max(t, q) * log_size if near else (t * log_size if t else ZERO) + q, max(t, q), log_size, ZERO, ZERO, ZERO]
+
+
+TERMS = {
+    "cross_entropy": Term(jaxce.cross_entropy, of_cross_entropy),
+    "relative_entropy": Term(jaxce.relative_entropy, of_relative_entropy),
+    "jensen_shannon_divergence": Term(jaxce.jensen_shannon_divergence, of_jensen_shannon),
+    "categorical_cross_entropy": Term(lambda p, q: jaxce.categorical_cross_entropy(q, p), of_cross_entropy),
+    "kl_divergence": Term(jaxce.kl_divergence, of_kl_divergence, (True, False), sizes_of_kl),
+    "kl_divergence_with_log_targets": Term(
+        jaxce.kl_divergence_with_log_targets, of_log_targets, (True, True), sizes_of_log_targets
+    ),
+    "generalized_kl_divergence": Term(
+        jaxce.generalized_kl_divergence, of_generalized_kl, (True, False), sizes_of_generalized_kl
+    ),
+}
+
+
+def numbers(dtype: str, logs: bool) -> np.ndarray:
+    info = np.finfo(dtype)
+    tiny, most = float(info.tiny), float(info.max)
+    if logs:
+        low = float(np.log(tiny))
+        values = [-INF, 8 * low, 1.2 * low, 1.1 * low, 0.99 * low, low / 2, low / 5, -1, -0.7, -0.1, -1e-3, -1e-5, 0]
+    else:
+        values = [0, 1.9 * tiny, 9 * tiny, tiny**0.8, tiny**0.52, tiny**0.49, tiny**0.3, 1e-6, 0.2, 0.3, 0.5, 1]
+        values += [1e3, most**0.4, most * 0.6, most * 0.9]
+    return np.array(values).astype(dtype)
+
+
+def pairs(name: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """[rows, 3] of either argument: all pairs of numbers, and nearly equal ones in all distances."""
+    logs = TERMS[name].logs
+    first, second = (numbers(dtype, is_log) for is_log in logs)
+    if logs[0] and not logs[1]:
+        second = second[second <= 1]  # probabilities; logarithms don't reach the largest numbers
+    made = list(itertools.product(first.tolist(), second.tolist()))
+    rng = np.random.default_rng(0)
+    eps = float(np.finfo(dtype).eps)
+    for a, distance in itertools.product(first[np.isfinite(first)].tolist(), (0, eps, 1e-6, 1e-4, 1e-2, 0.3, 1)):
+        x = np.exp(a) if logs[0] else a
+        y = x * (1 + distance * rng.choice([-0.5, 0.5, 1]))
+        made.append((a, np.log(y) if logs[1] and y else y))
+    # What counts as 0 on some devices only, of the numbers and of their differences, is left out.
+    most, tiny = float(np.finfo(dtype).max), float(np.finfo(dtype).tiny)
+    made = [(a, b) for a, b in made if b < most and not 0 < b < 1.5 * tiny]
+    made = [(a, b) for a, b in made if any(logs) or not 0 < abs(float(np.dtype(dtype).type(b)) - a) < 1.5 * tiny]
+    a, b = (np.array(column).astype(dtype) for column in zip(*made, strict=True))
+    return tuple(np.stack([np.roll(x, 5 * k) for k in range(3)], 1) for x in (a, b))  # type: ignore[return-value]
+
+
+@functools.cache
+def derivatives(name: str, order: str) -> Callable[..., Any]:
+    call = TERMS[name].call
+    second = jax.jacfwd if order == "forward over reverse" else jax.jacrev
+
+    def of_row(p: jax.Array, q: jax.Array) -> Any:
+        by = jax.grad(call, (0, 1))
+        return call(p, q), by(p, q), second(by, (0, 1))(p, q)
+
+    return quick(jax.vmap(of_row))
+
+
+def exact_rows(name: str, p: np.ndarray, q: np.ndarray) -> tuple[list[Exact], list[list[Number]]]:
+    points = list(zip(p.ravel().tolist(), q.ravel().tolist(), strict=True))
+    with mpmath.workdps(80):
+        return [TERMS[name].exact(mpf(a), mpf(b)) for a, b in points], [TERMS[name].sizes(mpf(a), mpf(b)) for a, b in points]
+
+
+def errors(got: np.ndarray, right: list[Number], size: list[Number]) -> np.ndarray:
+    """In ulp of the size or of the right number, whichever is larger; what is smaller than any number may be 0.
+
+    Numbers beyond the largest are infinite: those within some ulp of it either way.
+    """
+    info = np.finfo(got.dtype)
+    most, tiny = float(info.max), 4 * float(info.tiny)
+    result = []
+    for g, r, s in zip(got.tolist(), right, size, strict=True):
+        scale = max(abs(r), abs(s))
+        if abs(r) > most * (1 - 1e-6) and (mpmath.isinf(r) or abs(r) >= scale):
+            result.append(0.0 if g == (INF if r > 0 else -INF) or abs(r) < most * (1 + 1e-6) else INF)
+        elif scale > most:
+            result.append(0.0)  # a part that can't be written
+        else:
+            result.append(float(max(abs(mpf(g) - r) - tiny, 0) / max(scale, tiny) / float(info.eps)) if np.isfinite(g) else INF)
+    return np.array(result)
+
+
+SHOWN = 5
+ORDERS = "forward over reverse", "reverse over reverse"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", TERMS)
+def test_exact(name: str, dtype: str, order: str) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        p, q = pairs(name, dtype)
+        exact, sizes = exact_rows(name, p, q)
+        value, first, second = jax.tree.map(np.array, derivatives(name, order)(p, q))
+    rows = range(len(p))
+    with mpmath.workdps(80):
+        values = [mpmath.fsum(exact[3 * i + k][0][0] for k in range(3)) for i in rows]
+        parts = [mpmath.fsum(max(abs(exact[3 * i + k][0][0]), sizes[3 * i + k][0]) for k in range(3)) for i in rows]
+    columns = [[e[order][i] for e in exact] for order, i in ((1, 0), (1, 1), (2, 0), (2, 1), (2, 1), (2, 2))]
+    scales = [[s[i] for s in sizes] for i in (1, 2, 3, 4, 4, 5)]
+    blocks = [second[i][j] for i, j in itertools.product((0, 1), repeat=2)]
+    diagonals = [np.stack([block[:, k, k] for k in range(3)], 1) for block in blocks]
+    # An infinite slope has no second derivative that tells anything; but those of the other classes it leaves alone.
+    flat = [np.isfinite(slope).ravel() for slope in first]
+    # 16 ulp of terms that are not negative, as the docstrings say; of logarithms 4 and those of an atanh of a quotient of
+    # rounded sums; 8 of three quotients.
+    found = [("value", value, values, parts, 16, True)]
+    names = "first", "second", "first twice", "first, then second", "second, then first", "second twice"
+    for i, (name, got, right, size) in enumerate(zip(names, [*first, *diagonals], columns, scales, strict=True)):
+        known = True if i < 2 else flat[(i - 2) // 2] & flat[(i - 2) % 2]
+        found.append((name, got, right, size, 6 if i < 2 else 8, known))
+    lines = []
+    for name, got, right, size, limit, known in found:
+        error = np.where(known, errors(got.ravel(), right, size), 0) / limit
+        for i in np.argsort(-error)[:SHOWN]:
+            if error[i] > 1:
+                where = (p[i], q[i]) if name == "value" else (p.ravel()[i], q.ravel()[i])
+                lines.append(f"{name} at {where}: {got.ravel()[i]}, right {float(right[i])}, {error[i]:.3g} of the limit")
+    assert not lines, "\n".join(lines)
+    for block in blocks:
+        block[:, range(3), range(3)] = 0
+        np.testing.assert_array_equal(block, 0)
