@@ -137,9 +137,23 @@ def _out_axes(vmap: Any, function: Callable[..., Any], args: Any, axes: Any) -> 
     return [mapped.get(i) for i in range(len(out))]
 
 
+def _transpose(cotangents: Any, *args: Any, jaxpr: Any, rule: Any) -> list[Any]:
+    """That of a function that is linear in the arguments that aren't known."""
+    unknown = {i: x.aval for i, x in enumerate(args) if ad.is_undefined_primal(x)}
+
+    def plain(*varying: Any) -> list[Any]:
+        given = dict(zip(unknown, varying, strict=True))
+        return jaxpr_as_fun(jaxpr)(*(given.get(i, x) for i, x in enumerate(args)))
+
+    zeros = [ad.instantiate_zeros(ad.Zero(aval)) for aval in unknown.values()]
+    found = dict(zip(unknown, jax.vjp(plain, *zeros)[1]([ad.instantiate_zeros(t) for t in cotangents]), strict=True))
+    return [found.get(i) for i in range(len(args))]
+
+
 _ruled.def_impl(_evaluate)
 _ruled.def_abstract_eval(lambda *args, jaxpr, rule: jaxpr.out_avals)
 ad.primitive_jvps[_ruled] = _jvp
+ad.primitive_transposes[_ruled] = _transpose
 batching.fancy_primitive_batchers[_ruled] = _batch
 mlir.register_lowering(_ruled, mlir.lower_fun(_evaluate, multiple_results=True))
 

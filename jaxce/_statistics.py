@@ -22,8 +22,9 @@ from jaxce._state import Ask, State
 BLOCK = 1 << 26
 """About how many logits a block has at most."""
 
-CLASSES = 8192
-"""How many classes a block has, unless the logits say it. Rows too many for that come in chunks."""
+CLASSES = 2048, 8192
+"""How many classes a block has at least and at most, and between these an eighth of all, unless the logits say it. Rows too
+many for that come in chunks."""
 
 
 class Logits(NamedTuple):
@@ -141,7 +142,9 @@ def _read_linear(logits: LinearLogits, dtype: np.dtype, there: Array | None) -> 
     length = logits.classes // strips
     rows = max(1, math.prod(logits.shape[:-1]) // _mesh.devices(AxisType.Auto))
     if logits.block_size is None:
-        size = min(length, max(CLASSES // strips, 128, min(CLASSES, BLOCK // (rows * strips) // 128 * 128)))
+        least, most = CLASSES
+        eighth = max(least // strips, -(-length // 1024) * 128)
+        size = min(length, most, eighth, max(most // strips, 128, BLOCK // (rows * strips) // 128 * 128))
         chunks = -(-rows * strips * size // BLOCK)
     else:
         size, chunks = min(length, -(-logits.block_size // strips)), 1
