@@ -69,12 +69,14 @@ class named:  # noqa: N801  (used like a function)
 
     functions: set[str] = set()
 
-    def __init__(self, function: str, parameters: Mapping[str, inspect.Parameter]) -> None:
+    def __init__(self, function: str, parameters: Mapping[str, inspect.Parameter], method: str = "") -> None:
         self.function, self.parameters = function, parameters
-        given = [p for p in parameters.values() if p.name != "self"]
+        self.call = f"{function}.{method}" if method else function
+        given = [p for p in parameters.values() if p.name not in ("self", "cls")]
         self.names = [p.name for p in given]
-        self.positional = [p.name for p in given if p.kind is not inspect.Parameter.KEYWORD_ONLY]
-        self.required = [p.name for p in given if p.default is inspect.Parameter.empty]
+        self.positional = [p.name for p in given if p.kind is not p.KEYWORD_ONLY]
+        self.required = [p.name for p in given if p.default is p.empty]
+        self.takes_any = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in given)
 
     def __enter__(self) -> None:
         pass
@@ -82,7 +84,8 @@ class named:  # noqa: N801  (used like a function)
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, _ArgumentError):
             hint = next((f"; {hint}" for hint in map(self._fill, error.hints) if hint), "")
-            error.args = (f"{self.function}: {re.sub(r'^[a-zA-Z_]+: ', '', error.message)}{hint}",)
+            if not self.takes_any:  # else it is a method that another one has named
+                error.args = (f"{self.function}: {re.sub(r'^[a-zA-Z_]+: ', '', error.message)}{hint}",)
         elif not isinstance(error, TypeError | ValueError) or not str(error).startswith(f"{self.function}: "):
             return
         if jax.config.jax_traceback_filtering != "off":  # type: ignore[attr-defined]
@@ -91,7 +94,7 @@ class named:  # noqa: N801  (used like a function)
 
     def _fill(self, hint: str) -> str:
         """The hint for this function, or nothing."""
-        words = {name: name for name in self.names} | {"call": f"{self.function}({', '.join(self.required)})"}
+        words = {name: name for name in self.names} | {"call": f"{self.call}({', '.join(self.required)})"}
         if "losses" not in self.names:
             words["weighted_mean"] = "jaxce.weighted_mean(losses, weights)"
         if "weights" in self.names and "weights" not in self.required:
@@ -112,6 +115,8 @@ class named:  # noqa: N801  (used like a function)
 
     def check_names(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """An error for arguments that the function doesn't have, or that are missing."""
+        if self.takes_any:
+            return
         for name in kwargs:
             if name not in self.names:
                 close = difflib.get_close_matches(name, self.names, 1, 0.75)
@@ -133,17 +138,33 @@ class named:  # noqa: N801  (used like a function)
 
 def named_class(cls: _C) -> _C:
     """A decorator of a class: errors about the arguments of its constructor get its name."""
-    initialize = cls.__init__
-    naming = named(cls.__name__, inspect.signature(cls).parameters)
-
-    @functools.wraps(initialize)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        with naming:
-            naming.check_names(args, kwargs)
-            initialize(self, *args, **kwargs)
-
-    cls.__init__ = checked
+    cls.__init__ = _naming_class(cls.__init__)
     return cls
+
+
+class NamedMethods:
+    """A base of classes: errors about the arguments of their public methods get the name of the class in use."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, method in [*vars(cls).items()]:
+            if isinstance(method, classmethod):
+                setattr(cls, name, classmethod(_naming_class(method.__func__)))
+            elif inspect.isfunction(method) and not name.startswith("_"):
+                setattr(cls, name, _naming_class(method))
+
+
+def _naming_class(method: Callable[..., Any]) -> Callable[..., Any]:
+    parameters = inspect.signature(method).parameters
+
+    @functools.wraps(method)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        owner = args[0] if isinstance(args[0], type) else type(args[0])
+        with (naming := named(owner.__name__, parameters, method.__name__.replace("__init__", ""))):
+            naming.check_names(args[1:], kwargs)
+            return method(*args, **kwargs)
+
+    return checked
 
 
 _MEAN = ("it is a mean; for a sum give {normalizer}=1", "losses come one per example; their mean is {weighted_mean}")
@@ -279,9 +300,9 @@ def compiled(*static: str, **numbers: Number) -> Callable[[_F], _F]:
 
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            if function.__name__.startswith("_"):  # a part of a method, which says its own name
+            if method or function.__name__.startswith("_"):  # in a class, whose name it is
                 return call(args, kwargs)
-            with named(type(args[0]).__name__, parameters) if method else naming:
+            with naming:
                 return call(args, kwargs)
 
         checked._cache_size = jitted._cache_size  # type: ignore[attr-defined]
@@ -334,7 +355,7 @@ def _host_array(argument: str, value: Any) -> Any:
         if argument != "labels":
             return float(number)  # a count, say
         raise ArgumentValueError(f"{argument} must be integers of {bits} bits, got {number}")
-    if isinstance(value, str | bytes | np.ndarray | np.generic | float | complex):
+    if isinstance(value, str | bytes | np.ndarray | np.generic | bool | float | complex):
         array = np.asarray(value)
         if array.dtype.kind not in "biufcV" or array.dtype.names:  # V: of JAX's own dtypes
             raise ArgumentTypeError(f"{expected}, got {describe(value)}")

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import jaxce
+from jaxce import metrics
 from jaxce._checks import _ELSEWHERE
 
 X = jnp.zeros((2, 3))
@@ -422,6 +423,37 @@ def test_a_bad_constructor(options: dict[str, Any], hint: str) -> None:
     assert hint in message_of(lambda: jaxce.LinearLogits(X, X.T, **options), "LinearLogits")
 
 
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            lambda: metrics.Accuracy.from_batch(X, Y, mask=Y),
+            "Accuracy: unexpected keyword 'mask'; give where=, True for",
+        ),
+        (
+            lambda: metrics.Accuracy.empty().update(X, Y, mask=Y),
+            "Accuracy: unexpected keyword 'mask'; give where=, True",
+        ),
+        (
+            lambda: metrics.Accuracy.from_batch(X),
+            "Accuracy: missing argument 'labels'; write Accuracy.from_batch(logits, labels)",
+        ),
+        (
+            lambda: metrics.Accuracy.from_batch(Y, X),
+            "Accuracy: logits must be a floating-point array, got int32[2]; logits",
+        ),
+        (lambda: metrics.Brier.from_batch(X, T), "Brier: labels must be an integer array, got float32[2,3]"),
+        (lambda: metrics.Perplexity.from_batch(Y), "Perplexity: "),
+        (lambda: metrics.Evaluation.empty(k=0), "Evaluation: k must be a positive integer, got 0"),
+    ],
+)
+def test_a_metric_says_its_own_name(call: Callable[[], Any], said: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    assert str(caught.value).startswith(said)
+    assert [*frames_of(caught.value)][-1] == __file__
+
+
 @pytest.mark.parametrize("two", [2, np.int64(2), np.uint8(2), np.float32(2), np.array(2), jnp.array(2)], ids=repr)
 def test_integers_of_any_kind_are_numbers(two: Any) -> None:
     def same(call: Callable[[Any], Any], *, as_float: bool = True) -> None:
@@ -452,6 +484,12 @@ def test_python_integers_are_numbers(name: str) -> None:
     if name != "multivariate_normal_nll":
         integers, floats = [1] * len(args), [1.0] * len(args)
         np.testing.assert_array_equal(getattr(jaxce, name)(*integers), getattr(jaxce, name)(*floats), strict=True)
+
+
+def test_python_booleans_are_truth_values() -> None:
+    assert jaxce.gaussian_nll(0.0, 0.0, 1.0, where=False) == 0 < jaxce.gaussian_nll(0.0, 0.0, 1.0, where=True)
+    assert jaxce.sigmoid_binary_cross_entropy(1.0, True) == jaxce.sigmoid_binary_cross_entropy(1.0, np.bool_(True))
+    assert jaxce.weighted_mean(X + T, True) == jaxce.weighted_mean(X + T)
 
 
 def test_a_count_may_be_beyond_32_bits() -> None:
