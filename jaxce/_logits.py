@@ -19,6 +19,7 @@ from jaxce._rules import custom_jvp
 
 
 @jax.tree_util.register_pytree_with_keys_class
+@_checks.named_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LinearLogits:
     r"""Logits as the product of hidden states and a kernel, for the losses to compute a block of classes at a time.
@@ -175,6 +176,7 @@ _STATIC = ("class_axis", "block_size", "axis_name")
 
 
 @jax.tree_util.register_pytree_with_keys_class
+@_checks.named_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ShardedLogits:
     r"""One device's part of logits whose classes are sharded over a mesh, for use inside `jax.shard_map` (or `jax.vmap`).

@@ -103,8 +103,7 @@ def weighted_mean(
         numerator = lax.psum(numerator, axis_name)
     if normalizer is not None:
         total = _checks.real(function, "normalizer", normalizer, numerator.dtype)
-        if total.shape not in ((), numerator.shape):
-            _checks.same_shape(function, "normalizer", total, numerator.shape, "no axes, or the shape of the result")
+        _checks.scalar_or(function, "normalizer", total, numerator.shape, "the shape of the result")
         numerator, total = _checks.upcast(numerator, total)
     elif axis_name is not None:
         total = lax.psum(total, axis_name)
@@ -170,8 +169,7 @@ def bits_per(nll: ArrayLike, count: ArrayLike) -> Array:
     """
     x = _checks.floating("bits_per", "nll", nll)
     n = _checks.real("bits_per", "count", count, _checks.compute_dtype(x))
-    if n.shape != ():
-        _checks.same_shape("bits_per", "count", n, x.shape, "no axes, or the shape of nll")
+    _checks.scalar_or("bits_per", "count", n, x.shape, "the shape of nll")
     x, n = _checks.upcast(x, n)
     n = jnp.broadcast_to(n, x.shape)
     empty = (x == 0) & (n == 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -151,10 +151,13 @@ def _read_linear(logits: LinearLogits, dtype: np.dtype, there: Array | None) -> 
     return Spec(dtype, logits.classes, size, strips, logits.class_axis, logits.half, chunks=chunks), inputs
 
 
-class SoftmaxStatistics(NamedTuple):
+_Nll = TypeVar("_Nll", bound=Array | None)
+
+
+class SoftmaxStatistics(NamedTuple, Generic[_Nll]):
     """What `softmax_statistics` knows of each example; a pytree."""
 
-    nll: Array | None
+    nll: _Nll
     """-log softmax(logits)[label] in nats; None where no labels were given."""
     log_normalizer: Array
     """logsumexp(logits); -inf where no class takes part."""
@@ -164,6 +167,14 @@ class SoftmaxStatistics(NamedTuple):
     """The class with the largest logit, the first of several (int32); 0 if any is NaN or no class takes part."""
 
 
+@overload
+def softmax_statistics(
+    logits: AnyLogits, labels: None = None, axis: Axis = -1, where: ArrayLike | None = None
+) -> SoftmaxStatistics[None]: ...
+@overload
+def softmax_statistics(
+    logits: AnyLogits, labels: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+) -> SoftmaxStatistics[Array]: ...
 @compiled("axis")
 @on_each_device("batch")
 def softmax_statistics(
@@ -171,7 +182,7 @@ def softmax_statistics(
     labels: ArrayLike | None = None,
     axis: Axis = -1,
     where: ArrayLike | None = None,
-) -> SoftmaxStatistics:
+) -> SoftmaxStatistics[Any]:
     r"""Negative log-likelihood, log-normalizer, entropy and prediction of each example, from one pass over the classes.
 
     With the maximum :math:`m`, the gaps :math:`g_k = m - x_k \ge 0` and :math:`L = \log \sum_k e^{-g_k} \ge 0`,

@@ -114,7 +114,7 @@ def _sums(*terms: Array, axes: int) -> list[Sum]:
     return _reduce([Sum(t, jnp.zeros_like(t)) for t in terms], axes)
 
 
-class Metric:
+class Metric(_checks.NamedMethods):
     """What all metrics can do; their fields are `Sum`s, or metrics."""
 
     @classmethod

@@ -174,6 +174,6 @@ def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match="weighted_mean: weights must"):
         weighted_mean(x, jnp.ones(3, jnp.complex64))
     with pytest.raises(TypeError, match="perplexity: nll must"):
-        perplexity(jnp.array(1))
+        perplexity(jnp.array([1]))
     with pytest.raises(ValueError, match="bits_per: count must"):
         bits_per(x, jnp.ones(3))
