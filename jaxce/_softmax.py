@@ -152,8 +152,8 @@ def softmax_cross_entropy_with_sparse_labels(
     So the loss of several right answers, or of a teacher's top k classes with the rest of its probability left out,
     needs no array as large as the logits. Labels that are equal add up. Modifiers, masks, dtypes and accuracy are those
     of `softmax_cross_entropy_with_integer_labels`, with each label in place of the one; a label of weight 0 takes no
-    part, also if it is no class, so that rows may have fewer than k. Differentiable by the weights too: :math:`-\log
-    p_{y_j}`.
+    part, also if it is no class, so that rows may have fewer than k. Differentiable by the weights too:
+    :math:`-\log p_{y_j}`.
 
     One pass over the logits compares each with all k labels; for more than about sixteen, a sum of losses of some of
     the labels each, or dense labels, may take less time.

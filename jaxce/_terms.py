@@ -6,8 +6,9 @@ divergence is
 
 .. math:: b(p, q) = p \log\frac pq - p + q \ge 0 .
 
-With :math:`\delta = \log p - \log q` it is :math:`p (e^{-\delta} + \delta - 1) = p \delta^2 \left(\frac12 - \frac\delta6 +
-\frac{\delta^2}{24} - \dots\right)`. With :math:`s = (p - q) / (p + q)` and :math:`r = \frac s3 + \frac{s^3}5 + \dots`,
+With :math:`\delta = \log p - \log q` it is
+:math:`p (e^{-\delta} + \delta - 1) = p \delta^2 \left(\frac12 - \frac\delta6 + \frac{\delta^2}{24} - \dots\right)`.
+With :math:`s = (p - q) / (p + q)` and :math:`r = \frac s3 + \frac{s^3}5 + \dots`,
 :math:`\delta = 2 \operatorname{atanh} s = 2 s (1 + s r)`, and it is :math:`(p - q) s (1 + (1 + s) r)`. So nearly equal
 probabilities lose nothing.
 """

@@ -1,4 +1,4 @@
-r"""Evaluation that adds up: each metric is a frozen pytree of sums, which batches and devices merge in any order.
+r"""Evaluation that adds up: each metric is a frozen pytree of sums, which batches and devices merge in any order::
 
     metric = Accuracy.empty()
     for logits, labels in batches:
@@ -464,7 +464,7 @@ def _calibration(logits: Any, labels: ArrayLike, weights: Any, where: Any, bins:
 )
 @dataclasses.dataclass(frozen=True)
 class Calibration(Metric):
-    """Expected calibration error: the mean over examples of their bin's |accuracy - confidence|; 0 of nothing.
+    """Expected calibration error: the mean over examples of their bin's abs(accuracy - confidence); 0 of nothing.
 
     Confidence is the probability of the predicted class; bin b of B holds those in (b/B, (b+1)/B].
 
