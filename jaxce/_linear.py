@@ -1,21 +1,24 @@
-r"""The mean loss of `LinearLogits` with its gradient from one pass.
+r"""The mean loss of `LinearLogits` with its gradient from three matrix products.
 
 A loss per example can be weighted by anything before it is differentiated, so its derivative has to compute the logits
 again: with gradients that is four products of the size of the logits for each example, class and feature. For a mean with
-known weights three are enough. A chunk of examples at a time, all its logits are computed and used for both,
+known weights three are enough. A chunk of examples at a time, one pass computes the logits of all classes and keeps
 
-.. math::
-    X = h W, \qquad \nabla_h \mathrel{+}= G W^\top, \quad \nabla_W \mathrel{+}= h^\top G \quad
-    \text{with } G = \partial \ell / \partial X .
+.. math:: E = e^{X - r}, \qquad X = h W^\top, \quad s = \sum_k E_{\cdot k} ,
 
-It is the derivative that is kept, not the logits. Second derivatives are those of the loss by blocks.
+where r is a number of each row, so that E is made before the maximum is known; then both gradients are products of E and of
+numbers of the rows: :math:`\nabla_h = c \, (E' W)` and :math:`\nabla_W = E'^\top (c h)` with :math:`c = w / s` and the
+label's entry put right. A TPU makes the pass one kernel: logits never reach its memory, and E does in bfloat16.
+
+r is the maximum over some of the classes. Where it turns out to be too far from the maximum of all, which is rare, the pass
+is repeated with that. Second derivatives are those of the loss by blocks.
 """
 
 from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +52,7 @@ _FAR = 2.0**90
 """How far from 1 the sum of a row's exponentials may be before they are taken again, relative to the maximum itself."""
 
 
-@compiled("chunk_size", label_smoothing=SHARE, z_loss=FINITE)
+@overload
 def linear_cross_entropy(
     logits: LinearLogits,
     labels: ArrayLike,
@@ -60,25 +63,59 @@ def linear_cross_entropy(
     z_loss: ArrayLike = 0.0,
     normalizer: ArrayLike | None = None,
     chunk_size: int | None = None,
-) -> Array:
-    r"""Weighted mean of the cross-entropy between integer labels and `LinearLogits`, its gradient formed on the way.
+    has_aux: Literal[False] = False,
+) -> Array: ...
+
+
+@overload
+def linear_cross_entropy(
+    logits: LinearLogits,
+    labels: ArrayLike,
+    weights: ArrayLike | None = None,
+    *,
+    label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
+    z_loss: ArrayLike = 0.0,
+    normalizer: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    has_aux: Literal[True],
+) -> tuple[Array, tuple[Array, Array]]: ...
+
+
+@compiled("chunk_size", "has_aux", label_smoothing=SHARE, z_loss=FINITE)
+def linear_cross_entropy(
+    logits: LinearLogits,
+    labels: ArrayLike,
+    weights: ArrayLike | None = None,
+    *,
+    label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
+    z_loss: ArrayLike = 0.0,
+    normalizer: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    has_aux: bool = False,
+) -> Any:
+    r"""Weighted mean of the cross-entropy between integer labels and `LinearLogits`, with gradients from three products.
 
     .. math:: \frac{\sum_i w_i \ell_i}{\sum_i w_i}, \qquad 0 \text{ where the denominator is } 0,
 
     with :math:`\ell_i` of `softmax_cross_entropy_with_integer_labels`. It is
     ``weighted_mean(softmax_cross_entropy_with_integer_labels(logits, labels, where=weights != 0), weights)`` in value and
     derivatives, to any order and in both modes. Where a gradient is asked for, the logits are computed once rather than
-    twice: three matrix products in place of four, for the memory of a chunk of examples with all their classes in
-    place of a block. Without a gradient it takes no more than the losses.
+    twice: three matrix products in place of four, for the memory of a chunk of examples with all their classes, in
+    bfloat16 where hidden and kernel are, in place of a block. Without a gradient it takes no more than the losses. With
+    ``label_smoothing`` it is those losses, with four products: what smoothing subtracts can be nearly all of a
+    derivative, which would lose its digits if it were subtracted afterwards.
+
+    A row of weight 0 takes no part, whatever it holds: its loss is 0, and so is the gradient of its hidden states. So for a
+    padding label of -100 give ``weights=labels != -100``. Nor does it take time where a gradient is asked for: rows that
+    count are moved to the front, and only as many chunks are computed as they fill.
 
     On a mesh a chunk has examples of each device, and each sums its own part of the kernel's gradient; the devices' parts
     meet once, after all chunks, on a mesh with explicit axis types and inside of `jax.shard_map`, where the classes may be
     sharded too. With automatic axis types XLA does as much for TPU and GPU, and sums parts in float32; for a CPU it sums
     after each chunk. Inside of a `jax.shard_map` over the batch a device's mean is its own; take that of all with their
-    normalizer.
-
-    A row of weight 0 takes no part, whatever it holds: its loss is 0. So for a padding label of -100 give
-    ``weights=labels != -100``. In half precision the kernel's gradient is summed in float32.
+    normalizer. In half precision the kernel's gradient is summed in float32.
 
     Args:
       logits: `LinearLogits` of shape [..., classes].
@@ -88,20 +125,24 @@ def linear_cross_entropy(
       class_weights: one number per class, by which its part of the loss is multiplied.
       z_loss: the factor of the squared log-normalizer.
       normalizer: a number to divide by in place of the sum of the weights, say that of all micro-batches.
-      chunk_size: how many examples at a time, of each device, where a gradient is formed; by default as many as there are
-        features, and at least 512.
+      chunk_size: how many examples at a time, of each device, where a gradient is formed. By default 8192 on a TPU, and
+        elsewhere as many as there are features, and at least 512.
+      has_aux: whether to return the losses and log-normalizers of the examples, too.
 
     Returns:
-      A number, in the dtype of the logits and at least float32.
+      A number, in the dtype of the logits and at least float32. With ``has_aux`` a pair of it and of two arrays of the
+      shape of the labels, as `jax.value_and_grad` takes it with its own ``has_aux``: each example's loss and its
+      log-normalizer :math:`\operatorname{logsumexp}(x)`, both 0 where the weight is 0, and without derivatives.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxce
       >>> def loss(hidden, kernel):
       ...     return jaxce.linear_cross_entropy(jaxce.LinearLogits(hidden, kernel), jnp.array([0, 4, -100]),
-      ...                                       jnp.array([True, True, False]))
-      >>> value, gradient = jax.value_and_grad(loss)(jnp.ones((3, 2)), jnp.ones((2, 5)))
-      >>> print(value)
-      1.60944
+      ...                                       jnp.array([True, True, False]), has_aux=True)
+      >>> (value, (losses, log_normalizers)), gradient = jax.value_and_grad(loss, has_aux=True)(
+      ...     jnp.ones((3, 2)), jnp.ones((2, 5)))
+      >>> print(value, losses, log_normalizers)
+      1.60944 [1.60944 1.60944 0. ] [3.60944 3.60944 0. ]
 
     Reference:
       Hsu et al., Liger Kernel, https://arxiv.org/abs/2410.10989, section 3.2.
@@ -113,13 +154,16 @@ def linear_cross_entropy(
     _checks.same_shape(_NAME, "weights", w, y.shape, "the shape of the labels")
     w = w.astype(logits.dtype)
     if chunk_size is not None:
-        _checks.positive_integer(_NAME, "chunk_size", chunk_size, "None or a positive integer")
+        chunk_size = _checks.positive_integer(_NAME, "chunk_size", chunk_size, "None or a positive integer")
+    if not isinstance(has_aux, bool):
+        raise TypeError(f"{_NAME}: has_aux must be True or False, got {has_aux!r}")
 
-    total = _total(logits, y, w, label_smoothing, class_weights, z_loss, chunk_size)
-    return weighted_mean(total, normalizer=jnp.sum(w) if normalizer is None else normalizer)
+    total, aux = _total(logits, y, w, label_smoothing, class_weights, z_loss, chunk_size, has_aux)
+    mean = weighted_mean(total, normalizer=jnp.sum(w) if normalizer is None else normalizer)
+    return (mean, aux) if has_aux else mean
 
 
-@on_each_device("total")
+@on_each_device("total", "batch")
 def _total(
     logits: LinearLogits,
     labels: Array,
@@ -128,8 +172,9 @@ def _total(
     class_weights: ArrayLike | None,
     z_loss: ArrayLike,
     chunk_size: int | None,
-) -> Array:
-    """The weighted sum of the losses."""
+    has_aux: bool,
+) -> tuple[Array, Aux | None]:
+    """The weighted sum of the losses, and what is told of each example."""
     axis_name, counts = logits.axis_name, weights != 0
     given = {"label_smoothing": label_smoothing, "z_loss": z_loss, "class_weights": class_weights}
     modifiers: Any = {name: value for name, value in given.items() if value is not None}
@@ -151,10 +196,13 @@ def _total(
     if axis_name is not None:
         _mesh.check(_NAME, "logits", axis_name, inputs["kernel"])
     inputs = _mesh.vary(inputs, _mesh.varying(inputs, labels))
-    options = _Options(chunk_size, logits.class_axis, logits.block_size, axis_name, False)
+    options = _Options(chunk_size, logits.class_axis, logits.block_size, axis_name, has_aux)
     weighted_sum = _sum_by_blocks if "label_smoothing" in inputs else _weighted_sum
-    share, _ = weighted_sum(options, labels.reshape(labels.size), inputs)
-    return share if axis_name is None else lax.psum(share, axis_name)
+    total, aux = weighted_sum(options, labels.reshape(labels.size), inputs)
+    if axis_name is not None:
+        first = lax.axis_index(axis_name) == 0  # all devices know the same of an example
+        total, aux = lax.psum((total, jax.tree.map(lambda x: jnp.where(first, x, 0), aux)), axis_name)
+    return total, jax.tree.map(lambda x: x.reshape(labels.shape), aux)
 
 
 class _Options(NamedTuple):
@@ -460,7 +508,7 @@ def _chunk(
         of_labels = jnp.where(takes_part, weights * nll, 0)
         none = jnp.zeros(classes, dtype)
         gradient["class_weights"] = none.at[jnp.where(here, place, classes)].add(of_labels, mode="drop")
-    aux = (losses, jnp.where(counts, log_normalizer, 0)) if options.has_aux else None
+    aux = (losses, jnp.where(counts, jnp.where(takes_part, log_normalizer, -jnp.inf), 0)) if options.has_aux else None
     return _share(options, jnp.sum(weights * losses)), gradient, aux
 
 
