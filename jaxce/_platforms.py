@@ -251,3 +251,8 @@ def _take(x: Array, index: Array, axis: int = -1) -> Array:
     bits = lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
     taken = jnp.take_along_axis(bits, index, axis, mode="clip")
     return lax.bitcast_convert_type(taken, x.dtype) if x.dtype.itemsize == 2 else taken
+
+
+def on_tpu(tpu: Callable[..., Any], otherwise: Callable[..., Any], *args: Any) -> Any:
+    """tpu(*args) on a TPU, and otherwise(*args) elsewhere."""
+    return lax.platform_dependent(*args, tpu=tpu, default=otherwise)
