@@ -218,7 +218,8 @@ def _cost(kind: str, c: Class) -> Array:
 
 def _count(state: State) -> Any:
     """By what uniform targets are divided, to be a distribution of the classes that are there."""
-    count = state.uniform.total if state.count is None else state.count
+    uniform: Any = state.uniform
+    count = uniform.total if state.count is None else state.count
     return jnp.where(count == 0, 1, count)
 
 
@@ -379,7 +380,7 @@ def _sums(specs: tuple[Spec, ...], terms: Any, inputs: tuple[Inputs, ...], known
 
 def _classes(
     specs: tuple[Spec, ...], parts: Any, dparts: Any, known: _Known, start: Any
-) -> tuple[Class, list[Array | None], dict[str, Any]]:
+) -> tuple[Class, list[Any], dict[str, Any]]:
     """The classes of a block, the tangents of their logits, and those of whatever else varies."""
     read = [along(partial(logits_of, s), p, d, *LOGITS) for s, p, d in zip(specs, parts, dparts, strict=True)]
     spec, block = specs[0], block_of(specs[0], parts[0], start, read[0][0])
