@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from jaxce import _checks, _platforms
 from jaxce._checks import Axis, compiled
-from jaxce._rules import custom_jvp
+from jaxce._rules import custom_jvp, scale
 from jaxce._terms import (
     bregman_from,
     log1p,
@@ -56,7 +56,10 @@ def _kl_term(log_q: Array, t: Array) -> Array:
     return t * (log_weighed(t, t) - weighed(t, log_q))
 
 
-_kl_term.defslopes(lambda log_q, t: (-t, _log_ratio(log_q, t) + _there(log_q, t)))
+@_kl_term.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    log_q, t = primals
+    return _kl_term(log_q, t), -t * tangents[0] + scale(_log_ratio(log_q, t) + _there(log_q, t), tangents[1])
 
 
 @custom_jvp
@@ -67,7 +70,10 @@ def _log_target_term(log_q: Array, log_t: Array) -> Array:
     return jnp.where((log_q == -jnp.inf) & (log_t > -jnp.inf), jnp.inf, term)
 
 
-_log_target_term.defslopes(lambda log_q, log_t: (-jnp.exp(log_t), _log_target_term(log_q, log_t) + jnp.exp(log_t)))
+@_log_target_term.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    term, t = _log_target_term(*primals), jnp.exp(primals[1])
+    return term, -t * tangents[0] + scale(term + t, tangents[1])
 
 
 @custom_jvp
@@ -76,7 +82,11 @@ def _generalized_kl_term(log_q: Array, t: Array) -> Array:
     return bregman_from(_log_ratio(log_q, t), t, jnp.exp(log_q))
 
 
-_generalized_kl_term.defslopes(lambda log_q, t: (jnp.exp(log_q) - t, _log_ratio(log_q, t)))
+@_generalized_kl_term.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    log_q, t = primals
+    slope = jnp.exp(log_q) - t
+    return _generalized_kl_term(log_q, t), slope * tangents[0] + scale(_log_ratio(log_q, t), tangents[1])
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------

@@ -151,16 +151,10 @@ neg_x_log_not_y.defslopes(lambda w, q: (-log1p(-jnp.where((w == 0) & (q == 1), 0
 # ------------------------------------------------------------------------------------------ of two, from probabilities
 
 
-def _smaller_to_larger(p: Array, q: Array) -> tuple[Array, Array]:
-    """The larger of the two, and the smaller divided by it, 0 where both are 0."""
-    larger = jnp.maximum(p, q)
-    return larger, jnp.minimum(p, q) / jnp.maximum(larger, _tiny(p))
-
-
 def _spread(p: Array, q: Array) -> Array:
-    """s = (p - q) / (p + q), 0 where both are 0; p + q may overflow."""
-    larger, r = _smaller_to_larger(p, q)
-    return (p - q) / jnp.maximum(larger, _tiny(p)) * (1 / (1 + r))
+    """s = (p - q) / (p + q), 0 where both are 0; formed from their ratio, as p + q may overflow."""
+    larger = jnp.maximum(jnp.maximum(p, q), _tiny(p))
+    return (p - q) / larger * (1 / (1 + jnp.minimum(p, q) / larger))
 
 
 def _is_near(s: Array) -> Array:
@@ -274,9 +268,11 @@ log_to_mean.defslopes(_log_to_mean_slopes)
 @custom_jvp
 def jensen_shannon(p: Array, q: Array) -> Array:
     """(b(p, m) + b(q, m)) / 2 >= 0 with m = (p + q) / 2. d/dp = log(p/m) / 2, d/dq = log(q/m) / 2."""
-    s, (larger, r) = _spread(p, q), _smaller_to_larger(p, q)
-    far = (1 + r) * jnp.log(1 + jnp.abs(s)) + r * jnp.maximum(jnp.log(r), -largest(r))  # 1 + |s| = 2 / (1 + r)
-    return larger * (jnp.where(jnp.abs(s) < 0.5, (1 + r) * _entropy_gap(s), far) / 2)
+    s = _spread(p, q)
+    # log(p/m) = log(1 + s) and log(q/m) = log(1 - s). What is rounded off there is little, times the smaller of the two.
+    least = float(jnp.finfo(p.dtype).epsneg)
+    far = p * jnp.log(jnp.maximum(1 + s, least)) + q * jnp.log(jnp.maximum(1 - s, least))
+    return jnp.where(jnp.abs(s) < 0.5, (p / 2 + q / 2) * _entropy_gap(s), far / 2)
 
 
 jensen_shannon.defslopes(lambda p, q: (log_to_mean(p, q) / 2, log_to_mean(q, p) / 2))

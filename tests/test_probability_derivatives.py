@@ -172,7 +172,9 @@ def derivatives(name: str, order: str) -> Callable[..., Any]:
 def exact_rows(name: str, p: np.ndarray, q: np.ndarray) -> tuple[list[Exact], list[list[Number]]]:
     points = list(zip(p.ravel().tolist(), q.ravel().tolist(), strict=True))
     with mpmath.workdps(80):
-        return [TERMS[name].exact(mpf(a), mpf(b)) for a, b in points], [TERMS[name].sizes(mpf(a), mpf(b)) for a, b in points]
+        return [TERMS[name].exact(mpf(a), mpf(b)) for a, b in points], [
+            TERMS[name].sizes(mpf(a), mpf(b)) for a, b in points
+        ]
 
 
 def errors(got: np.ndarray, right: list[Number], size: list[Number]) -> np.ndarray:
@@ -190,7 +192,9 @@ def errors(got: np.ndarray, right: list[Number], size: list[Number]) -> np.ndarr
         elif scale > most:
             result.append(0.0)  # a part that can't be written
         else:
-            result.append(float(max(abs(mpf(g) - r) - tiny, 0) / max(scale, tiny) / float(info.eps)) if np.isfinite(g) else INF)
+            result.append(
+                float(max(abs(mpf(g) - r) - tiny, 0) / max(scale, tiny) / float(info.eps)) if np.isfinite(g) else INF
+            )
     return np.array(result)
 
 
@@ -229,8 +233,122 @@ def test_exact(name: str, dtype: str, order: str) -> None:
         for i in np.argsort(-error)[:SHOWN]:
             if error[i] > 1:
                 where = (p[i], q[i]) if name == "value" else (p.ravel()[i], q.ravel()[i])
-                lines.append(f"{name} at {where}: {got.ravel()[i]}, right {float(right[i])}, {error[i]:.3g} of the limit")
+                lines.append(
+                    f"{name} at {where}: {got.ravel()[i]}, right {float(right[i])}, {error[i]:.3g} of the limit"
+                )
     assert not lines, "\n".join(lines)
     for block in blocks:
         block[:, range(3), range(3)] = 0
         np.testing.assert_array_equal(block, 0)
+
+
+# --- other functions --------------------------------------------------------------------------------------------------
+
+
+def assert_exact(got: Any, right: list[Number], limit: float, size: list[Number] | None = None) -> None:
+    error = errors(np.asarray(got).ravel(), right, size or [ZERO] * len(right)) / limit
+    i = int(error.argmax())
+    assert error[i] <= 1, f"{np.asarray(got).ravel()[i]}, right {float(right[i])}, {error[i]:.3g} of the limit ({i})"
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
+def test_surprisal_and_entropy(dtype: str) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        p = numbers(dtype, False)[1:]
+
+        def of_number(p: jax.Array) -> Any:
+            return [jax.jacfwd(jax.grad(f))(p) for f in (jaxce.surprisal, lambda p: jaxce.entropy(p[None]))]
+
+        by_surprisal, by_entropy = quick(jax.vmap(of_number))(p)
+        with mpmath.workdps(80):
+            assert_exact(by_surprisal, [1 / mpf(x) ** 2 for x in p.tolist()], 8)
+            assert_exact(by_entropy, [-1 / mpf(x) for x in p.tolist()], 8)
+        # A class of probability 0 leaves those of the others alone, whatever else is.
+        along = jax.jvp(jax.grad(jaxce.entropy), (jnp.array([0.5, 0.5, 0]),), (jnp.array([1.0, -1, 0]),))[1]
+        np.testing.assert_array_equal(along, [-2, 2, 0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
+def test_binary_cross_entropy(dtype: str) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        q = numbers(dtype, False)
+        q, t = (x.ravel() for x in np.meshgrid(np.append(q[q <= 1], 1 - np.finfo(dtype).epsneg), q[q <= 1]))
+        first, second = quick(
+            jax.vmap(lambda *x: [d(jaxce.binary_cross_entropy, (0, 1))(*x) for d in (jax.grad, jax.hessian)])
+        )(q, t)
+        with mpmath.workdps(80):
+            points = [(mpf(a), mpf(b)) for a, b in zip(q.tolist(), t.tolist(), strict=True)]
+            yes, no = ([over(b, a) for a, b in points], [over(1 - b, 1 - a) for a, b in points])
+            size = [max(a, b) for a, b in zip(yes, no, strict=True)]
+            finite = np.isfinite(np.asarray(first[0])) & np.isfinite(np.asarray(first[1]))
+            assert finite.sum() > 80
+
+            def check(got: Any, right: list[Number], limit: float, size: list[Number] | None = None) -> None:
+                assert_exact(
+                    np.where(finite, got, 0),
+                    [r if f else ZERO for r, f in zip(right, finite, strict=True)],
+                    limit,
+                    size,
+                )
+
+            check(first[0], [n - y for y, n in zip(yes, no, strict=True)], 4, size)
+            check(second[0][0], [over(y, a) + over(n, 1 - a) for (a, _), y, n in zip(points, yes, no, strict=True)], 8)
+            mixed = [-over(mpf(bool(a or b)), a) - over(mpf(a < 1 or b < 1), 1 - a) for a, b in points]
+            check(second[0][1], mixed, 8)
+            check(second[1][0], mixed, 8)
+            check(second[1][1], [ZERO] * len(points), 1)
+    assert jax.hessian(jaxce.binary_cross_entropy)(1e-20, 0) == 1
+
+
+DIVERGENCES: dict[str, tuple[Callable[..., jax.Array], float]] = {
+    "relative_entropy": (lambda x, y: jaxce.relative_entropy(jax.nn.softmax(x), jax.nn.softmax(y)), 1),
+    "relative_entropy of q": (lambda x, y: jaxce.relative_entropy(jax.nn.softmax(y), jax.nn.softmax(x)), 1),
+    "jensen_shannon_divergence": (
+        lambda x, y: jaxce.jensen_shannon_divergence(jax.nn.softmax(x), jax.nn.softmax(y)),
+        0.25,
+    ),
+    "kl_divergence": (lambda x, y: jaxce.kl_divergence(jax.nn.log_softmax(x), jax.nn.softmax(y)), 1),
+    "kl_divergence_with_log_targets": (
+        lambda x, y: jaxce.kl_divergence_with_log_targets(jax.nn.log_softmax(x), jax.nn.log_softmax(y)),
+        1,
+    ),
+    "generalized_kl_divergence": (
+        lambda x, y: jaxce.generalized_kl_divergence(jax.nn.log_softmax(x), jax.nn.softmax(y)),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_second_derivative_of_equal_distributions_is_the_fisher_matrix(name: str) -> None:
+    """In all four blocks, and of distributions that are equal, nearly equal, or have lost a class in both."""
+    divergence, factor = DIVERGENCES[name]
+    x = np.float32([[0, 0, 0], [1, -2, 0.5], [0, 3, -9], [0, 1, -200]])
+    y = np.concatenate([x, x + np.float32(1e-6) * np.arange(3)]).astype("float32")
+    x = np.concatenate([x, x])
+    if name.startswith("generalized") or name == "kl_divergence":  # logarithms of the class that is lost aren't -inf
+        x, y = (np.delete(z, (3, 7), 0) for z in (x, y))
+    blocks = quick(jax.vmap(jax.hessian(divergence, (0, 1))))(x, y)
+    p = np.asarray(jax.nn.softmax(x.astype("float64")))
+    fisher = factor * (p[:, :, None] * np.eye(3) - p[:, :, None] * p[:, None, :])
+    for i, j in itertools.product((0, 1), repeat=2):
+        # Sums and differences of numbers below 1, twice through a softmax; and distributions that are 2e-6 apart.
+        np.testing.assert_allclose(blocks[i][j], fisher if i == j else -fisher, atol=4e-6, err_msg=f"{i}, {j}")
+
+
+def test_classes_that_are_not_there() -> None:
+    """Have no derivative of any order, in any direction: not of their own, and not of a softmax that they come from."""
+
+    @quick
+    def products(p: jax.Array, q: jax.Array, v: jax.Array) -> Any:
+        of_both = jaxce.cross_entropy, jaxce.relative_entropy, jaxce.jensen_shannon_divergence
+        second = [lambda p, q, f=f, i=i: jax.jvp(jax.grad(f, i), (p, q), (v, v))[1] for f in of_both for i in (0, 1)]
+        return [(f(p, q), jax.jvp(f, (p, q), (v, v))[1]) for f in second]
+
+    p, q, v = jnp.array([0.5, 0.5, 0]), jnp.array([0.25, 0.75, 0]), jnp.array([1.0, 2, -3])
+    of_three, of_two = products(p, q, v), products(p[:2], q[:2], v[:2])
+    for got, right in zip(jax.tree.leaves(of_three), jax.tree.leaves(of_two), strict=True):
+        np.testing.assert_allclose(got, [*right, 0], rtol=1e-6)  # some roundings
+    x = jnp.array([0.0, 0, -200])
+    hessian = jax.hessian(lambda x: jaxce.jensen_shannon_divergence(jax.nn.softmax(x), jnp.array([0.5, 0.5, 0])))(x)
+    np.testing.assert_allclose(hessian, [[0.0625, -0.0625, 0], [-0.0625, 0.0625, 0], [0, 0, 0]], atol=1e-7)
