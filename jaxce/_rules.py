@@ -158,3 +158,37 @@ def scale(coefficient: Array, tangent: Array) -> Array:
     return (tangent * jnp.clip(coefficient, -most, most)) * jnp.where(jnp.isinf(coefficient), most, 1).astype(
         coefficient.dtype
     )
+
+
+_product = Primitive("product")
+
+
+def product(x: Array, y: Array) -> Array:
+    """x * y, where 0 times anything is 0, infinity and NaN included, in derivatives of every order and both modes.
+
+    A plain product of two arrays makes NaN of 0 * inf, in the derivative as well: what has no weight has a cotangent of 0.
+    A selection of the result is no way out, as it isn't linear in the tangent. So it is a bilinear primitive.
+    """
+    if jax.typeof(x) != jax.typeof(y):  # varying over other axes of a mesh: a selection makes them alike
+        x, y = jnp.where(True, x, y), jnp.where(True, y, x)
+    return _product.bind(x, y)
+
+
+def _evaluate_product(x: Array, y: Array) -> Array:
+    return jnp.where((x == 0) | (y == 0), 0, x * y)
+
+
+def _batch_product(args: Any, axes: Any) -> tuple[Array, int]:
+    size = next(x.shape[a] for x, a in zip(args, axes, strict=True) if a is not None)
+    x, y = (
+        jnp.broadcast_to(x, (size, *x.shape)) if a is None else jnp.moveaxis(x, a, 0)
+        for x, a in zip(args, axes, strict=True)
+    )
+    return product(x, y), 0
+
+
+_product.def_impl(jax.jit(_evaluate_product))
+_product.def_abstract_eval(lambda x, y: x)
+ad.defbilinear(_product, lambda ct, x, y: product(ct, y), lambda ct, x, y: product(x, ct))
+batching.primitive_batchers[_product] = _batch_product
+mlir.register_lowering(_product, mlir.lower_fun(_evaluate_product, multiple_results=False))
