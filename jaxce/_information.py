@@ -21,7 +21,7 @@ from jaxce._checks import Axis, compiled
 from jaxce._logits import AnyLogits, NotArray
 from jaxce._measures import ENTROPY, Class, Measure, Slope, measure, replaced, sum_of
 from jaxce._mesh import on_each_device
-from jaxce._rules import custom_jvp, largest, scale
+from jaxce._rules import custom_jvp, largest, product
 from jaxce._statistics import read_logits
 
 
@@ -227,7 +227,7 @@ def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
     value = _mutual_information(joint)
     x, y, total = _marginals(joint)
     slope = _terms.ratio(_terms.log_ratio_to_product(joint, x, y, total) - value[..., None, None], total)
-    return value, jnp.sum(scale(slope, tangent), (-2, -1))
+    return value, jnp.sum(product(slope, tangent), (-2, -1))
 
 
 @compiled("axis", "base")

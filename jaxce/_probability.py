@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from jaxce import _checks, _platforms
 from jaxce._checks import Axis, compiled
-from jaxce._rules import custom_jvp, scale
+from jaxce._rules import custom_jvp, product
 from jaxce._terms import (
     bregman_from,
     log1p,
@@ -59,7 +59,7 @@ def _kl_term(log_q: Array, t: Array) -> Array:
 @_kl_term.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     log_q, t = primals
-    return _kl_term(log_q, t), -t * tangents[0] + scale(_log_ratio(log_q, t) + _there(log_q, t), tangents[1])
+    return _kl_term(log_q, t), -t * tangents[0] + product(_log_ratio(log_q, t) + _there(log_q, t), tangents[1])
 
 
 @custom_jvp
@@ -73,7 +73,7 @@ def _log_target_term(log_q: Array, log_t: Array) -> Array:
 @_log_target_term.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     term, t = _log_target_term(*primals), jnp.exp(primals[1])
-    return term, -t * tangents[0] + scale(term + t, tangents[1])
+    return term, -t * tangents[0] + product(term + t, tangents[1])
 
 
 @custom_jvp
@@ -86,7 +86,7 @@ def _generalized_kl_term(log_q: Array, t: Array) -> Array:
 def _(primals: Any, tangents: Any) -> Any:
     log_q, t = primals
     slope = jnp.exp(log_q) - t
-    return _generalized_kl_term(log_q, t), slope * tangents[0] + scale(_log_ratio(log_q, t), tangents[1])
+    return _generalized_kl_term(log_q, t), slope * tangents[0] + product(_log_ratio(log_q, t), tangents[1])
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------

@@ -42,12 +42,12 @@ class custom_jvp:  # named as JAX's, whose place it takes
     ) -> None:
         """Sets the derivative by each argument of an elementwise function; None by one that only says another more exactly.
 
-        They are multiplied with tangents by `scale`, unless ``times`` says otherwise.
+        They are multiplied with tangents by `product`, unless ``times`` says otherwise.
         """
 
         def rule(primals: Any, tangents: Any) -> Any:
             pairs = zip(slopes(*primals), tangents, strict=True)
-            terms = [(times or scale)(c, t) for c, t in pairs if c is not None and not _is_zero(t)]
+            terms = [(times or product)(c, t) for c, t in pairs if c is not None and not _is_zero(t)]
             out = self(*primals)
             return out, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(out)
 
@@ -196,9 +196,6 @@ _product.def_abstract_eval(lambda x, y: x)
 ad.defbilinear(_product, lambda ct, x, y: product(ct, y), lambda ct, x, y: product(x, ct))
 batching.primitive_batchers[_product] = _batch_product
 mlir.register_lowering(_product, mlir.lower_fun(_evaluate_product, multiple_results=False))
-
-
-scale = product
 
 
 @custom_jvp

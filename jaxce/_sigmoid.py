@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from jaxce import _checks, _platforms
 from jaxce._checks import NOT_NEGATIVE, SHARE, compiled
-from jaxce._rules import custom_jvp, largest, scale
+from jaxce._rules import custom_jvp, largest, product
 from jaxce._terms import neg_log, ratio
 
 
@@ -103,7 +103,7 @@ def _binary_cross_entropy_jvp(primals: tuple[Array, Array], tangents: tuple[Arra
     # Read and cast again: else XLA:CPU would store what the loss and its gradient have in common.
     x, t = _checks.upcast(*_platforms.reread(primals))
     dx, dt = _checks.upcast(*tangents)
-    return _binary_cross_entropy(*primals), _slope(x, t) * dx + scale(-x, dt)
+    return _binary_cross_entropy(*primals), _slope(x, t) * dx + product(-x, dt)
 
 
 # --- weighted and smoothed: each part by itself, so that neither loses digits to the other ---
@@ -137,8 +137,8 @@ def _weighted_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tu
     (x, t), (_, _, w, a) = _platforms.reread(primals[:2]), primals  # as in _binary_cross_entropy
     dx, dt, dw, da = tangents
     (yes, no), (p, not_p) = _smoothed(t, a), _sigmoids(x)
-    by_label = scale(_times(w, _cost(-x)) - _cost(x), (1 - a) * dt + (0.5 - t) * da)
-    return _weighted(*primals), (no * p - w * yes * not_p) * dx + by_label + scale(_cost(-x), yes * dw)
+    by_label = product(_times(w, _cost(-x)) - _cost(x), (1 - a) * dt + (0.5 - t) * da)
+    return _weighted(*primals), (no * p - w * yes * not_p) * dx + by_label + product(_cost(-x), yes * dw)
 
 
 # --- focal: the loss times (1 - p_t)^gamma, with p_t the probability of the label ---

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxce._rules import custom_jvp, largest
+from jaxce._rules import custom_jvp, largest, product
 
 
 @custom_jvp
@@ -70,15 +70,6 @@ def weighed(weight: Array, log_x: Array) -> Array:
 def there(p: Array, q: Array) -> Array:
     """1, and 0 for a class that isn't there: where both are 0."""
     return jnp.where((p == 0) & (q == 0), 0, 1).astype(p.dtype)
-
-
-@custom_jvp
-def product(x: Array, y: Array) -> Array:
-    """x y. d/dx = y, d/dy = x."""
-    return x * y
-
-
-product.defslopes(lambda x, y: (y, x))
 
 
 @custom_jvp
