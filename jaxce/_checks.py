@@ -523,7 +523,7 @@ def option(function: str, argument: str, value: Any, kind: Number) -> Any:
             raise ArgumentValueError(f"{function}: {argument} must be {kind.expected}, got {value!r}")
         return None if value == kind.neutral else float(value)
     if kind.broadcasts:
-        value = _host_array(function, argument, value)
+        value = _host_array(argument, value)
     if not hasattr(value, "dtype"):
         raise ArgumentTypeError(f"{function}: {argument} must be {kind.expected}, got {value!r}")
     array = jnp.asarray(value)
