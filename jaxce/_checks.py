@@ -247,7 +247,7 @@ def labels_hint(labels: tuple[int, ...], shape: tuple[int, ...], class_axes: tup
 
 
 def option(function: str, argument: str, value: Any, kind: Number) -> Any:
-    """An option: a Python number, checked, or an array, without axes but where it broadcasts; None if it makes no difference."""
+    """An option: a Python number, checked, or an array, with axes if it broadcasts; None if it makes no difference."""
     if value is None:
         return None
     if isinstance(value, int | float | np.number) and not isinstance(value, bool):
