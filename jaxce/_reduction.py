@@ -45,7 +45,8 @@ def weighted_mean(
 
     with derivatives w_i / sum(w) by a loss and (l_i - mean) / sum(w) by a weight, all 0 where the denominator is 0.
     A loss of weight 0 may be NaN or infinite: it is selected away before anything is multiplied, and reaches neither the
-    mean nor the gradient by losses and weights (its own weight has derivative 0, too). Weights may be negative. No losses at all have the mean 0.
+    mean nor the gradient by losses and weights (its own weight has derivative 0, too). Weights may be negative. No losses
+    at all have the mean 0.
 
     But what a NaN was computed from gets a gradient of NaN all the same: 0 times the NaN that is the loss's own
     derivative. Labels of -100 and missing targets make such losses: the mean is right, and the gradient by the logits

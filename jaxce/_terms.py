@@ -202,7 +202,7 @@ def _parts_of_product(p: Array, x: Array, y: Array, total: Array) -> tuple[Array
     share = ratio(x, total)
     difference = _less_product(p, share, y)
     s = difference / jnp.maximum(p + share * y, _tiny(p))
-    return difference, s, jnp.log(ratio(ratio(p, x), ratio(y, total)))
+    return difference, s, jnp.log(ratio(p, x) * ratio(total, y))
 
 
 @custom_jvp

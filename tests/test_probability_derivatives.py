@@ -82,7 +82,7 @@ def of_generalized_kl(log_q: Number, t: Number) -> Exact:
 
 
 class Term(NamedTuple):
-    """A function of two arrays of classes, what a class adds, and the sizes in which its numbers are exact, if not their own."""
+    """A function of two arrays of classes, what a class adds, and the sizes of what its numbers are made of."""
 
     call: Callable[..., jax.Array]
     exact: Callable[[Number, Number], Exact]

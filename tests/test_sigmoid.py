@@ -193,7 +193,7 @@ def test_focal_derivatives(gamma: float) -> None:
 
 
 def exact_focal(x: float, t: float, gamma: float) -> list[list[Any]]:
-    """The derivatives by x and t, and by x twice, x and t, t twice, with m = 1 - p_t and c the cross-entropy: their parts."""
+    """The parts of the derivatives by x, t, x twice, x and t, t twice; m is 1 - p_t and c the cross-entropy."""
     b, g = mpmath.mpf(t), mpmath.mpf(gamma)
     p, not_p = 1 / (1 + mpmath.exp(-mpmath.mpf(x))), 1 / (1 + mpmath.exp(mpmath.mpf(x)))
     c = b * mpmath.log1p(mpmath.exp(-mpmath.mpf(x))) + (1 - b) * mpmath.log1p(mpmath.exp(mpmath.mpf(x)))
@@ -278,6 +278,32 @@ def test_focal_alpha_ignores_infinities_without_weight() -> None:
     assert sigmoid_focal_loss(x, t, alpha=1.0)[0] == 0
     assert sigmoid_focal_loss(x, t, alpha=0.0)[1] == 0
     assert jax.grad(lambda a: sigmoid_focal_loss(a, t, alpha=1.0).sum())(x)[0] == 0
+
+
+def test_focal_options_of_each_question() -> None:
+    """alpha and gamma may be arrays that broadcast to the logits: as many calls of numbers; with derivatives."""
+    rng = np.random.default_rng(7)
+    x, t = (jnp.asarray(a, jnp.float32) for a in (rng.normal(size=(4, 3)), rng.uniform(size=(4, 3))))
+    alpha: Any = [0.25, 0.5, 1.0]
+    gamma = np.float32([0, 1.5, 2])
+    got = sigmoid_focal_loss(x, t, alpha=alpha, gamma=gamma)
+    for k in range(3):
+        one = sigmoid_focal_loss(x[:, k], t[:, k], alpha=alpha[k], gamma=float(gamma[k]))
+        np.testing.assert_allclose(got[:, k], one, rtol=1e-6)  # of constants XLA makes other products
+    np.testing.assert_array_equal(
+        sigmoid_focal_loss(x, t, alpha=jnp.full((4, 1), 0.5)), sigmoid_focal_loss(x, t, alpha=0.5)
+    )
+    slopes = jax.grad(lambda a, g: sigmoid_focal_loss(x, t, alpha=a, gamma=g).sum(), (0, 1))(jnp.asarray(alpha), gamma)
+    p = 1 / (1 + np.exp(-np.float64(x)))
+    label, plain = np.float64(t), np.float64(sigmoid_focal_loss(x, t, gamma=gamma))
+    by_gamma = np.float64(got) * np.log((1 - label) * p + label * (1 - p))
+    for slope, right in zip(slopes, ((2 * label - 1) * plain, by_gamma), strict=True):
+        np.testing.assert_allclose(slope, right.sum(0), rtol=1e-5, atol=1e-6)  # sums of 4
+    wrong: Any
+    for wrong in ([0.25, 0.5], np.ones((1, 4, 3)), ["a", "b", "c"]):
+        for option in ("alpha", "gamma"):
+            with pytest.raises((TypeError, ValueError), match=f"sigmoid_focal_loss: {option} must"):
+                sigmoid_focal_loss(x, t, **{option: wrong})
 
 
 def test_dtypes() -> None:
