@@ -257,6 +257,7 @@ class Number(NamedTuple):
     expected: str
     valid: Callable[[float], bool] = math.isfinite
     neutral: float | None = 0.0
+    broadcasts: bool = False  # whether it may be an array of numbers as well
 
 
 SHARE = Number("a number in [0, 1]", lambda a: 0 <= a <= 1)
@@ -395,9 +396,9 @@ def array(function: str, argument: str, value: ArrayLike) -> Array:
 
 
 def floating(function: str, argument: str, value: ArrayLike) -> Array:
-    """``value`` as an array of floating-point numbers. A Python integer is one, an array of integers isn't."""
-    array = _array(function, argument, value, jnp.number, "a floating-point array")
-    if jnp.issubdtype(array.dtype, jnp.integer) and array.ndim == 0 and array.weak_type:
+    """``value`` as an array of floating-point numbers; a single number may be an integer."""
+    array = _array(function, argument, value, np.generic, "a floating-point array")
+    if array.ndim == 0 and jnp.issubdtype(array.dtype, jnp.integer):
         array = lax.convert_element_type(array, float)
     order = f"{{{argument}}} come first, {{labels}} second"
     array = _array(function, argument, array, jnp.floating, "a floating-point array", order)
@@ -514,19 +515,21 @@ def labels_hint(labels: tuple[int, ...], shape: tuple[int, ...], class_axes: tup
 
 
 def option(function: str, argument: str, value: Any, kind: Number) -> Any:
-    """An option: a number, checked, or an array that is a scalar; None if it makes no difference."""
+    """An option: a number, checked, or an array, with axes if it broadcasts; None if it makes no difference."""
     if value is None:
         return None
     if isinstance(value, int | float | np.number) and not isinstance(value, bool):
         if not kind.valid(float(value)):
             raise ArgumentValueError(f"{function}: {argument} must be {kind.expected}, got {value!r}")
         return None if value == kind.neutral else float(value)
+    if kind.broadcasts:
+        value = _host_array(argument, value)
     if not hasattr(value, "dtype"):
         raise ArgumentTypeError(f"{function}: {argument} must be {kind.expected}, got {value!r}")
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating) and not jnp.issubdtype(array.dtype, jnp.integer):
         raise ArgumentTypeError(f"{function}: {argument} must be {kind.expected}, got {describe(array)}")
-    if array.ndim:
+    if array.ndim and not kind.broadcasts:
         raise ArgumentValueError(f"{function}: {argument} must be a scalar, got {describe(array)}")
     return array
 
