@@ -396,10 +396,10 @@ def array(function: str, argument: str, value: ArrayLike) -> Array:
 
 
 def floating(function: str, argument: str, value: ArrayLike) -> Array:
-    """``value`` as an array of floating-point numbers. A single integer is one, an array of integers isn't."""
-    array = _array(function, argument, value, jnp.number, "a floating-point array")
-    if jnp.issubdtype(array.dtype, jnp.integer) and array.ndim == 0:
-        array = lax.convert_element_type(array, jnp.result_type(float))
+    """``value`` as an array of floating-point numbers; a single number may be an integer."""
+    array = _array(function, argument, value, np.generic, "a floating-point array")
+    if array.ndim == 0 and jnp.issubdtype(array.dtype, jnp.integer):
+        array = lax.convert_element_type(array, float)
     order = f"{{{argument}}} come first, {{labels}} second"
     array = _array(function, argument, array, jnp.floating, "a floating-point array", order)
     if array.dtype.itemsize == 1:  # neither the range nor, on every device, an exact path to float32
@@ -515,7 +515,7 @@ def labels_hint(labels: tuple[int, ...], shape: tuple[int, ...], class_axes: tup
 
 
 def option(function: str, argument: str, value: Any, kind: Number) -> Any:
-    """An option: a number, checked, or an array: a scalar, unless it broadcasts; None if it makes no difference."""
+    """An option: a number, checked, or an array, with axes if it broadcasts; None if it makes no difference."""
     if value is None:
         return None
     if isinstance(value, int | float | np.number) and not isinstance(value, bool):

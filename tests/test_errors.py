@@ -50,8 +50,8 @@ VALID: dict[str, tuple[tuple[Any, ...], tuple[str, ...], str | None]] = {
     "cross_entropy": ((P, T), ("p", "q"), "exact"),
     "relative_entropy": ((P, T), ("p", "q"), "exact"),
     "jensen_shannon_divergence": ((P, T), ("p", "q"), "exact"),
-    "mutual_information": ((P,), ("joint",), None),
-    "differential_entropy": ((jnp.arange(10.0),), ("samples",), None),
+    "mutual_information": ((P,), (), None),
+    "differential_entropy": ((jnp.arange(10.0),), (), None),
     "entropy_with_logits": ((X,), ("logits",), None),
     "cross_entropy_with_logits": ((X, X), ("p_logits", "q_logits"), "exact"),
     "relative_entropy_with_logits": ((X, X), ("p_logits", "q_logits"), "exact"),
@@ -69,7 +69,7 @@ VALID: dict[str, tuple[tuple[Any, ...], tuple[str, ...], str | None]] = {
     "negative_binomial_nll": ((X, X, INTS), ("log_mean", "log_concentration"), None),
     "multivariate_normal_nll": ((X, jnp.eye(3), X), ("location", "scale_tril"), None),
     "mixture_nll": ((X, X), ("log_weights", "component_nll"), None),
-    "weighted_mean": ((X, P), ("losses",), None),
+    "weighted_mean": ((X, P), (), None),
     "perplexity": ((X,), ("nll",), None),
     "bits_per": ((X, jnp.ones((2, 3), "int32")), ("nll",), None),
 }
@@ -465,9 +465,8 @@ def test_integers_of_any_kind_are_numbers(two: Any) -> None:
     same(lambda n: jaxce.entropy(P, base=n))
     same(lambda n: jaxce.weighted_mean(X + T, n, normalizer=n))
     same(lambda n: jaxce.bits_per(X + T, n))
-    if not isinstance(two, np.ndarray | jax.Array):
-        same(lambda n: jaxce.perplexity(n))
-        same(lambda n: jaxce.gaussian_nll(n, n, n + 1))
+    same(lambda n: jaxce.perplexity(n))
+    same(lambda n: jaxce.gaussian_nll(n, n, n + 1))
     if not isinstance(two, np.floating):
         same(lambda n: jaxce.entropy(jnp.ones((1, 1, 3)), axis=n), as_float=False)
         same(lambda n: jaxce.entropy(jnp.ones((1, 1, 3)), axis=[n, 0]), as_float=False)
