@@ -51,7 +51,7 @@ def draw(output: Path) -> None:
     """The picture as an SVG file."""
     plt.style.use(ROOT / "notebooks" / "style.mplstyle")
     plt.rcParams.update({"svg.hashsalt": "jaxce", "font.size": 9, "axes.titlesize": 9.5})
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 2.5), width_ratios=(1.5, 1, 1))
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(8, 2.5), width_ratios=(1.5, 1, 1))
 
     margins = jnp.linspace(0, 60, 241)
     logits, labels = jnp.stack([margins, jnp.zeros_like(margins)], axis=-1), jnp.zeros(len(margins), int)
@@ -80,7 +80,7 @@ def draw(output: Path) -> None:
         ax.tick_params(axis="y", length=0)
     right.set_yticklabels([])
     fig.supxlabel(
-        "Right: loss of a language model with both gradients, 8192 tokens x 2048 features x 128256 words, bfloat16, H100",
+        "A language model's loss and both gradients: 8192 tokens, 128256 words, bfloat16, H100",
         fontsize=8,
         x=0.99,
         ha="right",
