@@ -21,11 +21,12 @@ measure               value                         :math:`f_k`        :math:`F`
 `LOG_NORMALIZER`      :math:`m + L`                 0                  -1                -1
 `NLL`                 :math:`g_y + L`               :math:`-[k = y]`   -1                0 if y is the top, else -1
 `GIVEN`, `UNIFORM`    :math:`A + T L`               :math:`-t_k`       :math:`-T`        -T without the top
-`ENTROPY`             :math:`h / (1 + s) + L`       :math:`p_k g_k`    :math:`h/(1+s)`   :math:`h / (1 + s)`
+`ENTROPY`             :math:`h / (1 + s) + L`       :math:`p_k g_k`    :math:`h/(1+s)`   not needed: f is 0 at the top
 `sum_of` a term       a second sum, p being known   its derivative     another sum       another sum
 ====================  ============================  =================  ================  ==================================
 
-(To all :math:`f_k` may be added a multiple of :math:`p_k`, and to F and R what these add up to: it drops out, too.)
+(To all :math:`f_k` may be added a multiple of :math:`p_k`, and to F and R what these add up to: it drops out, too. That is
+how the entropy comes by gaps in place of :math:`-\log p_k`.)
 """
 
 from __future__ import annotations
