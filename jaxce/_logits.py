@@ -43,8 +43,8 @@ class LinearLogits:
       class_axis: the kernel's axis of classes; 0 for a kernel of shape [classes, features], such as a tied embedding.
       soft_cap: a positive number that no logit's magnitude exceeds.
       temperature: a positive number by which hW + b is divided.
-      block_size: how many classes at a time. By default an eighth of them, at least 2048 and at most 8192, and fewer
-        where the rows of a device make that more than 2^26 logits, but at least 512.
+      block_size: how many classes at a time. By default an eighth of them, between 2048 and 8192; where that makes more
+        than 2^26 logits with all rows of a device, these are taken in chunks, one after the other.
       axis_name: inside `jax.shard_map`, the mesh axis, or axes, over which the kernel's classes are sharded: kernel and
         bias are then this device's part, and hidden is the same on all devices of the axis. See `ShardedLogits`.
 

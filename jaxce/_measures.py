@@ -43,7 +43,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from jaxce import _mesh, _platforms
-from jaxce._passes import Inputs, Spec, add_up, along, block_of, logits_of, state_of
+from jaxce._passes import Inputs, Spec, add_up, along, block_of, by_rows, logits_of, state_of
 from jaxce._rules import custom_jvp, largest, weigh
 from jaxce._state import Ask, State, Targets, beside, targets_of, there
 
@@ -326,7 +326,11 @@ def measure(
     specs: tuple[Spec, ...], inputs: tuple[Inputs, ...], measures: tuple[Measure, ...], *options: Array
 ) -> tuple[tuple[Array, ...], tuple[State, ...]]:
     """The measures, which are differentiable, and the states of the rows of each softmax, which aren't."""
-    return _measure(specs, measures, inputs, options)
+
+    def whole(*inputs: Inputs) -> Any:
+        return _measure(specs, measures, inputs, options)
+
+    return by_rows(max(spec.chunks for spec in specs), inputs, whole)
 
 
 @partial(custom_jvp, nondiff_argnums=(0, 1))

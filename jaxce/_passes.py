@@ -38,11 +38,6 @@ ALONG_CLASSES = {"array": -1, "kernel": None, "bias": 0, "classes": 0, "entries"
 """The axis of classes of each input that has one; that of a kernel is its own."""
 
 
-OF_ROWS = {name: 1 for name in ("array", "logits", "hidden", "entries", "targets", "chosen", "shares")}
-OF_ROWS |= {"rows": 0, "labels": 0}
-"""The inputs that have axes of rows, and how many axes they have beside those."""
-
-
 class Spec(NamedTuple):
     """What is fixed while tracing."""
 
@@ -53,6 +48,7 @@ class Spec(NamedTuple):
     class_axis: int = -1  # of the kernel
     half: bool = False  # whether hidden and kernel are bfloat16
     axis_name: AxisName | None = None  # over which the classes are sharded
+    chunks: int = 1  # of rows, one after the other, where a block of all of them would be too large
     ask: Ask = Ask()
 
     @property
@@ -257,3 +253,44 @@ def along(function: Callable[[Inputs], Any], part: Inputs, dpart: Inputs, *names
     if not tangents:
         return function(part), None
     return jax.jvp(lambda varying: function(part | varying), ({n: part[n] for n in tangents},), (tangents,))
+
+
+# ------------------------------------------------------------------------------------------------------- chunks of rows
+
+
+def split_rows(x: Array, chunks: int) -> Array:
+    """Rows [rows, ...] as [chunks, rows of a chunk, ...], the last filled up with zeros.
+
+    A chunk has every so many rows, a part of what each device holds of them.
+    """
+    size = -(-x.shape[0] // chunks)
+    x = jnp.pad(x, [(0, size * chunks - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+    return jnp.moveaxis(x.reshape(size, chunks, *x.shape[1:]), 1, 0)
+
+
+def join_rows(x: Array, rows: int) -> Array:
+    """What `split_rows` has split."""
+    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])[:rows]
+
+
+OF_ROWS = {name: 1 for name in ("array", "logits", "hidden", "entries", "targets", "chosen", "shares")}
+OF_ROWS |= {"rows": 0, "labels": 0}
+"""The inputs that have axes of rows, and how many axes they have beside those."""
+
+
+def by_rows(chunks: int, inputs: tuple[Inputs, ...], function: Callable[..., Any]) -> Any:
+    """function(*inputs), whose results have the axes of rows, by chunks of the rows."""
+    if chunks == 1:
+        return function(*inputs)
+    first = inputs[0]
+    batch = (first["hidden"] if "hidden" in first else first["array"]).shape[:-1]
+    rows = int(np.prod(batch))
+
+    def split(name: str, x: Array) -> Array:
+        trailing = x.shape[x.ndim - OF_ROWS[name] :]
+        return split_rows(jnp.broadcast_to(x, (*batch, *trailing)).reshape(rows, *trailing), chunks)
+
+    chunked = tuple({n: split(n, x) for n, x in i.items() if n in OF_ROWS} for i in inputs)
+    whole = tuple({n: x for n, x in i.items() if n not in OF_ROWS} for i in inputs)
+    out = lax.map(lambda chunk: function(*(c | w for c, w in zip(chunk, whole, strict=True))), chunked)
+    return jax.tree.map(lambda x: join_rows(x, rows).reshape(batch), out)

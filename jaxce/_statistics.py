@@ -20,10 +20,11 @@ from jaxce._passes import Inputs, Spec
 from jaxce._state import Ask, State
 
 BLOCK = 1 << 26
-"""About how many logits a block has at most, unless the logits say how many classes it has."""
+"""About how many logits a block has at most."""
 
-CLASSES = 512, 8192
-"""How many classes a block has at least and at most."""
+CLASSES = 2048, 8192
+"""How many classes a block has at least and at most, and between these an eighth of all, unless the logits say it. Rows too
+many for that come in chunks."""
 
 
 class Logits(NamedTuple):
@@ -138,12 +139,16 @@ def _read_linear(logits: LinearLogits, dtype: np.dtype, there: Array | None) -> 
         inputs["hidden"] = jnp.where(there[..., None], inputs["hidden"], 0)
     inputs["kernel"] = _mesh.gather_features(inputs["kernel"], logits.class_axis)
     strips = _mesh.strips(logits.classes)
-    least, most = CLASSES
+    length = logits.classes // strips
     rows = max(1, math.prod(logits.shape[:-1]) // _mesh.devices(AxisType.Auto))
-    eighth = max(2048, -(-logits.classes // 1024) * 128)  # so that a block of a small vocabulary saves memory, too
-    classes = logits.block_size or min(max(BLOCK // rows // 128 * 128, least), eighth, most)
-    size = min(logits.classes // strips, -(-classes // strips))
-    return Spec(dtype, logits.classes, size, strips, logits.class_axis, logits.half), inputs
+    if logits.block_size is None:
+        least, most = CLASSES
+        eighth = max(least // strips, -(-length // 1024) * 128)
+        size = min(length, most, eighth, max(most // strips, 128, BLOCK // (rows * strips) // 128 * 128))
+        chunks = -(-rows * strips * size // BLOCK)
+    else:
+        size, chunks = min(length, -(-logits.block_size // strips)), 1
+    return Spec(dtype, logits.classes, size, strips, logits.class_axis, logits.half, chunks=chunks), inputs
 
 
 _Nll = TypeVar("_Nll", bound=Array | None)

@@ -40,7 +40,7 @@ from jaxce._checks import AxisName, compiled
 from jaxce._logits import AnyLogits
 from jaxce._measures import NLL, measure, replaced, sum_of
 from jaxce._mesh import on_each_device
-from jaxce._passes import OF_ROWS, Inputs, Spec, add_up, reading
+from jaxce._passes import OF_ROWS, Inputs, Spec, add_up, by_rows, reading
 from jaxce._state import Ask, State, there
 from jaxce._statistics import read_logits
 
@@ -291,8 +291,8 @@ def _rows(
 @on_each_device("batch")
 def _examples(logits: Any, labels: Any, axis: int, where: Any, function: str, k: int | None, brier: bool) -> _Rows:
     z = read_logits(function, "logits", logits, axis, where).with_labels(function, labels)
-    spec = z.spec._replace(ask=Ask(prediction=True, squares=brier))
-    return _rows_of(spec, k, z.inputs)
+    spec = z.spec._replace(chunks=1, ask=Ask(prediction=True, squares=brier))
+    return by_rows(z.spec.chunks, (z.inputs,), functools.partial(_rows_of, spec, k))
 
 
 _SQUARES = sum_of(lambda c: c.p * c.p)
