@@ -279,7 +279,11 @@ OF_ROWS |= {"rows": 0, "labels": 0}
 
 
 def by_rows(chunks: int, inputs: tuple[Inputs, ...], function: Callable[..., Any]) -> Any:
-    """function(*inputs), whose results have the axes of rows, by chunks of the rows."""
+    """function(*inputs), whose results have the axes of rows, by chunks of the rows.
+
+    Fewer classes a block would do without. But a TPU keeps a chunk's hidden states on the chip: for 131072 rows of 256
+    features and 32768 classes blocks of 512 classes take 1.3 of the cycles (values) and 1.4 (gradients).
+    """
     if chunks == 1:
         return function(*inputs)
     first = inputs[0]
