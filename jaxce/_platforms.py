@@ -32,18 +32,17 @@ from jax import Array, lax
 from jaxce import _mesh
 from jaxce._state import Ask, Block, State, before, leaves, meet, meet_all
 
-_FEW = 10
-"""Up to so many classes meet one after the other on a CPU, too."""
+_PARTS = 8
+"""How many classes meet at once on a GPU, and one after the other on a CPU: of sixteen XLA:CPU makes no vectors."""
 
-_PARTS, _LANES = 8, 8
-"""Of how many parts of a row the classes meet on a CPU, and how many classes a part has at least."""
+_LANES, _FEW = 8, 11
+"""How many classes a part of a row has at least on a CPU, and how many meet at last with the rows as lanes at most."""
 
 _CACHE, _VECTOR = 1 << 18, 16
 """About how many logits a chunk of rows has on a CPU; and a multiple of so many rows, if it has as many."""
 
-_LONG, _SHORT = 4096, 512
-"""Rows that are longer than the first are cut into blocks on a GPU, none shorter than the second."""
-
+_SHORT = 512
+"""Shorter rows are one reduction on a GPU."""
 
 Inputs = dict[str, Array]
 Read = Callable[[Inputs], Block]
@@ -61,7 +60,7 @@ def over_classes(
     def reduction(inputs: Inputs) -> State:
         return meet_all(leaves(read(inputs), ask, dtype))
 
-    def in_blocks(inputs: Inputs) -> State:
+    def in_parts(inputs: Inputs) -> State:
         return _in_parts(read(inputs), ask, dtype)
 
     def in_lanes(inputs: Inputs) -> State:
@@ -70,7 +69,8 @@ def over_classes(
     shape = jax.eval_shape(read, inputs).x.shape
     if not _is_whole(shape, strips):
         return reduction(inputs)
-    return lax.platform_dependent(inputs, cpu=in_lanes, cuda=in_blocks, rocm=in_blocks, default=reduction)
+    gpu = reduction if shape[-1] < _SHORT else in_parts
+    return lax.platform_dependent(inputs, cpu=in_lanes, cuda=gpu, rocm=gpu, default=reduction)
 
 
 def rank(read: Read, inputs: Inputs, label: Array, of_rows: dict[str, int], dtype: np.dtype, strips: int = 1) -> Array:
@@ -87,8 +87,8 @@ def rank(read: Read, inputs: Inputs, label: Array, of_rows: dict[str, int], dtyp
 
 
 def _is_whole(shape: tuple[int, ...], strips: int) -> bool:
-    """Whether a device has all classes of a block of this shape in one piece, and more than a few."""
-    return shape[-1] > _FEW and strips == 1 and _mesh.devices() == 1 and math.prod(shape) > 0
+    """Whether a device has all classes of a block of this shape in one piece, and there is anything."""
+    return strips == 1 and _mesh.devices() == 1 and math.prod(shape) > 0
 
 
 def entry(x: Array, labels: Array, otherwise: Callable[[Array, Array], Array]) -> Array:
@@ -149,14 +149,11 @@ def _in_parts(block: Block, ask: Ask, dtype: np.dtype) -> State:
         return meet(*(of(i * size, (i + 1) * size, x, targets) for i in range(_PARTS)))
 
     given = block.x, block.targets
-    if classes < _SHORT:
-        state = meet_all(of(0, classes, *given))
-    else:
-        numbers, tree = jax.tree.flatten(jax.eval_shape(parts, *given))
-        numbers = [jax.tree.leaves(parts(*jax.tree.map(partial(_named, n), given)))[n] for n in range(len(numbers))]
-        state = meet_all(jax.tree.unflatten(tree, numbers))
-        if left:
-            state = meet(state, meet_all(of(_PARTS * size, classes, *given)))
+    numbers, tree = jax.tree.flatten(jax.eval_shape(parts, *given))
+    numbers = [jax.tree.leaves(parts(*jax.tree.map(partial(_named, n), given)))[n] for n in range(len(numbers))]
+    state = meet_all(jax.tree.unflatten(tree, numbers))
+    if left:
+        state = meet(state, meet_all(of(_PARTS * size, classes, *given)))
     return state if block.labels is None else state._replace(**_at_label(block, dtype))
 
 
@@ -219,17 +216,29 @@ def _rows_of_a_chunk(classes: int) -> int:
 def _in_lanes(block: Block, ask: Ask, dtype: np.dtype) -> State:
     """Eight parts of the classes meet, class by class, and so on; the last few of each row with the rows as lanes."""
     states, rest = leaves(block._replace(labels=None), ask, dtype), []
-
-    def part(first: int, last: int) -> State:
-        return jax.tree.map(lambda v: lax.slice_in_dim(v, first, last, axis=-1), states)
-
-    while (lanes := states.m.shape[-1] // _PARTS) >= _LANES:
-        rest.append(part(_PARTS * lanes, states.m.shape[-1]))
-        parts = jax.tree.map(lambda v: v.reshape(*v.shape[:-1], _PARTS, lanes), part(0, _PARTS * lanes))
-        states = meet_all(parts, axis=-2)
+    while states.m.shape[-1] >= _PARTS * _LANES:
+        states, left = _fold(states, -1)
+        rest.append(left)
     few = jax.tree.map(lambda *v: jnp.concatenate([jnp.moveaxis(u, -1, 0) for u in v]), states, *rest)
+    while few.m.shape[0] > _FEW:
+        few = jax.tree.map(lambda *v: jnp.concatenate(v), *_fold(few, 0))
     state = meet_all(few, axis=0)
     return state if block.labels is None else state._replace(**_at_label(block, dtype))
+
+
+def _fold(states: State, axis: int) -> tuple[State, State]:
+    """The states of an axis after eight equal parts of it have met, and those that are left over."""
+    axis %= states.m.ndim
+    count = states.m.shape[axis]
+    size = count // _PARTS
+
+    def part(first: int, last: int) -> State:
+        return jax.tree.map(lambda v: lax.slice_in_dim(v, first, last, axis=axis), states)
+
+    parts = jax.tree.map(
+        lambda v: v.reshape(*v.shape[:axis], _PARTS, size, *v.shape[axis + 1 :]), part(0, _PARTS * size)
+    )
+    return meet_all(parts, axis), part(_PARTS * size, count)
 
 
 def _at_label(block: Block, dtype: np.dtype) -> dict[str, Array]:
