@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
@@ -155,6 +155,7 @@ def scale(coefficient: Array, tangent: Array) -> Array:
     Multiplied in two steps by finite numbers, so it stays linear in the tangent and its transpose has the same property.
     """
     most = largest(coefficient)
-    return (tangent * jnp.clip(coefficient, -most, most)) * jnp.where(jnp.isinf(coefficient), most, 1).astype(
-        coefficient.dtype
-    )
+    ends = (jnp.asarray(x, coefficient.dtype) for x in (-most, most))
+    # Not `jnp.clip`, of which the derivative multiplies an infinite tangent by 0.
+    finite = lax.clamp(next(ends), coefficient, next(ends))
+    return (tangent * finite) * jnp.where(jnp.isinf(coefficient), most, 1).astype(coefficient.dtype)
