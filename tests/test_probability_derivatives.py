@@ -352,3 +352,96 @@ def test_classes_that_are_not_there() -> None:
     x = jnp.array([0.0, 0, -200])
     hessian = jax.hessian(lambda x: jaxce.jensen_shannon_divergence(jax.nn.softmax(x), jnp.array([0.5, 0.5, 0])))(x)
     np.testing.assert_allclose(hessian, [[0.0625, -0.0625, 0], [-0.0625, 0.0625, 0], [0, 0, 0]], atol=1e-7)
+
+
+# --- rows that don't count --------------------------------------------------------------------------------------------
+
+
+GOOD = np.float32([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]]), np.float32([[0.3, 0.3, 0.4], [0.1, 0.2, 0.7]])
+ABSENT = np.float32([[0, 1, 0], [0, 0, 0], [0.5, 0, 0.5], [1, 0, 0]]), np.float32([[1, 0, 0], [0.5, 0.5, 0], [0, 1, 0], [0, 0, 0]])
+
+
+class Loss(NamedTuple):
+    """Losses of rows, and their arguments: of rows that count, and of rows that don't, most of which cost +inf."""
+
+    call: Callable[..., jax.Array]
+    good: tuple[np.ndarray, ...]
+    bad: tuple[np.ndarray, ...]
+
+
+def logs(arrays: tuple[np.ndarray, ...], *which: int) -> tuple[np.ndarray, ...]:
+    with np.errstate(divide="ignore"):
+        return tuple(np.log(a) if i in which else a for i, a in enumerate(arrays))
+
+
+def yes_and_no(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A row's sum of the losses of its questions."""
+    return lambda *args, where=None, **options: loss(
+        *args, where=None if where is None else where[:, None], **options
+    ).sum(-1)
+
+
+SIGMOID = np.float32([[2, -1, 0.5], [-3, 0, 1]]), np.float32([[1, 0, 0.3], [0, 1, 0.5]])
+FAR = np.float32([[INF, -INF, 3e38], [INF, 200, -200], [-INF, -3e38, 90], [INF, -INF, 0]]), np.float32(
+    [[0, 1, 0], [0.5, 0, 1], [0.5, 1, 0], [1, 0, 0]]
+)
+OPTIONS = np.float32([[0.25], [0.5]]), np.float32([[2], [0.5]])
+MORE = np.float32([[0.25], [0], [1], [0.5]]), np.float32([[2], [0.5], [0.3], [1]])
+
+
+LOSSES = {
+    "entropy": Loss(jaxce.entropy, GOOD[:1], ABSENT[:1]),
+    "cross_entropy": Loss(jaxce.cross_entropy, GOOD, ABSENT),
+    "relative_entropy": Loss(jaxce.relative_entropy, GOOD, ABSENT),
+    "jensen_shannon_divergence": Loss(jaxce.jensen_shannon_divergence, GOOD, ABSENT),
+    "categorical_cross_entropy": Loss(jaxce.categorical_cross_entropy, GOOD, ABSENT),
+    "kl_divergence": Loss(jaxce.kl_divergence, logs(GOOD, 0), logs(ABSENT, 0)),
+    "kl_divergence_with_log_targets": Loss(jaxce.kl_divergence_with_log_targets, logs(GOOD, 0, 1), logs(ABSENT, 0, 1)),
+    "generalized_kl_divergence": Loss(jaxce.generalized_kl_divergence, logs(GOOD, 0), logs(ABSENT, 0)),
+    "binary_cross_entropy": Loss(yes_and_no(jaxce.binary_cross_entropy), GOOD, ABSENT),
+    "sigmoid_binary_cross_entropy": Loss(yes_and_no(jaxce.sigmoid_binary_cross_entropy), SIGMOID, FAR),
+    "sigmoid_binary_cross_entropy, weighted": Loss(
+        lambda x, t, w, where=None: yes_and_no(jaxce.sigmoid_binary_cross_entropy)(x, t, where=where, pos_weight=w),
+        (*SIGMOID, OPTIONS[1]),
+        (*FAR, MORE[0]),
+    ),
+    "sigmoid_focal_loss": Loss(
+        lambda x, t, a, g, where=None: yes_and_no(jaxce.sigmoid_focal_loss)(x, t, alpha=a, gamma=g, where=where),
+        (*SIGMOID, *OPTIONS),
+        (*FAR, *MORE),
+    ),
+}
+
+
+@pytest.mark.parametrize("by", ["where", "mean", "both"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_that_do_not_count_leave_no_trace(name: str, by: str) -> None:
+    """In no derivative, by anything: not if their loss is +inf, and `where` may even leave out NaN."""
+    call, good, bad = LOSSES[name]
+    counts = np.array([True, False, False, True, False, False])
+    every = tuple(np.zeros((6, *a.shape[1:]), "float32") for a in good)
+    for a, few, others in zip(every, good, bad, strict=True):
+        a[counts], a[~counts] = few, others
+        if by == "where":
+            a[2] = np.nan
+    rng = np.random.default_rng(0)
+    along = tuple(rng.normal(size=a.shape).astype("float32") for a in every)
+
+    @quick
+    def derivatives(args: Any, v: Any, where: Any) -> Any:
+        def mean(*args: Any) -> Any:
+            losses = call(*args, where=where) if by != "mean" and where is not None else call(*args)
+            return jaxce.weighted_mean(losses, None if where is None else where)
+
+        first = jax.grad(mean, tuple(range(len(args))))
+        back = jax.grad(lambda *args: sum(jnp.vdot(a, b) for a, b in zip(first(*args), v, strict=True)), tuple(range(len(args))))
+        return first(*args), jax.jvp(first, args, v)[1], back(*args), jax.jvp(mean, args, v)[1]
+
+    got = derivatives(every, along, counts)
+    right = derivatives(good, tuple(v[counts] for v in along), None)
+    for parts, expected in zip(got[:3], right[:3], strict=True):
+        for a, b in zip(parts, expected, strict=True):
+            np.testing.assert_array_equal(np.asarray(a)[~counts], 0)
+            np.testing.assert_allclose(np.asarray(a)[counts], b, rtol=1e-5, atol=1e-6)  # sums of products
+    if by != "mean":
+        np.testing.assert_allclose(got[3], right[3], rtol=1e-5, atol=1e-6)
