@@ -10,8 +10,8 @@ of those. What would make the result larger than every argument, such as predict
 error, since the result [N, N] is rarely meant. For a mixture give observations an axis of their own: ``x[:, None]``.
 
 Values and all derivatives are exact over the whole range of the log-parameters for which the result itself is a finite
-number of the dtype, such as scales of exp(-170) in float32. Errors are given in ulp (units in the last place) of the largest
-term of a value, and of the largest term of an entry of a gradient.
+number of the dtype, such as scales of exp(-170) in float32. Errors are given in ulp (units in the last place) of the
+largest term of a value, and of the largest term of an entry of a gradient.
 """
 
 from __future__ import annotations
@@ -408,13 +408,12 @@ def gaussian_relative_entropy(
 ) -> Array:
     r"""Relative entropy (Kullback-Leibler divergence) of two normal distributions.
 
-    .. math:: D(p \| q) = \lograc{\sigma_q}{\sigma_p} + rac{\sigma_p^2 + (m_p - m_q)^2}{2 \sigma_q^2} - rac12
+    .. math:: D(p \| q) = \log\frac{\sigma_q}{\sigma_p} + \frac{\sigma_p^2 + (m_p - m_q)^2}{2 \sigma_q^2} - \frac12
 
-    With the standard normal distribution as q, the default, its sum over the latent variables is the term that a variational
-    autoencoder adds to its reconstruction loss; the KL of normal distributions with diagonal covariance is the same sum.
-    It is computed as :math:`	frac12 z^2 + 	frac12 (e^{2\delta} - 1 - 2\delta)` with :math:`z = (m_p - m_q) / \sigma_q` and
-    :math:`\delta = \log\sigma_p - \log\sigma_q`, of which neither is negative, so it stays exact where both distributions
-    are nearly equal. Value and gradient are right to 8 ulp.
+    With the standard normal distribution as q, the default, the sum over the latent variables is the term that a
+    variational autoencoder adds to its reconstruction loss. It is computed as :math:`\tfrac12 z^2 + \tfrac12 (e^{2\delta}
+    - 1 - 2\delta)`, :math:`z = (m_p - m_q) / \sigma_q`, :math:`\delta = \log\sigma_p - \log\sigma_q`. Neither part is
+    negative, so nothing is lost where the distributions are nearly equal. Value and gradient are right to 8 ulp.
 
     Args:
         p_location: the mean of p.
@@ -519,7 +518,9 @@ def _student_t_tail_slopes(d: Array, log_scale: Array, log_df: Array) -> tuple[A
     lost = product(product(root, root), share)
     far = _times_exp(over_d, log_df) + product(over_d, share) - product(over_d, lost)
     by_d = by_d + product(far, lax.sign(d))
-    by_scale = (z2 - product(product(zq, zq), none)) + product(q2, none) + (jnp.where(near, 0, _exp(log_df)) - lost + share)
+    by_scale = (
+        (z2 - product(product(zq, zq), none)) + product(q2, none) + (jnp.where(near, 0, _exp(log_df)) - lost + share)
+    )
     curved = product(product(zq, zq), _log1p_excess(q2)) + _times_exp(log_total - share, log_df)
     return by_d, -by_scale, 0.5 * (curved - (product(q2, none) + share))
 
@@ -830,29 +831,31 @@ def negative_binomial_nll(
 def multivariate_normal_nll(
     location: ArrayLike, scale_tril: ArrayLike, x: ArrayLike, *, full: bool = True, where: ArrayLike | None = None
 ) -> Array:
-    r"""Normal distribution of a vector whose covariance is :math:`L L^\top`.
+    r"""Negative log-likelihood of a multivariate normal distribution with covariance :math:`L L^\top`.
 
     .. math:: \tfrac12 |z|^2 + \sum_i \log L_{ii} + \tfrac n2 \log 2\pi, \qquad L z = x - m
 
-    As exact as the triangular solution, whose error grows with the condition of L: 8 ulp in one dimension.
+    It is as exact as the triangular solve, whose error grows with the condition number of L: 8 ulp in one dimension.
 
     Args:
         location: the mean m, [..., n].
         scale_tril: L, [..., n, n], lower triangular with a positive diagonal (else NaN): the Cholesky factor of the
-            covariance. What stands above the diagonal is not read.
+            covariance. Entries above the diagonal are ignored.
         x: the observation, [..., n]. The batch axes of all three broadcast.
-        full: whether to add the constant.
-        where: which vectors take part: booleans or integers (what isn't 0) with as many axes as the result, which
-            broadcast to it.
+        full: whether to include the constant n log(2 pi) / 2.
+        where: which vectors take part: booleans or integers (nonzero is True) with as many axes as the result, to which
+            they broadcast.
 
     Returns:
         One value per vector, in nats; half precision is computed and returned in float32.
 
-    >>> import jax.numpy as jnp, jaxce
-    >>> print(jaxce.multivariate_normal_nll(jnp.zeros(2), jnp.eye(2), jnp.array([3.0, 4.0]), full=False))
-    12.5
+    Examples:
+        >>> import jax.numpy as jnp, jaxce
+        >>> print(jaxce.multivariate_normal_nll(jnp.zeros(2), jnp.eye(2), jnp.array([3.0, 4.0]), full=False))
+        12.5
 
-    Reference: Anderson, "An Introduction to Multivariate Statistical Analysis" (2003), section 2.3.
+    References:
+        Anderson, "An Introduction to Multivariate Statistical Analysis" (2003), section 2.3.
     """
     function = "multivariate_normal_nll"
     m, scale = _checks.floating(function, "location", location), _checks.floating(function, "scale_tril", scale_tril)
@@ -862,16 +865,12 @@ def multivariate_normal_nll(
             raise ValueError(f"{function}: {name} must have at least one axis, got {array.dtype}[]")
     n = m.shape[-1]
     _checks.same_shape(function, "scale_tril", scale, (*scale.shape[:-2], n, n), "two last axes as long as location's")
-    d = jnp.subtract(*_broadcast(function, x=x, location=m))
-    _checks.same_shape(function, "x", d, (*d.shape[:-1], n), "as many entries as location")
-    d, scale = _checks.upcast(d, scale)
-    try:
-        batch = jnp.broadcast_shapes(d.shape[:-1], scale.shape[:-2])
-    except ValueError:
-        raise ValueError(
-            f"{function}: scale_tril must have batch axes that broadcast with {d.shape[:-1]}, got {scale.shape[:-2]}"
-        ) from None
-    d, scale = (jnp.expand_dims(v, range(len(batch) + core - v.ndim)) for v, core in ((d, 1), (scale, 2)))
+    _checks.same_shape(function, "x", x, (*x.shape[:-1], n), "as many entries as location")
+    vectors = {"location": (m, m.shape), "scale_tril": (scale, scale.shape[:-1]), "x": (x, x.shape)}
+    batch = _common_shape(function, vectors)[:-1]
+    m, scale, x = _upcast(m, scale, x)
+    m, scale, x = (jnp.expand_dims(v, range(len(batch) + core - v.ndim)) for v, core in ((m, 1), (scale, 2), (x, 1)))
+    d = x - m
     if (keep := _checks.where_elements(function, where, batch)) is not None:
         d = jnp.where(keep[..., None], d, 0)
         # A scale that several vectors share takes part if one of them does.
@@ -884,8 +883,9 @@ def multivariate_normal_nll(
     )
     z = solve(jnp.tril(scale), d)
     diagonal = jnp.diagonal(scale, axis1=-2, axis2=-1)
-    log_scale = jnp.sum(jnp.log(jnp.where(diagonal > 0, diagonal, jnp.nan)), axis=-1)
-    value = 0.5 * jnp.sum(z * z, axis=-1) + (jnp.broadcast_to(log_scale, batch) + (n * _HALF_LOG_2PI if full else 0))
+    log_scale = jnp.sum(_log(jnp.where(diagonal > 0, diagonal, jnp.nan)), axis=-1)
+    constant = n * _HALF_LOG_2PI if full else 0
+    value = 0.5 * jnp.sum(product(z, z), axis=-1) + (jnp.broadcast_to(log_scale, batch) + constant)
     return _checks.only(keep, value, 0)
 
 
@@ -893,26 +893,38 @@ def multivariate_normal_nll(
 def mixture_nll(
     log_weights: ArrayLike, component_nll: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
 ) -> Array:
-    r"""Mixture of distributions: :math:`-\log \sum_k w_k p_k = \log \sum_k e^{l_k} - \log \sum_k e^{l_k - \mathrm{nll}_k}`.
+    r"""Negative log-likelihood of a mixture of distributions.
+
+    .. math:: -\log \frac{\sum_k w_k p_k}{\sum_k w_k} = \log \sum_k e^{l_k} - \log \sum_k e^{l_k - \mathrm{nll}_k}
+
+    The gradient by component_nll is the posterior probability of each component (its responsibility). A component whose
+    posterior probability is 0 adds exactly 0 to every gradient, also when its own likelihood has an infinite one.
 
     Args:
-        log_weights: l, the logarithms of the weights or, the same, logits: they need not be normalised. A component at
-            -inf isn't there, whatever its likelihood.
-        component_nll: what the components say, of a shape that broadcasts with that of the weights. +inf is a density
+        log_weights: the logarithms of the weights w; logits do as well, as weights are normalised. A component at -inf is
+            ignored, whatever its likelihood. For weights that may be 0 write ``jnp.log(w + 1e-30)``, as the gradient of
+            ``jnp.log(w)`` at 0 is NaN in JAX.
+        component_nll: the negative log-likelihood of each component, which broadcasts with log_weights. +inf is a density
             of 0.
         axis: the axis of the components, or several.
-        where: what takes part, booleans or integers (what isn't 0): a mask of the batch shape says which rows, one with as
-            many axes as the components, to which it broadcasts, which of these. A row with none has nll 0.
+        where: what takes part, booleans or integers (nonzero is True): a mask of the batch shape says which rows do, one
+            with as many axes as component_nll, to which it broadcasts, which components. A row with none has the value 0.
 
     Returns:
         One value per example, of the shape without ``axis``; half precision is computed and returned in float32.
 
-    >>> import jax.numpy as jnp, jaxce
-    >>> nll = jaxce.gaussian_nll(jnp.array([-1.0, 1.0]), jnp.array([0.0, 0.0]), 1.0)
-    >>> print(jaxce.mixture_nll(jnp.log(jnp.array([0.25, 0.75])), nll))
-    1.1625
+    Examples:
+        Observations get an axis for the components, ``x[:, None]``:
 
-    Reference: Bishop, "Mixture Density Networks" (1994).
+        >>> import jax.numpy as jnp, jaxce
+        >>> x = jnp.array([1.0, 3.0])
+        >>> log_weights = jnp.log(jnp.array([[0.25, 0.75]]))
+        >>> nll = jaxce.gaussian_nll(jnp.array([[-1.0, 1.0]]), 0.0, x[:, None])
+        >>> print(jaxce.mixture_nll(log_weights, nll).round(4))
+        [1.1625 3.2058]
+
+    References:
+        Bishop, "Mixture Density Networks" (1994).
     """
     function = "mixture_nll"
     weights = _checks.floating(function, "log_weights", log_weights)
@@ -922,6 +934,9 @@ def mixture_nll(
     if where is not None:
         weights = jnp.where(_checks.where_entries(function, where, nll.shape, axes), weights, -jnp.inf)
     joint = weights - jnp.where(weights != -jnp.inf, nll, 0)
+    # Components whose posterior is 0 in this dtype are selected away, as their tangents may be infinite.
+    least = jnp.max(lax.stop_gradient(joint), axes, keepdims=True) + math.log(float(jnp.finfo(joint.dtype).tiny))
+    joint = jnp.where(joint < least, -jnp.inf, joint)
     total = logsumexp(weights, axis)
     some = total != -jnp.inf
     return jnp.where(some, jnp.where(some, total, 0) - logsumexp(joint, axis), 0)

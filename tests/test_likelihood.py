@@ -536,7 +536,12 @@ def test_extreme_parameters(name: str, dtype: str) -> None:
             error[[abs(float(g) - s) < 2**17 * tiny for g, s in zip(got[inside, j], sums, strict=True)]] = 0
             worst = int(error.argmax())
             # the contract; a second derivative has the errors of a slope's factors and those of their derivatives
-            assert error[worst] <= (12 if "d" in entry[1:] else 8), (entry, rows[inside][worst], got[inside, j][worst], error[worst])
+            assert error[worst] <= (12 if "d" in entry[1:] else 8), (
+                entry,
+                rows[inside][worst],
+                got[inside, j][worst],
+                error[worst],
+            )
 
 
 # --- libraries --------------------------------------------------------------------------------------------------------
@@ -669,6 +674,68 @@ def test_a_component_that_is_not_there(absent: str) -> None:
     expected = jaxce.mixture_nll(w[:, ::2], nll[:, ::2])
     np.testing.assert_allclose(value, expected[0], rtol=1e-6)
     assert all(jnp.all(jnp.isfinite(g)) and g[0, 1] == 0 for g in gradient)
+
+
+COLLAPSED = {
+    # parameters of a component far from the observation, which comes last
+    "bernoulli_nll": [(-1e30, 1), (INF, 0)],
+    "gaussian_nll": [(1.0, -50.0, 0.5), (1.0, -100.0, 0.5), (1.0, -180.0, 0.5), (1e30, -30.0, 0.5)],
+    "laplace_nll": [(1.0, -88.0, 0.5), (1.0, -100.0, 0.5), (1.0, -180.0, 0.5)],
+    "student_t_nll": [(1.0, -100.0, 80.0, 0.5), (1.0, -100.0, 180.0, 0.5), (1.0, -180.0, 90.0, 0.5)],
+    "exponential_nll": [(88.0, 3.0), (100.0, 3.0), (180.0, 3.0)],
+    "gamma_nll": [(0.0, 100.0, 3.0), (-100.0, 100.0, 3.0), (180.0, 0.0, 3.0), (90.0, 90.0, 3.0)],
+    "poisson_nll": [(88.0, 3), (100.0, 3), (180.0, 3)],
+    "negative_binomial_nll": [(100.0, 100.0, 3), (180.0, 90.0, 3), (90.0, 180.0, 3)],
+}
+ORDINARY = {
+    "bernoulli_nll": (0.3,),
+    "gaussian_nll": (0.3, 0.1),
+    "laplace_nll": (0.3, 0.1),
+    "student_t_nll": (0.3, 0.1, 0.2),
+    "exponential_nll": (0.3,),
+    "gamma_nll": (0.3, 0.1),
+    "poisson_nll": (0.3,),
+    "negative_binomial_nll": (0.3, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", COLLAPSED)
+def test_a_collapsed_component_adds_nothing(name: str) -> None:
+    """Its derivatives may be infinite, but its weight is 0: the gradient and Hessian are those of the other component."""
+    function, bad = getattr(jaxce, name), np.array(COLLAPSED[name], "float32")
+    count = len(ORDINARY[name])
+
+    @jax.jit
+    @jax.vmap
+    def derivatives(row: Any) -> Any:
+        def loss(components: Any) -> Any:
+            return jaxce.mixture_nll(jnp.zeros(2), function(*components, row[-1]))
+
+        def alone(parameters: Any) -> Any:
+            return function(*parameters, row[-1]) + math.log(2)
+
+        components = [jnp.stack([jnp.float32(o), p]) for o, p in zip(ORDINARY[name], row[:-1], strict=True)]
+        ordinary = [jnp.float32(o) for o in ORDINARY[name]]
+        found = loss(components), jax.grad(loss)(components), jax.hessian(loss)(components)
+        return found, (alone(ordinary), jax.grad(alone)(ordinary), jax.hessian(alone)(ordinary))
+
+    (value, gradient, hessian), (one, slope, curvature) = derivatives(bad)
+    np.testing.assert_allclose(value, one, rtol=1e-6)
+    for i in range(count):
+        np.testing.assert_array_equal(gradient[i][:, 1], 0)
+        np.testing.assert_allclose(gradient[i][:, 0], slope[i], rtol=1e-6)
+        for j in range(count):
+            np.testing.assert_array_equal(np.asarray(hessian[i][j])[:, [0, 1, 1], [1, 0, 1]], 0)
+            np.testing.assert_allclose(hessian[i][j][:, 0, 0], curvature[i][j], rtol=1e-5, atol=1e-6)
+
+
+def test_weights_that_may_be_zero() -> None:
+    """With the line of the docstring, the gradient at a weight of 0 is that of the formula."""
+    nll = jnp.array([0.3, 1.0, 2.0])
+    gradient = jax.grad(lambda w: jaxce.mixture_nll(jnp.log(w + 1e-30), nll))(jnp.array([0.5, 0.5, 0.0]))
+    p = np.exp(-np.asarray(nll, float))
+    # the last bit of log(1e-30) is 64 ulp of 1e-30
+    np.testing.assert_allclose(gradient, 1 - p / (p[:2].sum() / 2), rtol=64 * 2.0**-24)
 
 
 def test_mixture_of_nothing() -> None:
@@ -836,7 +903,9 @@ def test_no_silent_outer_product(shapes: Any, result: Any) -> None:
     if result is not None:
         assert jaxce.gaussian_nll(*args).shape == result
         return
-    with pytest.raises(ValueError, match=r"^gaussian_nll: (location|log_scale|x) must have \d axes, as .* give ") as error:
+    with pytest.raises(
+        ValueError, match=r"^gaussian_nll: (location|log_scale|x) must have \d axes, as .* give "
+    ) as error:
         jaxce.gaussian_nll(*args)
     if shapes[0] == (5, 1) and shapes[2] == (5,):
         assert "give x.reshape((5, 1)) to pair it with location, or x[None] for all combinations" in str(error.value)
