@@ -150,6 +150,7 @@ def linear_cross_entropy(
     if not isinstance(logits, LinearLogits):
         raise TypeError(f"{_NAME}: logits must be LinearLogits, got {_checks.describe(logits)}")
     y = _checks.labels_of_rows(_NAME, labels, logits.shape, (logits.ndim - 1,))
+    all_count = weights is None
     w = jnp.ones(y.shape, logits.dtype) if weights is None else jnp.asarray(weights)
     _checks.same_shape(_NAME, "weights", w, y.shape, "the shape of the labels")
     w = w.astype(logits.dtype)
@@ -158,7 +159,7 @@ def linear_cross_entropy(
     if not isinstance(has_aux, bool):
         raise TypeError(f"{_NAME}: has_aux must be True or False, got {has_aux!r}")
 
-    total, aux = _total(logits, y, w, label_smoothing, class_weights, z_loss, chunk_size, has_aux)
+    total, aux = _total(logits, y, w, label_smoothing, class_weights, z_loss, chunk_size, has_aux, all_count)
     mean = weighted_mean(total, normalizer=jnp.sum(w) if normalizer is None else normalizer)
     return (mean, aux) if has_aux else mean
 
@@ -173,6 +174,7 @@ def _total(
     z_loss: ArrayLike,
     chunk_size: int | None,
     has_aux: bool,
+    all_count: bool,
 ) -> tuple[Array, Aux | None]:
     """The weighted sum of the losses, and what is told of each example."""
     axis_name, counts = logits.axis_name, weights != 0
@@ -196,7 +198,7 @@ def _total(
     if axis_name is not None:
         _mesh.check(_NAME, "logits", axis_name, inputs["kernel"])
     inputs = _mesh.vary(inputs, _mesh.varying(inputs, labels))
-    options = _Options(chunk_size, logits.class_axis, logits.block_size, axis_name, has_aux)
+    options = _Options(chunk_size, logits.class_axis, logits.block_size, axis_name, has_aux, all_count)
     weighted_sum = _sum_by_blocks if "label_smoothing" in inputs else _weighted_sum
     total, aux = weighted_sum(options, labels.reshape(labels.size), inputs)
     if axis_name is not None:
@@ -211,6 +213,7 @@ class _Options(NamedTuple):
     block_size: int | None
     axis_name: AxisName | None
     has_aux: bool
+    all_count: bool  # whether no weights were given
 
 
 Inputs = dict[str, Array]
@@ -310,10 +313,13 @@ def _no_tangent(tree: Any) -> Any:
 # --- chunks of the rows that count ------------------------------------------------------------------------------------
 
 
+_OF_ROWS = {"labels", "hidden", "weights"}
+
+
 def _by_chunks(
     options: _Options, names: tuple[str, ...], chunks: int, labels: Array, inputs: Inputs
 ) -> tuple[Array, Inputs, Aux | None]:
-    """The sum, a chunk of rows at a time. Rows that count come first, and a loop has as many turns as they fill chunks.
+    """The sum, a chunk of rows at a time. Rows that count come first, and the loop turns as often as they fill chunks.
 
     Rows are seen as groups, as many as there may be devices of a mesh with automatic axis types: a chunk has as many rows
     of each, so that no device needs another's.
@@ -325,19 +331,30 @@ def _by_chunks(
     length = rows // groups
     size = -(-length // chunks)
 
-    # An order by sums and a scatter of integers: a sort takes a TPU's compiler a minute.
-    counts = (inputs["weights"] != 0).reshape(groups, length)
-    index = jnp.arange(length, dtype=jnp.int32)
-    rank = jnp.cumsum(counts, 1, dtype=jnp.int32)
-    turns = jnp.max(-(-rank[:, -1] // size))
-    places = jnp.where(counts, rank - 1, rank[:, -1:] + index[None] - rank)
-    order = jax.vmap(lambda p: jnp.full(size * chunks, length, jnp.int32).at[p].set(index, unique_indices=True))(places)
+    def grouped(x: Array) -> Array:
+        return x.reshape(groups, length, *x.shape[1:])
 
     def take(x: Array, places: Array) -> Array:
         return jax.vmap(lambda x, p: jnp.take(x, p, axis=0, mode="fill", fill_value=0))(x, places)
 
-    of_rows = {"labels": labels} | {name: inputs[name] for name in ("hidden", "weights")}
-    ordered = {name: take(x.reshape(groups, length, *x.shape[1:]), order) for name, x in of_rows.items()}
+    of_rows = {name: grouped(x) for name, x in ({"labels": labels} | inputs).items() if name in _OF_ROWS}
+    if options.all_count:
+        turns: Any = chunks
+        there = [(0, 0), (0, size * chunks - length)]
+        ordered = {name: jnp.pad(x, there + [(0, 0)] * (x.ndim - 2)) for name, x in of_rows.items()}
+    else:
+        # An order by sums and a scatter of integers: a sort takes a TPU's compiler a minute.
+        counts, index = of_rows["weights"] != 0, jnp.arange(length, dtype=jnp.int32)
+        rank = jnp.cumsum(counts, 1, dtype=jnp.int32)
+        places = jnp.where(counts, rank - 1, rank[:, -1:] + index[None] - rank)
+        nowhere = jnp.full(size * chunks, length, jnp.int32)
+        order = jax.vmap(lambda p: nowhere.at[p].set(index, unique_indices=True))(places)
+        turns = _most(jnp.max(-(-rank[:, -1] // size)))
+        ordered = {name: take(x, order) for name, x in of_rows.items()}
+
+    def restored(x: Array) -> Array:
+        x = x[:, :length] if options.all_count else take(x, places)
+        return x.reshape(rows, *x.shape[2:])
 
     def turn(i: Array, state: Any) -> Any:
         def cut(x: Array) -> Array:
@@ -356,14 +373,14 @@ def _by_chunks(
     def zeros(*shape: int) -> Array:
         return jnp.zeros(shape, dtype)
 
-    found: dict[str, Any] = {n: zeros(*order.shape, *inputs[n].shape[1:]) for n in ("hidden", "weights") if n in names}
+    found: dict[str, Any] = {name: zeros(*ordered[name].shape) for name in names if name in _OF_ROWS}
     sums = {name: zeros(*inputs[name].shape) for name in names if name not in found}
     if options.has_aux:
-        found["aux"] = zeros(*order.shape), zeros(*order.shape)
+        found["aux"] = (zeros(groups, size * chunks),) * 2
     varying = _mesh.varying(labels, inputs)
     start = _mesh.vary((zeros(), sums, found), varying)
-    total, sums, found = lax.fori_loop(0, _most(turns), turn, start)
-    found = jax.tree.map(lambda x: take(x, places).reshape(rows, *x.shape[2:]), found)
+    total, sums, found = lax.fori_loop(0, turns, turn, start)
+    found = jax.tree.map(restored, found)
     aux = found.pop("aux", None)
     return total, sums | found, aux
 
@@ -433,18 +450,21 @@ def _chunk(
 
     def is_far(found: _Pass, r: Array) -> Array:
         total = at_label(found, r)[-1]
-        return everywhere(jnp.any(counts & ((total >= _FAR) | (total <= 1 / _FAR))).astype(jnp.int32)) > 0
+        far = jnp.any(counts & ((total >= _FAR) | (total <= 1 / _FAR)))
+        return _mesh.vary(everywhere(far.astype(jnp.int32)) > 0, varying)
+
+    def attempt(maximum: Array) -> Any:
+        # Without the barrier the maximum and the pass would share a product, in memory, of all classes and some again.
+        r, same = lax.optimization_barrier((reference(maximum), hidden))
+        found = _pass(options, names, place, inputs | {"hidden": same}, r)
+        return _mesh.vary((found, r), varying)
 
     def again(state: Any) -> Any:
-        # Without the barrier the maximum and the pass would share their product, in memory.
-        r, same = lax.optimization_barrier((reference(_maximum(options, inputs)), hidden))
-        return _mesh.vary((_pass(options, names, place, inputs | {"hidden": same}, r), r, state[2] & False), varying)
+        return *attempt(_maximum(options, inputs)), state[2] & False
 
     varying = _mesh.varying(labels, inputs)
-    r = reference(_maximum_of_some(options, inputs))
-    found = _pass(options, names, place, inputs, r)
-    start = _mesh.vary((found, r, is_far(found, r)), varying)
-    found, r, _ = lax.while_loop(lambda state: state[2], again, start)
+    found, r = attempt(_maximum_of_some(options, inputs))
+    found, r, _ = lax.while_loop(lambda state: state[2], again, (found, r, is_far(found, r)))
 
     label, x, others, own, total = at_label(found, r)
     takes_part = counts & (total != 0)

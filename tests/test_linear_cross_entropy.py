@@ -223,7 +223,7 @@ def test_only_chunks_with_rows_that_count_are_computed(monkeypatch: pytest.Monke
         return jnp.ones(()), {}, None
 
     monkeypatch.setattr(_linear, "_chunk", one)
-    options = _linear._Options(None, -1, None, None, False)
+    options = _linear._Options(None, -1, None, None, False, False)
     rest = {"hidden": jnp.ones((12, 2)), "kernel": jnp.ones((2, 3))}
 
     def turns(weights: jax.Array) -> jax.Array:
