@@ -1,8 +1,9 @@
 """The demonstration: a language model of Python's own manual, trained with jaxce's loss.
 
 ``python -m jaxce`` needs no download: the text is ``pydoc_data.topics`` from the standard library. It learns sub-word
-tokens, trains a small causal transformer for about a minute on two cores, and says how well it predicts text that it
-has not seen, beside two baselines, and how exact the gradient of its loss is.
+tokens, trains a small causal transformer for about a minute on two cores, and prints how much memory the loss needs, how
+well the model predicts text that it has not seen, beside baselines, how exact the gradient of the loss is, and text that
+the model writes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import math
 import os
 import platform
 import re
+import sys
+import textwrap
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -32,7 +35,8 @@ import jaxce
 
 WINDOW = 64  # tokens that the model sees at once
 WIDTH = 128
-BLOCK = 512  # classes whose logits are in memory at once
+PROMPT = 16  # held-out tokens that the model is given to continue
+TEMPERATURE = 0.8  # of the sample that isn't greedy
 LAYERS = 2
 HEADS = 4
 DROPOUT = 0.2
@@ -126,8 +130,8 @@ class Tokenizer:
         return np.array(tokens, np.int32)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text of ``tokens``."""
-        return b"".join(self.pieces[t] for t in tokens).decode()
+        """The text of ``tokens``, with a replacement character for bytes that are none."""
+        return b"".join(self.pieces[t] for t in tokens).decode(errors="replace")
 
 
 # The model: a causal transformer whose output layer is its embedding
@@ -169,8 +173,8 @@ def dropout(x: Array, key: Array | None) -> Array:
     return jnp.where(jax.random.bernoulli(key, 1 - DROPOUT, x.shape), x / (1 - DROPOUT), 0)
 
 
-def logits_of(params: Params, tokens: Array, key: Array | None = None) -> jaxce.LinearLogits:
-    """Logits of each next token, [B, T, V], from tokens [B, T]; with a ``key`` units are dropped, as for training."""
+def hidden_of(params: Params, tokens: Array, key: Array | None = None) -> Array:
+    """Hidden states [B, T, WIDTH] of tokens [B, T]; with a ``key`` units are dropped, as for training."""
     keys = [None] * (2 * LAYERS + 2) if key is None else list(jax.random.split(key, 2 * LAYERS + 2))
     batch, length = tokens.shape
     x = normalize(params["embedding"][tokens]) + params["position"][:length]
@@ -180,37 +184,89 @@ def logits_of(params: Params, tokens: Array, key: Array | None = None) -> jaxce.
         attended = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(batch, length, WIDTH)
         x = x + dropout(attended @ layer["out"], keys.pop())
         x = x + dropout(jax.nn.gelu(normalize(x) @ layer["up"]) @ layer["down"], keys.pop())
-    hidden = dropout(normalize(x), keys.pop())
-    return jaxce.LinearLogits(hidden, params["embedding"], bias=params["bias"], class_axis=0, block_size=BLOCK)
+    return dropout(normalize(x), keys.pop())
 
 
-def losses_of(params: Params, tokens: Array, key: Array | None = None, as_array: bool = False) -> Array:
-    """What each prediction within tokens [B, T + 1] costs, in nats: [B, T]."""
-    logits = logits_of(params, tokens[:, :-1], key)
-    return jaxce.softmax_cross_entropy_with_integer_labels(logits.materialize() if as_array else logits, tokens[:, 1:])
+def logits_of(params: Params, hidden: Array, temperature: float = 1.0) -> jaxce.LinearLogits:
+    """Logits [..., V] of each next token, from hidden states [..., WIDTH]."""
+    embedding, bias = params["embedding"], params["bias"]
+    return jaxce.LinearLogits(hidden, embedding, bias=bias, class_axis=0, temperature=temperature)
+
+
+def losses_of(params: Params, tokens: Array) -> Array:
+    """Negative log-likelihood of each token within tokens [B, T + 1] but the first, in nats: [B, T]."""
+    logits = logits_of(params, hidden_of(params, tokens[:, :-1]))
+    return jaxce.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+
+
+def generate(params: Params, prompt: Array, key: Array | None = None, temperature: float = 1.0) -> Array:
+    """A window of tokens, [WINDOW], that begins with ``prompt``: the likeliest ones, or with a ``key`` random ones."""
+
+    def extend(i: Any, tokens: Array) -> Array:
+        hidden = hidden_of(params, tokens[None])[0, i - 1]
+        if key is None:
+            token = jaxce.softmax_statistics(logits_of(params, hidden)).prediction
+        else:
+            logits = logits_of(params, hidden, temperature).materialize()
+            token = jax.random.categorical(jax.random.fold_in(key, i), logits)
+        return tokens.at[i].set(token.astype(tokens.dtype))
+
+    tokens = jnp.zeros(WINDOW, jnp.int32).at[: len(prompt)].set(prompt)
+    return jax.lax.fori_loop(len(prompt), WINDOW, extend, tokens)
 
 
 # Training and judging
 
 
-def train(params: Params, tokens: np.ndarray, options: argparse.Namespace) -> tuple[Params, list[float]]:
-    """The weights after ``options.steps`` steps on random windows of ``tokens``, and the loss of each step."""
+def mean_loss(params: Params, tokens: Array, key: Array) -> Array:
+    """What is trained: the mean loss of tokens [B, T + 1], without ever having all logits in memory."""
+    return jaxce.linear_cross_entropy(logits_of(params, hidden_of(params, tokens[:, :-1], key)), tokens[:, 1:])
+
+
+def mean_loss_of_optax(params: Params, tokens: Array, key: Array) -> Array:
+    """The same number from Optax' loss, which takes all logits as an array."""
+    logits = logits_of(params, hidden_of(params, tokens[:, :-1], key)).materialize()
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def optimizer_of(options: argparse.Namespace) -> optax.GradientTransformation:
+    """AdamW with warm-up, cosine decay and clipped gradients."""
     warmup = min(50, options.steps // 5)
     schedule = optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, warmup, max(options.steps, warmup + 1))
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.1))
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.1))
 
-    @jax.jit
-    def step(params: Params, state: Any, batch: Array, key: Array) -> tuple[Params, Any, Array]:
-        loss, gradients = jax.value_and_grad(lambda p: jaxce.weighted_mean(losses_of(p, batch, key)))(params)
+
+def compile_step(loss: Callable[..., Array], params: Params, options: argparse.Namespace) -> Any:
+    """A training step, compiled: (weights, optimizer's state, tokens, key) to weights, state and loss."""
+    optimizer = optimizer_of(options)
+
+    def step(params: Params, state: Any, tokens: Array, key: Array) -> tuple[Params, Any, Array]:
+        value, gradients = jax.value_and_grad(loss)(params, tokens, key)
         updates, state = optimizer.update(gradients, state, params)
-        return cast(Params, optax.apply_updates(params, updates)), state, loss
+        return cast(Params, optax.apply_updates(params, updates)), state, value
 
+    tokens = jax.ShapeDtypeStruct((options.batch, WINDOW + 1), jnp.int32)
+    return jax.jit(step).lower(params, optimizer.init(params), tokens, jax.random.key(0)).compile()
+
+
+def memory(ours: Any, peer: Any) -> str:
+    """The temporary memory of two compiled training steps, as the compiler reports it."""
+    a, b = (step.memory_analysis().temp_size_in_bytes for step in (ours, peer))
+    return (
+        f"temporary memory of a step: {a / 1e6:.1f} MB with jaxce.linear_cross_entropy, {b / 1e6:.1f} MB with Optax' loss "
+        f"on all logits, so {abs(1 - a / b):.0%} {'less' if a <= b else 'more'}"
+    )
+
+
+def train(step: Any, params: Params, tokens: np.ndarray, options: argparse.Namespace) -> tuple[Params, list[float]]:
+    """The weights after ``options.steps`` steps on random windows of ``tokens``, and the loss of each step."""
     rng, key = np.random.default_rng(options.seed), jax.random.key(options.seed + 1)
-    state = optimizer.init(params)
+    state = optimizer_of(options).init(params)
     losses: list[float] = []
     every = max(1, options.steps // 10)
     start = time.perf_counter()
-    print("  step    loss  seconds   (mean loss of the steps since the last line, nats per token)")
+    print("training: step, mean loss since the last line in nats per token, seconds")
+    print("  step    loss  seconds")
     for done in range(1, options.steps + 1):
         starts = rng.integers(len(tokens) - WINDOW, size=(options.batch, 1))
         batch = jnp.asarray(tokens[starts + np.arange(WINDOW + 1)])
@@ -220,21 +276,6 @@ def train(params: Params, tokens: np.ndarray, options: argparse.Namespace) -> tu
             recent = losses[-((done - 1) % every + 1) :]
             print(f"{done:6d}  {np.mean(recent):6.3f}  {time.perf_counter() - start:7.1f}", flush=True)
     return params, losses
-
-
-def memory(params: Params, options: argparse.Namespace) -> str:
-    """What the loss's gradient needs in temporary memory, by the compiled programs' own account."""
-    batch = jax.ShapeDtypeStruct((options.batch, WINDOW + 1), jnp.int32)
-
-    def megabytes(as_array: bool) -> float:
-        gradient = jax.grad(lambda p, tokens: jaxce.weighted_mean(losses_of(p, tokens, None, as_array)))
-        analysis: Any = jax.jit(gradient).lower(params, batch).compile().memory_analysis()
-        return analysis.temp_size_in_bytes / 1e6
-
-    return (
-        f"temporary memory of a step's gradient: {megabytes(False):.1f} MB with LinearLogits, "
-        f"{megabytes(True):.1f} MB with the logits as an array"
-    )
 
 
 def held_out_windows(training: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -278,11 +319,28 @@ def check_gradient(logits: np.ndarray, labels: np.ndarray) -> str:
     largest = np.abs(formula).max()
     error = np.abs(np.asarray(autodiff, np.float64) - formula).max()
     return (
-        f"gradient of the mean loss on {len(x)} held-out tokens, {x.shape[1]} classes: largest difference from\n"
-        f"(softmax - one-hot) / {len(x)} in float64, as a fraction of the largest entry\n"
+        f"how exact the gradient of the mean loss is, on {len(x)} held-out tokens of {x.shape[1]} classes: largest\n"
+        f"difference from (softmax - one-hot) / {len(x)} in float64, as a fraction of its largest entry\n"
         f"  {'jax.grad, float32':<48}{error / largest:12.1e}\n"
         f"  {'finite differences, float64, ' + str(entries.size) + ' entries':<48}{max(differences) / largest:12.1e}"
     )
+
+
+def samples(params: Params, prompt: np.ndarray, tokenizer: Tokenizer, seed: int) -> str:
+    """Text that the model writes after a prompt: always the likeliest token, and random ones."""
+    write = jax.jit(generate, static_argnames="temperature")
+    greedy = write(params, prompt)
+    random = write(params, prompt, jax.random.key(seed), temperature=TEMPERATURE)
+    texts = {
+        "the held-out text that it continues": prompt,
+        "the likeliest token each time": greedy[len(prompt) :],
+        f"random tokens at temperature {TEMPERATURE}": random[len(prompt) :],
+    }
+    lines = [f"text that the trained model writes, {WINDOW - len(prompt)} tokens"]
+    for title, tokens in texts.items():
+        text = tokenizer.decode(np.asarray(tokens))
+        lines += [f"  {title}", textwrap.indent(text, "  | ", lambda _: True)]
+    return "\n".join(lines)
 
 
 def plot(file: str, losses: list[float], unigram: float, held_out: float) -> None:
@@ -291,10 +349,11 @@ def plot(file: str, losses: list[float], unigram: float, held_out: float) -> Non
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(range(1, len(losses) + 1), losses, linewidth=0.8, label="training")
-    axes.axhline(held_out, color="C1", label="held out, at the end")
-    axes.axhline(unigram, color="C2", linestyle="--", label="held out, unigram model")
-    axes.set(xlabel="step", ylabel="nats per token", title="python -m jaxce")
+    axes.plot(range(1, len(losses) + 1), losses, linewidth=0.8, label="training batches")
+    axes.axhline(held_out, color="C1", label="held-out text, after training")
+    axes.axhline(unigram, color="C2", linestyle="--", label="held-out text, token frequencies alone")
+    title = "Cross-entropy of a small language model of Python's manual"
+    axes.set(xlabel="training step", ylabel="mean loss (nats per token)", title=title)
     axes.legend()
     figure.savefig(file)
 
@@ -336,45 +395,79 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked before any work is done."""
     parser = Parser(
         prog="python -m jaxce",
-        description="Train a language model of Python's own manual with jaxce's loss and say how good it is.",
+        description="Train a small language model on Python's own manual with jaxce's loss, measure how well it predicts "
+        "text that it has not seen, and let it write.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--steps", type=at_least(1), default=200, help="training steps")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the weights, the batches and the dropout")
-    parser.add_argument("--vocabulary", type=at_least(256), default=4096, help="classes: 256 bytes and merged tokens")
-    parser.add_argument("--batch", type=at_least(1), default=16, help=f"windows of {WINDOW} tokens in a step")
-    parser.add_argument("--learning-rate", type=positive, default=3e-3, help="AdamW's, at its peak")
-    parser.add_argument("--plot", metavar="FILE", help="draw the loss curve into FILE (needs matplotlib)")
+    vocabulary = "number of different tokens: the 256 bytes and the most frequent pieces of words"
+    parser.add_argument("--steps", type=at_least(1), default=200, help="number of training steps")
+    parser.add_argument(
+        "--seed", type=at_least(0), default=0, help="random seed for weights, batches, dropout and samples"
+    )
+    parser.add_argument("--vocabulary", type=at_least(256), default=4096, help=vocabulary)
+    parser.add_argument("--batch", type=at_least(1), default=16, help=f"sequences of {WINDOW} tokens in each step")
+    parser.add_argument("--learning-rate", type=positive, default=3e-3, help="peak learning rate of AdamW")
+    parser.add_argument("--plot", metavar="FILE", help="save a picture of the training loss as FILE (needs matplotlib)")
     parser.add_argument("--version", action="version", version=f"jaxce {jaxce.__version__}")
     options = parser.parse_args(arguments)
-    if options.plot is not None:
-        if importlib.util.find_spec("matplotlib") is None:
-            parser.error("argument --plot: needs matplotlib: pip install matplotlib")
-        if not os.path.isdir(os.path.dirname(options.plot) or "."):
-            parser.error(f"argument --plot: no such directory: {os.path.dirname(options.plot)!r}")
+    if options.plot is not None and (problem := cannot_plot(options.plot)):
+        parser.error(f"argument --plot: {problem}")
     return options
 
 
+def cannot_plot(file: str) -> str | None:
+    """Why a picture can't be saved as ``file``, if it can't."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "needs matplotlib: pip install matplotlib"
+    from matplotlib.backend_bases import FigureCanvasBase  # pyright: ignore[reportMissingImports]
+
+    directory, (_, ending) = os.path.dirname(file), os.path.splitext(file)
+    endings = sorted(FigureCanvasBase.get_supported_filetypes())
+    if not os.path.isdir(directory or "."):
+        return f"no such directory: {directory!r}"
+    if os.path.isdir(file):
+        return f"is a directory: {file!r}"
+    if ending[1:].lower() not in endings:
+        return f"must end in one of .{', .'.join(endings)}, got {file!r}"
+    if not os.access(file if os.path.exists(file) else directory or ".", os.W_OK):
+        return f"may not be written: {file!r}"
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains, judges and prints."""
+    """Runs the demonstration. Ctrl-C, or a reader that has read enough (``| head``), ends it quietly."""
     options = parse(arguments)
+    try:
+        run(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)  # 128 + SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports that it can't flush
+        sys.exit(141)  # 128 + SIGPIPE
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains, measures and prints."""
     device = jax.devices()[0]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "optax"))
     print(f"jaxce {jaxce.__version__}, {versions}, Python {platform.python_version()}")
-    print(f"device: {jax.device_count()} x {device.platform} ({device.device_kind})")
+    print(f"device: {jax.device_count()} x {device.platform} ({device.device_kind})", flush=True)
     training_text, held_out_text = load_text()
     tokenizer = Tokenizer(training_text, options.vocabulary)
     training, held_out = tokenizer.encode(training_text), tokenizer.encode(held_out_text)
     training_bytes, held_out_bytes = training_text.encode(), held_out_text.encode()
     print(f"text: {len(training_bytes)} bytes to train on, {len(held_out_bytes)} held out, of Python's own manual")
-    print(f"tokens: {len(training)} and {len(held_out)}, of {len(tokenizer.pieces)} classes", flush=True)
+    print(f"tokens: {len(training)} and {len(held_out)}, of {len(tokenizer.pieces)} classes")
 
     counts = np.bincount(training, minlength=len(tokenizer.pieces)) + 1
     log_frequency = np.log(counts / counts.sum())
+    print("compiling the training step, and for comparison the same step with Optax' loss ...", flush=True)
     params = jax.jit(init)(jax.random.key(options.seed), log_frequency)
-    print(memory(params, options), flush=True)
-    params, losses = train(params, training, options)
+    step = compile_step(mean_loss, params, options)
+    print(memory(step, compile_step(mean_loss_of_optax, params, options)), flush=True)
+    params, losses = train(step, params, training, options)
 
     windows, where = held_out_windows(training, held_out)
     judge = jax.jit(losses_of)
@@ -389,19 +482,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bits = jaxce.bits_per(nats * len(held_out), len(held_out_bytes))
         return f"  {name:<24}{float(nats):11.4f}{float(jaxce.perplexity(nats)):13.2f}{float(bits):12.4f}"
 
-    print("held-out text                nats/token   perplexity   bits/byte")
+    print("how well held-out text is predicted, less is better")
+    print("                            nats/token   perplexity   bits/byte")
     print(row("trained model", nll))
     print(row("token unigrams", unigram))
     print(f"  {'byte unigrams':<48}{byte_entropy:12.4f}")
     print(f"  {'zlib':<48}{8 * compressed / len(held_out_bytes):12.4f}")
     print("token unigrams: frequencies of (count + 1) in the training text")
     print("byte unigrams: the entropy of the held-out text's own byte frequencies")
-    print("zlib: by how much the held-out text lengthens the compressed training text, level 9")
-    logits = np.asarray(jax.jit(logits_of)(params, jnp.asarray(windows[:1, :-1])).materialize()[0])
-    print(check_gradient(logits, windows[0, 1:]))
+    print("zlib: by how much the held-out text lengthens the compressed training text, level 9", flush=True)
+    hidden = jax.jit(hidden_of)(params, jnp.asarray(windows[:1, :-1]))[0]
+    print(check_gradient(np.asarray(logits_of(params, hidden).materialize()), windows[0, 1:]), flush=True)
+    print(samples(params, held_out[:PROMPT], tokenizer, options.seed))
     if options.plot is not None:
         plot(options.plot, losses, float(unigram), float(nll))
-        print(f"loss curve: {options.plot}")
+        print(f"picture of the training loss: {options.plot}")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,254 @@
 """What a function may be given: conversions and errors at the door.
 
 Every public function converts and checks its arguments here, once, and is plain array code from then on. All errors have
-one form, ``function: argument must be ..., got ...``, and are raised while the function is traced.
+one form, ``function: argument must be ..., got ...``, and are raised while the function is traced. Checks say what is
+wrong with an argument; `compiled` and `named` put the function's name before it, once.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import math
 import operator
-from collections.abc import Callable, Sequence
+import re
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 Axis = int | Sequence[int]
 AxisName = str | tuple[str, ...]
 _F = TypeVar("_F", bound=Callable[..., Any])
+_C = TypeVar("_C", bound=type)
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+class _ArgumentError(Exception):
+    """What is wrong with an argument, in one line without the function's name, and hints of what to write instead.
+
+    A hint has arguments in braces, as in ``"give {where}="``, and fits a function that has them all; ``{where:.0}``
+    demands one without showing it. The first hint that fits is shown. `named` says what else braces may hold.
+    """
+
+    def __init__(self, message: str, *hints: str) -> None:
+        super().__init__(message)
+        self.message, self.hints = message, hints
+
+    def __reduce__(self) -> Any:
+        return TypeError if isinstance(self, TypeError) else ValueError, self.args
+
+
+class ArgumentTypeError(_ArgumentError, TypeError):
+    """An argument has a type or a dtype that the function doesn't take. Users see a TypeError."""
+
+    __module__, __qualname__ = "builtins", "TypeError"
+
+
+class ArgumentValueError(_ArgumentError, ValueError):
+    """An argument has a shape or a value that the function doesn't take. Users see a ValueError."""
+
+    __module__, __qualname__ = "builtins", "ValueError"
+
+
+class named:  # noqa: N801  (used like a function)
+    """A context that puts a function's name before errors about its arguments.
+
+    Of nested functions the outermost, which the user called, has the last word. The last line that a traceback shows is
+    the user's own, unless JAX's option ``jax_traceback_filtering`` is "off".
+    """
+
+    functions: set[str] = set()
+
+    def __init__(self, function: str, parameters: Mapping[str, inspect.Parameter], method: str = "") -> None:
+        self.function, self.parameters = function, parameters
+        self.call = f"{function}.{method}" if method else function
+        given = [p for p in parameters.values() if p.name not in ("self", "cls")]
+        self.names = [p.name for p in given]
+        self.positional = [p.name for p in given if p.kind is not p.KEYWORD_ONLY]
+        self.required = [p.name for p in given if p.default is p.empty]
+        self.takes_any = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in given)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, _ArgumentError):
+            hint = next((f"; {hint}" for hint in map(self._fill, error.hints) if hint), "")
+            if not self.takes_any:  # else it is a method that another one has named
+                error.args = (f"{self.function}: {re.sub(r'^[a-zA-Z_]+: ', '', error.message)}{hint}",)
+        elif not isinstance(error, TypeError | ValueError) or not str(error).startswith(f"{self.function}: "):
+            return
+        if jax.config.jax_traceback_filtering != "off":  # type: ignore[attr-defined]
+            error.__traceback__ = error.__cause__ = error.__context__ = None
+            getattr(error, "__notes__", []).clear()  # JAX says there which of its frames it has left out
+
+    def _fill(self, hint: str) -> str:
+        """The hint for this function, or nothing."""
+        words = {name: name for name in self.names} | {"call": f"{self.call}({', '.join(self.required)})"}
+        if "losses" not in self.names:
+            words["weighted_mean"] = "jaxce.weighted_mean(losses, weights)"
+        if "weights" in self.names and "weights" not in self.required:
+            words["example_weights"] = "weights"
+        if any("Logits" in str(p.annotation) for p in self.parameters.values()):
+            words["LinearLogits"] = "jaxce.LinearLogits"
+        if len(self.required) > 1:
+            words["second"] = self.required[1]
+        dense = self.function.removesuffix("_with_integer_labels")
+        if dense != self.function:
+            words["dense_function"] = dense
+        elif f"{dense}_with_integer_labels" in self.functions:
+            words["integer_function"] = f"{dense}_with_integer_labels"
+        try:
+            return hint.format_map(words)
+        except KeyError:
+            return ""
+
+    def check_names(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """An error for arguments that the function doesn't have, or that are missing."""
+        if self.takes_any:
+            return
+        for name in kwargs:
+            if name not in self.names:
+                close = difflib.get_close_matches(name, self.names, 1, 0.75)
+                likely = f"did you mean {close[0]}=?" if close else ""
+                raise ArgumentTypeError(f"unexpected keyword {name!r}", *_ELSEWHERE.get(name, ()), likely)
+        if len(args) > len(self.positional):
+            others = ", ".join(f"{name}=" for name in self.names if name not in self.positional)
+            raise ArgumentTypeError(
+                f"only {', '.join(self.positional)} may be given by position, got {len(args)} arguments",
+                others and f"name the others: {others}",
+            )
+        for name in self.positional[: len(args)]:
+            if name in kwargs:
+                raise ArgumentTypeError(f"{name} must be given once, got it by position and by name")
+        for name in self.required:
+            if name not in kwargs and name not in self.positional[: len(args)]:
+                raise ArgumentTypeError(f"missing argument {name!r}", "write {call}")
+
+
+def named_class(cls: _C) -> _C:
+    """A decorator of a class: errors about the arguments of its constructor get its name."""
+    cls.__init__ = _naming_class(cls.__init__)
+    return cls
+
+
+class NamedMethods:
+    """A base of classes: errors about the arguments of their public methods get the name of the class in use."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, method in [*vars(cls).items()]:
+            if isinstance(method, classmethod):
+                setattr(cls, name, classmethod(_naming_class(method.__func__)))
+            elif inspect.isfunction(method) and not name.startswith("_"):
+                setattr(cls, name, _naming_class(method))
+
+
+def _naming_class(method: Callable[..., Any]) -> Callable[..., Any]:
+    parameters = inspect.signature(method).parameters
+
+    @functools.wraps(method)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        owner = args[0] if isinstance(args[0], type) else type(args[0])
+        with (naming := named(owner.__name__, parameters, method.__name__.replace("__init__", ""))):
+            naming.check_names(args[1:], kwargs)
+            return method(*args, **kwargs)
+
+    return checked
+
+
+_MEAN = ("it is a mean; for a sum give {normalizer}=1", "losses come one per example; their mean is {weighted_mean}")
+_MASK = ("give {where}=, True for what takes part", "give {example_weights}=, True for what takes part")
+_WEIGHTS = ("give {example_weights}=", "weight examples by {weighted_mean}")
+_CLASS_WEIGHTS = ("give {class_weights}=, one per class", "give {pos_weight}=, the weight of the positive class")
+_PREDICTIONS = (
+    "it takes logits; probabilities are for categorical_cross_entropy or binary_cross_entropy{logits:.0}",
+    "it takes probabilities; logits are for the functions with softmax or sigmoid in their names{probs:.0}",
+    "it takes log-probabilities, such as jaxce.log_softmax(logits){log_predictions:.0}",
+    "it takes log-probabilities; logits are for softmax_cross_entropy_with_integer_labels{log_probs:.0}",
+)
+_SOFT_CAP = ("give it to {LinearLogits}", "give {soft_cap}=")
+_SCALE = ("give {log_scale}=, its logarithm",)
+_ORDER = ("write {call}",)
+_ELSEWHERE = {
+    "reduction": _MEAN,
+    "reduce": _MEAN,
+    "size_average": _MEAN,
+    "ignore_index": (*(f"give {of}={{labels}} != ignore_index" for of in ("{where}", "{example_weights}")), *_MASK),
+    "ignore_class": (*(f"give {of}={{labels}} != ignore_class" for of in ("{where}", "{example_weights}")), *_MASK),
+    "mask": _MASK,
+    "where": _MASK,
+    "weight": (
+        "give {class_weights}=, one per class, or {example_weights}=, one per example",
+        *(f"{hint}, or {_WEIGHTS[1]}" for hint in _CLASS_WEIGHTS),
+        *_WEIGHTS,
+    ),
+    "weights": _WEIGHTS,
+    "sample_weight": _WEIGHTS,
+    "sample_weights": _WEIGHTS,
+    "class_weight": _CLASS_WEIGHTS,
+    "class_weights": _CLASS_WEIGHTS,
+    "pos_weight": _CLASS_WEIGHTS,
+    "alpha": _CLASS_WEIGHTS,
+    "from_logits": _PREDICTIONS,
+    "log_target": ("logarithms of targets are for kl_divergence_with_log_targets{log_predictions:.0}{targets:.0}",),
+    "dim": ("give {axis}=",),
+    "axes": ("give {axis}=",),
+    "axis": ("each entry has a result of its own; sum these over the axis{second:.0}",),
+    "keepdims": ("write jnp.expand_dims(result, {axis})",),
+    "keepdim": ("write jnp.expand_dims(result, {axis})",),
+    "axis_name": ("inside of jax.shard_map give jaxce.ShardedLogits(logits, axis_name){LinearLogits:.0}{axis:.0}",),
+    "smoothing": ("give {label_smoothing}=",),
+    "label_smoothing": ("smooth the labels first: jaxce.smooth_labels(labels, alpha){labels:.0}{axis:.0}{second:.0}",),
+    "z_loss_weight": ("give {z_loss}=",),
+    "z_loss_multiplier": ("give {z_loss}=",),
+    "logsumexp_weight": ("give {z_loss}=",),
+    "temperature": (
+        "divide the logits by it, or give it to {LinearLogits}{logits:.0}",
+        "divide the logits by it{logits:.0}",
+        "divide the logits by it{p_logits:.0}",
+    ),
+    "soft_cap": _SOFT_CAP,
+    "softcap": _SOFT_CAP,
+    "logit_soft_cap": _SOFT_CAP,
+    "logits_soft_cap": _SOFT_CAP,
+    "base": ("divide the result, in nats, by jnp.log(base){second:.0}",),
+    "input": _ORDER,
+    "target": _ORDER,
+    "targets": _ORDER,
+    "preds": _ORDER,
+    "predictions": _ORDER,
+    "y_true": _ORDER,
+    "y_pred": _ORDER,
+    "y_prob": _ORDER,
+    "pk": _ORDER,
+    "qk": _ORDER,
+    "loc": ("give {location}=", "give {log_mean}=, its logarithm"),
+    "mean": ("give {location}=", "give {log_mean}=, its logarithm"),
+    "scale": _SCALE,
+    "std": _SCALE,
+    "var": ("give {log_scale}=jnp.log(var) / 2",),
+    "variance": ("give {log_scale}=jnp.log(variance) / 2",),
+    "rate": ("give {log_rate}=, its logarithm",),
+    "df": ("give {log_df}=, its logarithm",),
+    "concentration": ("give {log_concentration}=, its logarithm",),
+    "covariance": ("give {scale_tril}=jnp.linalg.cholesky(covariance)",),
+    "covariance_matrix": ("give {scale_tril}=jnp.linalg.cholesky(covariance_matrix)",),
+}
+"""What to write in place of an argument that isn't there, by the name that it has elsewhere."""
+
+
+# ---------------------------------------------------------------------------------------------------- calls
 
 
 class Number(NamedTuple):
@@ -30,6 +257,7 @@ class Number(NamedTuple):
     expected: str
     valid: Callable[[float], bool] = math.isfinite
     neutral: float | None = 0.0
+    broadcasts: bool = False  # whether it may be an array of numbers as well
 
 
 SHARE = Number("a number in [0, 1]", lambda a: 0 <= a <= 1)
@@ -37,40 +265,46 @@ FINITE = Number("a finite number")
 NOT_NEGATIVE = Number("a number of at least 0", lambda g: 0 <= g < math.inf)
 POSITIVE = Number("a positive number", lambda v: 0 < v < math.inf, neutral=None)
 
+_AXIS = "an integer or a tuple of integers"
+_BASE = "None (nats) or a positive number other than 1"
+_AXIS_NAME = "the name of a mesh axis or a tuple of names"
+_STATIC = {"axis": _AXIS, "base": _BASE, "axis_name": _AXIS_NAME, "full": "True or False"}
+
 
 def compiled(*static: str, **numbers: Number) -> Callable[[_F], _F]:
     """``jax.jit``, with some options static, and others numbers that may be traced.
 
-    Python numbers are checked at once, arrays only for their shape and dtype, so that a new value is no reason to
-    compile again. A number that makes no difference comes in as None. What `jax.jit` would take amiss is made right, or
-    an error, here: lists, integers that don't fit, names of arguments from elsewhere. Typed as the function itself, so
-    that editors see its signature.
+    Normalises arguments that `jax.jit` would reject (lists, arrays of 64-bit integers, NumPy's numbers as static
+    options), and raises errors of the library's one form for what it can't. Python numbers are checked at once, arrays
+    only for their shape and dtype, so that a new value is no reason to compile again. A number that makes no difference
+    comes in as None. Typed as the function itself, so that editors see its signature.
     """
 
     def decorate(function: _F) -> _F:
         jitted = jax.jit(function, static_argnames=static)
         parameters = inspect.signature(function).parameters
-        defaults = {n: parameters[n].default for n in numbers}
+        defaults = {n: parameters[n].default for n in numbers if parameters[n].default is not inspect.Parameter.empty}
+        naming = named(function.__name__, parameters)
+        method = "self" in parameters
+        named.functions.add(function.__name__)
+
+        def read(name: str, value: Any) -> Any:
+            if name in numbers:
+                return option(function.__name__, name, value, numbers[name])
+            return _static(name, value) if name in static else _host_array(name, value)
+
+        def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            naming.check_names(args[method:], kwargs)
+            given = [read(name, value) for name, value in zip(parameters, args, strict=False)]
+            options = {n: v for n, v in defaults.items() if n not in naming.positional[: len(args) - method]}
+            return jitted(*given, **{n: read(n, v) for n, v in (options | kwargs).items()})
 
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            def read(name: str, value: Any) -> Any:
-                if name in numbers:
-                    return option(function.__name__, name, value, numbers[name])
-                if name in static:
-                    return tuple(value) if isinstance(value, list) else value
-                return _host_array(function.__name__, name, value)
-
-            for name in kwargs:
-                if name not in parameters:
-                    instead = f"; {_INSTEAD[name]}" if name in _INSTEAD else ""
-                    raise TypeError(f"{function.__name__}: {name} is no argument{instead}")
-            if len(args) > len(parameters):
-                return jitted(*args, **kwargs)  # Python says it
-            given = [read(name, value) for name, value in zip(parameters, args, strict=False)]
-            named = {n: v for n, v in defaults.items() if v is not inspect.Parameter.empty} | kwargs
-            taken = [*parameters][: len(args)]
-            return jitted(*given, **{n: read(n, v) for n, v in named.items() if n in kwargs or n not in taken})
+            if method or function.__name__.startswith("_"):  # in a class, whose name it is
+                return call(args, kwargs)
+            with naming:
+                return call(args, kwargs)
 
         checked._cache_size = jitted._cache_size  # type: ignore[attr-defined]
         return cast(_F, checked)
@@ -78,62 +312,81 @@ def compiled(*static: str, **numbers: Number) -> Callable[[_F], _F]:
     return decorate
 
 
-_MEAN = "losses come one per example; their mean is jaxce.weighted_mean(losses)"
-_INSTEAD = {
-    "reduction": _MEAN,
-    "reduce": _MEAN,
-    "size_average": _MEAN,
-    "ignore_index": "give where=labels != ignore_index",
-    "ignore_class": "give where=labels != ignore_class",
-    "from_logits": "functions of probabilities have other names, such as categorical_cross_entropy",
-    "weight": "give class_weights=, one per class, or weight examples by jaxce.weighted_mean(losses, weights)",
-    "sample_weight": "weight examples by jaxce.weighted_mean(losses, weights)",
-    "weights": "weight examples by jaxce.weighted_mean(losses, weights)",
-    "mask": "give where=, True for what takes part",
-    "dim": "give axis=",
-    "smoothing": "give label_smoothing=",
-    "temperature": "divide the logits by it, or give it to jaxce.LinearLogits",
-    "soft_cap": "give it to jaxce.LinearLogits",
-    "target": "labels come second, f(logits, labels)",
-    "targets": "labels come second, f(logits, labels)",
-    "y_true": "labels come second, f(logits, labels)",
-    "y_pred": "logits come first, f(logits, labels)",
-    "input": "logits come first, f(logits, labels)",
-}
-"""What to write in place of an argument that isn't there, by the name that it has elsewhere."""
+def _static(argument: str, value: Any) -> Any:
+    """A static option as Python values, which can be hashed."""
+    if type(value) in (list, tuple):
+        value = tuple(_static(argument, v) for v in value)
+    expected = f"{argument} must be {_STATIC.get(argument, 'a Python value')}"
+    if isinstance(value, Tracer):
+        hint = "name it in static_argnames of the jax.jit around this, as it is part of the program"
+        raise ArgumentTypeError(f"{expected}, got a traced {describe(value)}", hint)
+    if isinstance(value, np.generic | np.ndarray | Array) and value.ndim == 0:
+        return value.item()
+    if hasattr(value, "shape") or value.__hash__ is None:
+        raise ArgumentTypeError(
+            f"{expected}, got {describe(value)}", *(_IN_PLACE_OF_AXIS if argument == "axis" else ())
+        )
+    return value
 
 
-def _host_array(function: str, argument: str, value: Any) -> Any:
+_IN_PLACE_OF_AXIS = (
+    "a mask is {where}=, and weights of examples are for {weighted_mean}{second:.0}",
+    "joint probabilities are one array; relative_entropy compares two distributions{joint:.0}",
+    "cross_entropy and relative_entropy take two distributions{p:.0}",
+    "cross_entropy_with_logits and relative_entropy_with_logits take two distributions{logits:.0}{base:.0}",
+)
+
+
+def _host_array(argument: str, value: Any) -> Any:
     """Lists as arrays, at NumPy's speed; an error for what isn't numbers, and for integers that 32 bits would change."""
+    if value is None or isinstance(value, Array):
+        return value
+    expected = f"{argument} must be an array of numbers"
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         traced = any(isinstance(x, Array) for x in jax.tree.leaves(value))
-        value = jnp.asarray(value) if traced else np.asarray(value)
-    if not isinstance(value, int | str | np.ndarray | np.integer):
+        try:
+            value = jnp.asarray(value) if traced else np.asarray(value)
+        except (TypeError, ValueError):
+            raise ArgumentTypeError(f"{expected}, got {describe(value)}") from None
+    bits = 64 if jax.config.jax_enable_x64 else 32  # type: ignore[attr-defined]
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        number = int(value)
+        if abs(number) < 2 ** (bits - 1):
+            return number
+        if argument != "labels":
+            return float(number)  # a count, say
+        raise ArgumentValueError(f"{argument} must be integers of {bits} bits, got {number}")
+    if isinstance(value, str | bytes | np.ndarray | np.generic | bool | float | complex):
+        array = np.asarray(value)
+        if array.dtype.kind not in "biufcV" or array.dtype.names:  # V: of JAX's own dtypes
+            raise ArgumentTypeError(f"{expected}, got {describe(value)}")
+        if array.dtype in (np.int64, np.uint64) and bits == 32:
+            large = array[array.astype(np.int32) != array]
+            if large.size:
+                raise ArgumentValueError(f"{argument} must be integers of {bits} bits, got {large[0]}")
         return value
-    array = np.asarray(value)
-    if array.dtype.kind not in "biufcV":  # V: of JAX's own dtypes
-        raise TypeError(f"{function}: {argument} must be an array of numbers, got {describe(value)}")
-    if array.dtype in (np.int64, np.uint64) and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-        large = array[array.astype(np.int32) != array]
-        if large.size:
-            raise ValueError(f"{function}: {argument} must be integers of 32 bits, got {large[0]}")
+    if jax.tree_util.all_leaves([value]) and not hasattr(value, "__jax_array__"):
+        kind = f"{type(value).__module__.split('.')[0]}.{type(value).__qualname__}"
+        convert = f"give numpy.asarray({{{argument}}})" if hasattr(value, "__array__") else ""
+        raise ArgumentTypeError(f"{expected}, got a {kind}", convert)
     return value
 
 
 def describe(value: Any) -> str:
-    """``value`` as errors show it: dtype and shape of an array."""
+    """``value`` as errors show it: dtype and shape of an array, and the start of what is long."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-    return f"{value!r}"
+    return reprlib.repr(value)
 
 
-def _array(function: str, argument: str, value: ArrayLike, kind: Any, expected: str, hint: str = "") -> Array:
-    try:
-        array = jnp.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{function}: {argument} must be {expected}, got {type(value).__name__}") from error
+def _array(function: str, argument: str, value: ArrayLike, kind: Any, expected: str, *hints: str) -> Array:
+    try:  # what only describes an array is one for all that is asked here
+        array: Any = value if isinstance(value, jax.ShapeDtypeStruct) else jnp.asarray(value)
+    except (TypeError, ValueError):
+        got = "None" if value is None else type(value).__name__
+        raise ArgumentTypeError(f"{function}: {argument} must be {expected}, got {got}") from None
     if not jnp.issubdtype(array.dtype, kind):
-        raise TypeError(f"{function}: {argument} must be {expected}, got {describe(array)}{hint}")
+        raise ArgumentTypeError(f"{function}: {argument} must be {expected}, got {describe(array)}", *hints)
     return array
 
 
@@ -143,11 +396,15 @@ def array(function: str, argument: str, value: ArrayLike) -> Array:
 
 
 def floating(function: str, argument: str, value: ArrayLike) -> Array:
-    """``value`` as an array of floating-point numbers."""
-    hint = f"; {argument} come first, labels second" if argument in ("logits", "probs", "log_probs") else ""
-    array = _array(function, argument, value, jnp.floating, "a floating-point array", hint)
+    """``value`` as an array of floating-point numbers; a single number may be an integer."""
+    array = _array(function, argument, value, np.generic, "a floating-point array")
+    if array.ndim == 0 and jnp.issubdtype(array.dtype, jnp.integer):
+        array = lax.convert_element_type(array, float)
+    order = f"{{{argument}}} come first, {{labels}} second"
+    array = _array(function, argument, array, jnp.floating, "a floating-point array", order)
     if array.dtype.itemsize == 1:  # neither the range nor, on every device, an exact path to float32
-        raise TypeError(f"{function}: {argument} must be float16, bfloat16, float32 or float64, got {describe(array)}")
+        expected = "float16, bfloat16, float32 or float64"
+        raise ArgumentTypeError(f"{function}: {argument} must be {expected}, got {describe(array)}")
     return array
 
 
@@ -157,9 +414,9 @@ def real(function: str, argument: str, value: ArrayLike, dtype: Any = np.float32
     return floating(function, argument, given if jnp.issubdtype(given.dtype, jnp.inexact) else given.astype(dtype))
 
 
-def integer(function: str, argument: str, value: ArrayLike, hint: str = "") -> Array:
+def integer(function: str, argument: str, value: ArrayLike, *hints: str) -> Array:
     """``value`` as an array of integers."""
-    return _array(function, argument, value, jnp.integer, "an integer array", hint)
+    return _array(function, argument, value, jnp.integer, "an integer array", *hints)
 
 
 def boolean(function: str, argument: str, value: ArrayLike) -> Array:
@@ -168,16 +425,22 @@ def boolean(function: str, argument: str, value: ArrayLike) -> Array:
     if jnp.issubdtype(array.dtype, jnp.integer):
         return array != 0
     if jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(
-            f"{function}: {argument} must be a boolean or integer array, got {describe(array)}; for a mask give "
-            f"{argument}=mask != 0, for weights jaxce.weighted_mean(losses, weights)"
+        mask = f"for a mask give {{{argument}}}=mask != 0"
+        raise ArgumentTypeError(
+            f"{function}: {argument} must be a boolean or integer array, got {describe(array)}",
+            f"{mask}, for weights {{weighted_mean}}{{second:.0}}",
+            mask,
         )
     return _array(function, argument, array, jnp.bool_, "a boolean or integer array")
 
 
 def compute_dtype(*arrays: Any) -> np.dtype:
-    """The dtype to compute in: the widest of the arguments' and float32. Half precision is computed in float32."""
-    return functools.reduce(np.promote_types, (a.dtype for a in arrays if a.dtype.itemsize >= 4), np.dtype(np.float32))
+    """The dtype to compute in: the widest of the arguments' and float32. Half precision is computed in float32.
+
+    Python numbers take part only where there is nothing else, as everywhere in JAX.
+    """
+    strong = [a for a in arrays if not getattr(a, "weak_type", False)] or arrays
+    return functools.reduce(np.promote_types, (a.dtype for a in strong if a.dtype.itemsize >= 4), np.dtype(np.float32))
 
 
 def upcast(*arrays: Array) -> tuple[Array, ...]:
@@ -189,17 +452,18 @@ def upcast(*arrays: Array) -> tuple[Array, ...]:
 def axes(function: str, axis: Axis, ndim: int) -> tuple[int, ...]:
     """``axis`` as non-negative integers, in the order given."""
     try:
-        given = (operator.index(axis),)  # type: ignore[arg-type]
+        given = tuple(operator.index(a) for a in (axis if isinstance(axis, Sequence) else (axis,)))
+        if any(isinstance(a, bool) for a in (axis, *given)):
+            raise TypeError
     except TypeError:
-        try:
-            given = tuple(operator.index(a) for a in axis)  # type: ignore[union-attr]
-        except TypeError:
-            raise TypeError(f"{function}: axis must be an integer or a tuple of integers, got {axis!r}") from None
+        raise ArgumentTypeError(f"{function}: axis must be {_AXIS}, got {describe(axis)}") from None
+    if ndim == 0:
+        raise ArgumentValueError(f"{function}: axis must name an axis, got {axis!r} for a scalar")
     if not given or any(not -ndim <= a < ndim for a in given):
-        raise ValueError(f"{function}: axis must name one or more of the {ndim} axes, got {axis!r}")
+        raise ArgumentValueError(f"{function}: axis must name one or more of the {ndim} axes, got {axis!r}")
     result = tuple(a % ndim for a in given)
     if len(set(result)) != len(result):
-        raise ValueError(f"{function}: axis must name each axis once, got {axis!r}")
+        raise ArgumentValueError(f"{function}: axis must name each axis once, got {axis!r}")
     return result
 
 
@@ -207,14 +471,21 @@ def axis_name(function: str, names: Any) -> AxisName:
     """Names of mesh axes, each once."""
     given = names if isinstance(names, tuple) else (names,)
     if not given or any(not isinstance(name, str) for name in given) or len(set(given)) != len(given):
-        raise ValueError(f"{function}: axis_name must be the name of a mesh axis or a tuple of names, got {names!r}")
+        raise ArgumentValueError(f"{function}: axis_name must be {_AXIS_NAME}, got {names!r}")
     return names
 
 
-def same_shape(function: str, argument: str, array: Array, shape: tuple[int, ...], of: str, hint: str = "") -> None:
+def same_shape(function: str, argument: str, array: Array, shape: tuple[int, ...], of: str, *hints: str) -> None:
     """Demand exactly ``shape``, which is ``of`` something that the message can name: nothing is broadcast."""
     if array.shape != shape:
-        raise ValueError(f"{function}: {argument} must have {of}, {shape}, got {describe(array)}{hint}")
+        raise ArgumentValueError(f"{function}: {argument} must have {of}, {shape}, got {describe(array)}", *hints)
+
+
+def scalar_or(function: str, argument: str, array: Array, shape: tuple[int, ...], of: str) -> None:
+    """Demand a scalar or exactly ``shape``."""
+    if array.shape not in ((), shape):
+        expected = f"a scalar or have {of}, {shape}"
+        raise ArgumentValueError(f"{function}: {argument} must be {expected}, got {describe(array)}")
 
 
 def labels_of_rows(
@@ -223,7 +494,7 @@ def labels_of_rows(
     """One integer label for each row of something of ``shape``."""
     batch, given = batch_shape(shape, class_axes), np.shape(labels)
     hint = labels_hint(given, shape, class_axes)
-    y = integer(function, "labels", labels, "; give labels.astype(int)" if given == batch else hint)
+    y = integer(function, "labels", labels, "give {labels}.astype(int)" if given == batch else hint)
     same_shape(function, "labels", y, batch, f"the shape of {of} without their class axes", hint)
     return y
 
@@ -233,51 +504,54 @@ def labels_hint(labels: tuple[int, ...], shape: tuple[int, ...], class_axes: tup
     batch = batch_shape(shape, class_axes)
     others = [a for a in range(len(shape)) if a not in class_axes and batch_shape(shape, (a,)) == labels]
     if labels == batch:
-        return "; one class for each row is for the function with_integer_labels in its name"
+        return "one class for each row is for {integer_function}"
     if labels == shape:
-        return "; one number for each class is for the function without integer_labels in its name"
+        return "one number for each class is for {dense_function}"
     if others:
-        return f"; if the classes are on that axis, give axis={others[0]}"
+        return f"if the classes are on that axis, give {{axis}}={others[0]}"
     if labels == (*batch, 1):
-        return "; give labels[..., 0]"
+        return "give {labels}[..., 0]"
     return ""
 
 
 def option(function: str, argument: str, value: Any, kind: Number) -> Any:
-    """An option: a Python number, checked, or an array without axes; None if it makes no difference."""
+    """An option: a number, checked, or an array, with axes if it broadcasts; None if it makes no difference."""
     if value is None:
         return None
     if isinstance(value, int | float | np.number) and not isinstance(value, bool):
         if not kind.valid(float(value)):
-            raise ValueError(f"{function}: {argument} must be {kind.expected}, got {value!r}")
+            raise ArgumentValueError(f"{function}: {argument} must be {kind.expected}, got {value!r}")
         return None if value == kind.neutral else float(value)
+    if kind.broadcasts:
+        value = _host_array(argument, value)
     if not hasattr(value, "dtype"):
-        raise TypeError(f"{function}: {argument} must be {kind.expected}, got {value!r}")
+        raise ArgumentTypeError(f"{function}: {argument} must be {kind.expected}, got {value!r}")
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating) and not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{function}: {argument} must be {kind.expected}, got {describe(array)}")
-    same_shape(function, argument, array, (), "no axes")
+        raise ArgumentTypeError(f"{function}: {argument} must be {kind.expected}, got {describe(array)}")
+    if array.ndim and not kind.broadcasts:
+        raise ArgumentValueError(f"{function}: {argument} must be a scalar, got {describe(array)}")
     return array
 
 
 def positive_integer(function: str, argument: str, value: Any, expected: str = "a positive integer") -> int:
-    """A Python integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise TypeError(f"{function}: {argument} must be {expected}, got {describe(value)}")
-    if value < 1 or value != int(value):
-        raise ValueError(f"{function}: {argument} must be {expected}, got {value!r}")
-    return int(value)
+    """An integer of at least 1, of Python or NumPy, as Python's."""
+    number = _static(argument, value)
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise ArgumentTypeError(f"{function}: {argument} must be {expected}, got {describe(value)}")
+    if not (1 <= number < math.inf and number == int(number)):
+        raise ArgumentValueError(f"{function}: {argument} must be {expected}, got {value!r}")
+    return int(number)
 
 
 def log_base(function: str, base: Any) -> float | None:
     """The natural logarithm of ``base``; None, for nats, stays None."""
     if base is None:
         return None
-    expected = "None (nats) or a positive number other than 1"
-    if not isinstance(base, int | float | np.number) or isinstance(base, bool):
-        raise TypeError(f"{function}: base must be {expected}, got {describe(base)}")
+    if not isinstance(base, int | float) or isinstance(base, bool):
+        raise ArgumentTypeError(f"{function}: base must be {_BASE}, got {describe(base)}")
     if not 0 < base < math.inf or base == 1:
-        raise ValueError(f"{function}: base must be {expected}, got {base!r}")
+        raise ArgumentValueError(f"{function}: base must be {_BASE}, got {base!r}")
     return math.log(base)
 
 
@@ -309,10 +583,10 @@ def where_mask(
         return "rows", mask
     if mask.ndim != len(shape) or any(n not in (1, m) for n, m in zip(mask.shape, shape, strict=True)):
         axes = ", ".join(["None"] * (len(shape) - mask.ndim))
-        hint = f"; for a mask of classes give where[{axes}]" if 0 < mask.ndim < len(shape) else ""
-        raise ValueError(
+        raise ArgumentValueError(
             f"{function}: where must have the batch shape, {batch}, to say which rows take part, or {len(shape)} axes that "
-            f"broadcast to {shape} to say which entries do, got {describe(mask)}{hint}"
+            f"broadcast to {shape} to say which entries do, got {describe(mask)}",
+            f"for a mask of classes give {{where}}[{axes}]" if 0 < mask.ndim < len(shape) else "",
         )
     if all(mask.shape[a] == 1 for a in class_axes):
         return "rows", jnp.broadcast_to(jnp.squeeze(mask, class_axes), batch)
@@ -339,9 +613,9 @@ def where_elements(function: str, where: ArrayLike | None, shape: tuple[int, ...
     if missing == 0 and all(n in (1, m) for n, m in zip(mask.shape, shape, strict=True)):
         return jnp.broadcast_to(mask, shape)
     new = ", ".join(["None"] * missing)
-    hint = f"; for a mask of the first axes give where[..., {new}], of the last where[{new}]" if missing > 0 else ""
-    raise ValueError(
-        f"{function}: where must have as many axes as the result and broadcast to it, {shape}, got {describe(mask)}{hint}"
+    raise ArgumentValueError(
+        f"{function}: where must have as many axes as the result and broadcast to it, {shape}, got {describe(mask)}",
+        f"for a mask of the first axes give {{where}}[..., {new}], of the last where[{new}]" if missing > 0 else "",
     )
 
 
@@ -375,9 +649,9 @@ def dense(
         return jnp.broadcast_to(x, shape)
     hint = ""
     if numbers:
-        hint = f"; class numbers are for {classes}"
+        hint = f"class numbers are for {classes}"
     elif [n for n in x.shape if n != 1] == [n for n in shape if n != 1]:
-        hint = f"; give {argument}.reshape({shape})"
-    raise ValueError(
-        f"{function}: {argument} must have the shape of {of}, {shape}, or broadcast to it, got {describe(value)}{hint}"
+        hint = f"give {{{argument}}}.reshape({shape})"
+    raise ArgumentValueError(
+        f"{function}: {argument} must have the shape of {of}, {shape}, or broadcast to it, got {describe(value)}", hint
     )

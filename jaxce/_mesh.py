@@ -108,8 +108,11 @@ def gather_features(kernel: Array, class_axis: int) -> Array:
 # logits on its own part, so that no rule for whole arrays (of a gather, a reshape, a loop over blocks) can refuse it.
 
 
-def on_each_device(result: str) -> Callable[[_F], _F]:
-    """A decorator for functions of logits; results have the shape of the "batch" or the "logits", or are a "total"."""
+def on_each_device(*results: str) -> Callable[[_F], _F]:
+    """A decorator for functions of logits; results have the shape of the "batch" or the "logits", or are a "total".
+
+    What each array of a result is, is said once; if there are several results they are a tuple.
+    """
 
     def decorate(function: _F) -> _F:
         signature = inspect.signature(function)
@@ -122,7 +125,7 @@ def on_each_device(result: str) -> Callable[[_F], _F]:
                 return function(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            return _run_on_each_device(function, bound.arguments, result)
+            return _run_on_each_device(function, bound.arguments, results)
 
         return cast(_F, spread)
 
@@ -137,7 +140,7 @@ def _spec(x: Any) -> tuple[Any, ...]:
     return spec + (None,) * (x.ndim - len(spec))
 
 
-def _run_on_each_device(function: Callable[..., Any], given: dict[str, Any], result: str) -> Any:
+def _run_on_each_device(function: Callable[..., Any], given: dict[str, Any], results: tuple[str, ...]) -> Any:
     arrays = {name: x for name, x in given.items() if isinstance(x, jax.Array | LinearLogits)}
     leaves, tree = jax.tree.flatten(arrays)
     logits = [x for name, x in arrays.items() if name.endswith("logits")]
@@ -176,11 +179,15 @@ def _run_on_each_device(function: Callable[..., Any], given: dict[str, Any], res
     def run(*leaves: Array) -> Any:
         here = given | jax.tree.unflatten(tree, leaves)
         value = function(**{n: part_of(x) if n.endswith("logits") else x for n, x in here.items()})
-        return lax.psum(value, tuple(rows)) if result == "total" and rows else value
+        values = value if len(results) > 1 else (value,)
+        pairs = zip(results, values, strict=True)
+        values = tuple(lax.psum(v, tuple(rows)) if result == "total" and rows else v for result, v in pairs)
+        return values if len(results) > 1 else values[0]
 
     rows = [n for a in batch for n in ([parts[a]] if isinstance(parts.get(a), str) else parts.get(a) or ())]
-    kept = {"batch": batch, "logits": range(len(shape)), "total": ()}[result]
-    out = PartitionSpec(*(parts.get(a) for a in kept))
+    kept = {"batch": batch, "logits": range(len(shape)), "total": ()}
+    outs = tuple(PartitionSpec(*(parts.get(a) for a in kept[result])) for result in results)
+    out = outs if len(results) > 1 else outs[0]
     explicit = all(t == AxisType.Explicit for t in mesh.axis_types)
     axis_names = set() if explicit else taken  # all of them, but those of an enclosing vmap
     return jax.shard_map(run, mesh=mesh, in_specs=tuple(specs), out_specs=out, axis_names=axis_names)(*leaves)

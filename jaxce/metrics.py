@@ -38,10 +38,10 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxce import _checks, _platforms
 from jaxce._checks import AxisName, compiled
 from jaxce._logits import AnyLogits
-from jaxce._measures import measure, replaced, sum_of_terms
+from jaxce._measures import NLL, measure, replaced, sum_of
 from jaxce._mesh import on_each_device
-from jaxce._passes import Inputs, Spec, add_up, block_of, by_rows
-from jaxce._state import Ask, State
+from jaxce._passes import OF_ROWS, Inputs, Spec, add_up, by_rows, reading
+from jaxce._state import Ask, State, there
 from jaxce._statistics import read_logits
 
 _M = TypeVar("_M", bound="Metric")
@@ -114,7 +114,7 @@ def _sums(*terms: Array, axes: int) -> list[Sum]:
     return _reduce([Sum(t, jnp.zeros_like(t)) for t in terms], axes)
 
 
-class Metric:
+class Metric(_checks.NamedMethods):
     """What all metrics can do; their fields are `Sum`s, or metrics."""
 
     @classmethod
@@ -295,18 +295,23 @@ def _examples(logits: Any, labels: Any, axis: int, where: Any, function: str, k:
     return by_rows(z.spec.chunks, (z.inputs,), functools.partial(_rows_of, spec, k))
 
 
+_SQUARES = sum_of(lambda c: c.p * c.p)
+
+
 def _rows_of(spec: Spec, k: int | None, inputs: Inputs) -> _Rows:
-    values, state = measure(spec, inputs, ("nll",))
-    correct = (state.prediction == inputs["labels"]).astype(spec.dtype)
+    (nll,), (state,) = measure((spec,), (inputs,), (NLL,))
+    correct = (state.predicted == inputs["labels"]).astype(spec.dtype)
     # From the state, with the derivatives of what says the same and is computed for nothing else.
-    top = measure(spec, inputs | {"labels": state.prediction}, ("nll",))[0]["nll"]
+    top = measure((spec,), (inputs | {"labels": state.predicted},), (NLL,))[0][0]
     confidence = replaced(1 / (1 + state.s), jnp.exp(-top))
     brier = None
     if spec.ask.squares:
-        (squares,), _ = sum_of_terms((lambda _, p: p * p,), (spec,), (inputs,))
-        brier = replaced(_brier(state), squares - 2 * jnp.exp(-values["nll"]))
-    in_top = None if k is None else (_rank(spec, inputs, state.label) < k).astype(spec.dtype)
-    return _Rows(state.present, values["nll"], correct, confidence, brier, in_top)
+        (squares,), _ = measure((spec,), (inputs,), (_SQUARES,))
+        brier = replaced(_brier(state), squares - 2 * jnp.exp(-nll))
+    in_top = None
+    if k is not None:  # a class that isn't there is in no top k
+        in_top = ((_rank(spec, inputs, state.label) < k) & there(state.label)).astype(spec.dtype)
+    return _Rows(state.present, nll, correct, confidence, brier, in_top)
 
 
 def _brier(state: State) -> Array:
@@ -320,7 +325,8 @@ def _rank(spec: Spec, inputs: Inputs, label: Array) -> Array:
     """How many classes come before the label, whose logit is given."""
 
     def step(parts: Any, _: Any, label: Any, start: Any) -> Array:
-        return _platforms.rank(block_of(spec, parts[0], start), label, spec.dtype, spec.strips)
+        read, part = reading(spec, parts[0], start)
+        return _platforms.rank(read, part, label, OF_ROWS, spec.dtype, spec.strips)
 
     inputs = {name: lax.stop_gradient(x) for name, x in inputs.items() if name != "rows"}  # others don't count anyway
     return add_up((spec,), (inputs,), ({},), label, step)

@@ -279,34 +279,46 @@ def test_mean_loss_of_a_part_of_the_batch() -> None:
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)  # float32, sums in another order
 
 
-@pytest.mark.parametrize("way", ["shard_map", "Explicit", "Auto", pytest.param("no account", marks=pytest.mark.slow)])
-def test_mean_loss(way: str) -> None:
-    """In chunks of rows: its value, gradient and second derivative are those of the formula on an array."""
+WAYS = ["shard_map", "Explicit", "Auto", "no account"]
+DEFAULT = [("z_loss", way) for way in WAYS[:3]]
+MORE = [("z_loss", WAYS[3]), *(("label_smoothing", way) for way in WAYS)]
+
+
+@pytest.mark.parametrize(("option", "way"), DEFAULT + [pytest.param(*p, marks=pytest.mark.slow) for p in MORE])
+def test_mean_loss(option: str, way: str) -> None:
+    """In chunks of rows: its value, gradient, second derivative and what it tells of each row are the formula's."""
 
     def mean(a: Arrays, axis_name: Any = None, whole: Any = None) -> Any:
         weights = jnp.where(a["labels"] == 4, 0, a["rows"])
-        options = {"label_smoothing": 0.1, "class_weights": a["weights"], "normalizer": 3.0}
+        options = {option: 0.1, "class_weights": a["weights"], "normalizer": 3.0}
         logits = logits_of("linear", a, axis_name)
         if whole is None:
-            total = jaxce.linear_cross_entropy(logits, a["labels"], weights, chunk_size=1, **options)
-            return total if axis_name is None else jax.lax.psum(total, "data")
-        targets = 0.9 * jax.nn.one_hot(a["labels"], V, dtype=weights.dtype) + 0.1 / V
-        log_p = jax.nn.log_softmax(logits.materialize())
-        return jnp.sum(weights * -jnp.sum(a["weights"][None] * targets * log_p, -1)) / 3
+            total, aux = jaxce.linear_cross_entropy(logits, a["labels"], weights, chunk_size=1, has_aux=True, **options)
+            return (total if axis_name is None else jax.lax.psum(total, "data")), aux
+        x = logits.materialize()
+        smoothing, z_loss = (0.1 * (option == name) for name in ("label_smoothing", "z_loss"))
+        targets = (1 - smoothing) * jax.nn.one_hot(a["labels"], V, dtype=weights.dtype) + smoothing / V
+        log_normalizers = jax.nn.logsumexp(x, -1)
+        losses = -jnp.sum(a["weights"][None] * targets * jax.nn.log_softmax(x), -1) + z_loss * log_normalizers**2
+        aux = tuple(jnp.where(weights == 0, 0, v) for v in (losses, log_normalizers))
+        return jnp.sum(weights * losses) / 3, jax.lax.stop_gradient(aux)
 
     def orders(f: Callable[[Arrays], Any], floats: Arrays, labels: Arrays) -> Any:
         directions = jax.tree.map(lambda x: jnp.cos(x).astype(x.dtype), floats)
-        slopes = jax.value_and_grad(lambda x: f(x | labels))
+        slopes = jax.value_and_grad(lambda x: f(x | labels), has_aux=True)
         return jax.jvp(slopes, (floats,), (directions,))
 
     with jax.enable_x64(True):
         names = "hidden", "kernel", "bias", "weights", "labels"
         a = {n: v for n, v in arrays().items() if n in names} | {"rows": jnp.array([1.0, 5.0, 0.5, 2.0])}
+        for name in ("hidden", "rows", "labels"):  # enough for several chunks of the rows of eight devices
+            a[name] = jnp.concatenate([jnp.roll(a[name], i, 0) for i in range(4)])
         specs = {n: SPECS.get(n, P("data")) for n in a}
         f: Any = mean
         if way in ("shard_map", "no account"):
             part = functools.partial(mean, axis_name="model")
-            f = jax.shard_map(part, mesh=mesh(), in_specs=(specs,), out_specs=P(), check_vma=way == "shard_map")
+            out_specs = P(), P("data")
+            f = jax.shard_map(part, mesh=mesh(), in_specs=(specs,), out_specs=out_specs, check_vma=way == "shard_map")
         placed = dict(a)
         if way in ("Auto", "Explicit"):
             placed = {n: jax.device_put(v, NamedSharding(mesh(AxisType[way]), specs[n])) for n, v in a.items()}

@@ -7,29 +7,27 @@ import importlib.util
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from jaxce.__main__ import WINDOW, Tokenizer, held_out_windows, load_text
+from jaxce.__main__ import PROMPT, WINDOW, Tokenizer, held_out_windows, load_text
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 700
 
 
+QUICKLY = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+
 def demo(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "jaxce", *options],
-        cwd=ROOT,
-        # Which compiles faster.
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-m", "jaxce", *options]
+    return subprocess.run(command, cwd=ROOT, env=QUICKLY, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +110,76 @@ def test_gradient_check(output: str) -> None:
     assert 0 < differences < 1e-7
 
 
+def test_memory(output: str) -> None:
+    before, _, after = output.partition("temporary memory of a step: ")
+    assert "compiling the training step" in before and "compiling" not in after
+    found = re.match(
+        r"(.*) MB with jaxce.linear_cross_entropy, (.*) MB with Optax' loss .*, so (.*)% (less|more)", after
+    )
+    assert found is not None
+    ours, peer, percent = map(float, found.groups()[:3])
+    rounding = 0.05 / peer * (1 + ours / peer) + 0.005
+    assert ours / peer == pytest.approx(1 - percent / 100 if found[4] == "less" else 1 + percent / 100, abs=rounding)
+
+
+@pytest.fixture
+def promotion_as_users_have_it() -> Iterator[None]:
+    import jax
+
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.usefixtures("promotion_as_users_have_it")
+def test_both_losses_are_the_same_number() -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from jaxce.__main__ import init, mean_loss, mean_loss_of_optax
+
+    params, key = init(jax.random.key(0), jnp.log(jnp.arange(1.0, 51.0))), jax.random.key(1)
+    tokens = jax.random.randint(key, (2, WINDOW + 1), 0, 50)
+    assert jax.jit(mean_loss)(params, tokens, key) == pytest.approx(
+        float(mean_loss_of_optax(params, tokens, key)), 1e-6
+    )
+
+
+def test_samples(output: str) -> None:
+    """A prompt from the held-out text, and two continuations of it; with the same options the same ones."""
+    _, _, text = output.partition(f"text that the trained model writes, {WINDOW - PROMPT} tokens\n")
+    titles = re.findall(r"^  (?!\|)(.*)$", text, re.M)
+    assert titles == [
+        "the held-out text that it continues",
+        "the likeliest token each time",
+        "random tokens at temperature 0.8",
+    ]
+    prompt, greedy, random = (
+        "\n".join(line[4:] for line in part.splitlines()) for part in re.findall(r"(?:^  \|.*\n?)+", text, re.M)
+    )
+    training, held_out = manual()
+    tokenizer = Tokenizer(training, VOCABULARY)
+    assert prompt == tokenizer.decode(tokenizer.encode(held_out)[:PROMPT]).rstrip(" ") and greedy and random != greedy
+
+
+@pytest.mark.usefixtures("promotion_as_users_have_it")
+def test_generated_tokens_are_the_likeliest_after_what_precedes() -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from jaxce.__main__ import generate, hidden_of, init, logits_of
+
+    params = init(jax.random.key(0), jnp.zeros(50))
+    prompt = jnp.arange(5, dtype=jnp.int32)
+    tokens = jax.jit(generate)(params, prompt)
+    logits = logits_of(params, hidden_of(params, tokens[None])[0]).materialize()
+    assert tokens[:5].tolist() == [0, 1, 2, 3, 4]
+    assert tokens[5:].tolist() == jnp.argmax(logits, -1)[4:-1].tolist()
+    cold, again = (generate(params, prompt, jax.random.key(k), temperature=1e-4) for k in (0, 1))
+    assert cold.tolist() == again.tolist() == tokens.tolist()
+    hot, same, other = (generate(params, prompt, jax.random.key(k)).tolist() for k in (0, 0, 1))
+    assert hot == same != other
+
+
 def test_names_device_and_versions(output: str) -> None:
     import jax
 
@@ -164,6 +232,9 @@ def test_help() -> None:
         ("--learning-rate", "0"),
         ("--learning-rate", "nan"),
         ("--plot", "/no/such/directory/loss.png"),
+        ("--plot", "/tmp"),
+        ("--plot", "loss"),
+        ("--plot", "loss.nothing"),
         ("--epochs", "3"),
     ],
     ids=" ".join,
@@ -183,6 +254,22 @@ def test_a_bad_option_ends_the_program() -> None:
     result = demo("--steps", "-3")
     assert result.returncode == 2
     assert result.stderr == "python -m jaxce: error: argument --steps: must be an integer >= 1, got '-3'\n"
+
+
+@pytest.mark.parametrize(("ended", "code"), [("by its reader", 141), ("by Ctrl-C", 130)])
+def test_ends_quietly(ended: str, code: int) -> None:
+    command = [sys.executable, "-m", "jaxce"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=QUICKLY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None and run.stderr is not None
+        assert run.stdout.readline().startswith("jaxce ")
+        if ended == "by Ctrl-C":
+            run.send_signal(signal.SIGINT)
+        else:
+            run.stdout.close()
+        assert run.wait(timeout=120) == code
+        assert run.stderr.read() == ""
 
 
 @pytest.mark.slow

@@ -138,7 +138,10 @@ def test_ties_go_to_the_first_class() -> None:
 
 @pytest.mark.parametrize("classes", [7, pytest.param(40, marks=pytest.mark.slow), 4400])
 def test_rank_is_a_plain_count(classes: int) -> None:
-    """Of equal logits the first comes first; infinite ones and the largest finite ones are told apart."""
+    """Of equal logits the first comes first; infinite ones and the largest finite ones are told apart.
+
+    A class that isn't there, its logit -inf or masked, is in no top k.
+    """
     rng = np.random.default_rng(classes)
     most = np.finfo("float32").max
     few = np.array([-INF, -most, -1.5, -1, 0, 1e-30, 1, most, INF], "float32")
@@ -149,9 +152,15 @@ def test_rank_is_a_plain_count(classes: int) -> None:
     at_label = logits[np.arange(64), labels][:, None]
     before = (logits > at_label) | (logits == at_label) & (np.arange(classes) < labels[:, None])
     rank = before.sum(-1)
-    for k in {1, *(rank[::20] + 1)}:
+    there = at_label[:, 0] > -INF
+    masked = rng.uniform(size=logits.shape) < 0.1
+    for k in {1, *(rank[::20] + 1), classes}:
         metric = TopKAccuracy.from_batch(logits, labels, k=int(k))
-        assert float(metric.total.hi) == np.sum(rank < k) and float(metric.weight.hi) == 64, k
+        assert float(metric.total.hi) == np.sum((rank < k) & there) and float(metric.weight.hi) == 64, k
+        left = TopKAccuracy.from_batch(logits, labels, k=int(k), where=~masked)
+        absent = TopKAccuracy.from_batch(np.where(masked, -INF, logits), labels, k=int(k))
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, left, absent))
+        assert float(left.total.hi) <= np.sum(there & ~masked[np.arange(64), labels])
 
 
 @pytest.mark.parametrize("classes", [7, 40])
@@ -160,7 +169,8 @@ def test_a_label_does_not_come_before_itself(classes: int) -> None:
     x = jnp.linspace(1, 2, classes)[None]
     block = Block(x, 0, jnp.arange(classes)[None], jnp.array([3]))
     for label in (x[:, 3] * (1 - 2e-7), x[:, 3], x[:, 3] * (1 + 2e-7)):
-        assert jnp.array_equal(_platforms.rank(block, label, x.dtype), jnp.array([classes - 4]))
+        rank = _platforms.rank(lambda _: block, {}, label, {}, x.dtype)
+        assert jnp.array_equal(rank, jnp.array([classes - 4]))
 
 
 @pytest.mark.parametrize("classes", [5, 40, 4400])

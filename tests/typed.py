@@ -37,8 +37,10 @@ def logits_that_are_no_array(hidden: jax.Array, kernel: jax.Array, labels: jax.A
     """Wherever logits go."""
     logits = LinearLogits(hidden, kernel, temperature=0.7, soft_cap=cap)
     statistics = jaxce.softmax_statistics(logits, labels)
-    assert_type(statistics, SoftmaxStatistics)
+    assert_type(statistics, SoftmaxStatistics[jax.Array])
+    assert_type(statistics.nll, jax.Array)
     assert_type(statistics.entropy, jax.Array)
+    assert_type(jaxce.softmax_statistics(logits).nll, None)
     assert_type(jaxce.logsumexp(ShardedLogits(hidden, axis_name="model")), jax.Array)
     assert_type(jaxce.relative_entropy_with_logits(logits, logits, base=2), jax.Array)
     return jaxce.linear_cross_entropy(logits, labels, label_smoothing=0.1)
