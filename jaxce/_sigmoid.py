@@ -257,9 +257,9 @@ def _weighted_focal(x: Array, t: Array, gamma: Array, alpha: Array) -> Array:
 
 
 def _weighted_focal_slopes(x: Array, t: Array, gamma: Array, alpha: Array) -> tuple[Array, Array, Array, Array]:
-    by_x, by_t, by_gamma = (scale(s, alpha * t + (1 - alpha) * (1 - t)) for s in _focal_slopes(x, t, gamma))
+    by_x, by_t, by_gamma = (product(s, alpha * t + (1 - alpha) * (1 - t)) for s in _focal_slopes(x, t, gamma))
     loss = _focal(x, t, gamma)
-    return by_x, by_t + scale(loss, 2 * alpha - 1), by_gamma, scale(loss, 2 * t - 1)
+    return by_x, by_t + product(loss, 2 * alpha - 1), by_gamma, product(loss, 2 * t - 1)
 
 
 _weighted_focal.defslopes(_weighted_focal_slopes)
