@@ -358,7 +358,10 @@ def test_classes_that_are_not_there() -> None:
 
 
 GOOD = np.float32([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]]), np.float32([[0.3, 0.3, 0.4], [0.1, 0.2, 0.7]])
-ABSENT = np.float32([[0, 1, 0], [0, 0, 0], [0.5, 0, 0.5], [1, 0, 0]]), np.float32([[1, 0, 0], [0.5, 0.5, 0], [0, 1, 0], [0, 0, 0]])
+ABSENT = (
+    np.float32([[0, 1, 0], [0, 0, 0], [0.5, 0, 0.5], [1, 0, 0]]),
+    np.float32([[1, 0, 0], [0.5, 0.5, 0], [0, 1, 0], [0, 0, 0]]),
+)
 
 
 class Loss(NamedTuple):
@@ -382,8 +385,9 @@ def yes_and_no(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 SIGMOID = np.float32([[2, -1, 0.5], [-3, 0, 1]]), np.float32([[1, 0, 0.3], [0, 1, 0.5]])
-FAR = np.float32([[INF, -INF, 3e38], [INF, 200, -200], [-INF, -3e38, 90], [INF, -INF, 0]]), np.float32(
-    [[0, 1, 0], [0.5, 0, 1], [0.5, 1, 0], [1, 0, 0]]
+FAR = (
+    np.float32([[INF, -INF, 3e38], [INF, 200, -200], [-INF, -3e38, 90], [INF, -INF, 0]]),
+    np.float32([[0, 1, 0], [0.5, 0, 1], [0.5, 1, 0], [1, 0, 0]]),
 )
 OPTIONS = np.float32([[0.25], [0.5]]), np.float32([[2], [0.5]])
 MORE = np.float32([[0.25], [0], [1], [0.5]]), np.float32([[2], [0.5], [0.3], [1]])
@@ -434,7 +438,9 @@ def test_rows_that_do_not_count_leave_no_trace(name: str, by: str) -> None:
             return jaxce.weighted_mean(losses, None if where is None else where)
 
         first = jax.grad(mean, tuple(range(len(args))))
-        back = jax.grad(lambda *args: sum(jnp.vdot(a, b) for a, b in zip(first(*args), v, strict=True)), tuple(range(len(args))))
+        back = jax.grad(
+            lambda *args: sum(jnp.vdot(a, b) for a, b in zip(first(*args), v, strict=True)), tuple(range(len(args)))
+        )
         return first(*args), jax.jvp(first, args, v)[1], back(*args), jax.jvp(mean, args, v)[1]
 
     got = derivatives(every, along, counts)
