@@ -30,6 +30,7 @@ cross-entropy           cross_entropy(p, q), cross_entropy_with_logits          
 entropy                 entropy(p), entropy_with_logits(logits)                            [B, K] -> [B]
 self-information        surprisal(p)                                                       [B] -> [B]
 mutual information      mutual_information(joint)                                          [B, X, Y] -> [B]
+KL of two normals       gaussian_relative_entropy(p_location, p_log_scale)                 broadcast
 entropy of samples      differential_entropy(samples)                                      [B, N] -> [B]
 regression              gaussian_nll(location, log_scale, x), laplace_nll                  broadcast
 ..                      student_t_nll(location, log_scale, log_df, x)                      broadcast

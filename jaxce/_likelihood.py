@@ -409,9 +409,10 @@ def gaussian_relative_entropy(
     .. math:: D(p \| q) = \log\frac{\sigma_q}{\sigma_p} + \frac{\sigma_p^2 + (m_p - m_q)^2}{2 \sigma_q^2} - \frac12
 
     With the standard normal distribution as q, the default, the sum over the latent variables is the term that a
-    variational autoencoder adds to its reconstruction loss. It is computed as :math:`\tfrac12 z^2 + \tfrac12 (e^{2\delta}
-    - 1 - 2\delta)`, :math:`z = (m_p - m_q) / \sigma_q`, :math:`\delta = \log\sigma_p - \log\sigma_q`. Neither part is
-    negative, so nothing is lost where the distributions are nearly equal. Value and gradient are right to 8 ulp.
+    variational autoencoder adds to its reconstruction loss. It is computed as
+    :math:`\tfrac12 z^2 + \tfrac12 (e^{2\delta} - 1 - 2\delta)`, with :math:`z = (m_p - m_q) / \sigma_q` and
+    :math:`\delta = \log\sigma_p - \log\sigma_q`. Neither part is negative, so nothing is lost where the distributions are
+    nearly equal. Value and gradient are right to 8 ulp.
 
     Args:
         p_location: the mean of p.
