@@ -392,7 +392,6 @@ def _finite(x: Array) -> Array:
 # the divergence is as small as they are, and p near q. There the sum of p q / (p + q) is 1/2, and that of p - q is c.
 
 _OFF = sum_of(_of(_terms.difference_of_logs))
-_BY_Q = Slope(lambda c: -_of(_terms.difference_of_logs)(c), lambda: (lambda off: replaced(-off, 0 * off), (_OFF,)))
 _RELATIVE_ENTROPY = sum_of(
     _of(_terms.bregman_of_logs),
     Slope(
@@ -400,12 +399,12 @@ _RELATIVE_ENTROPY = sum_of(
         lambda: (lambda total, off: replaced(_finite(total + off), total), (_RELATIVE_ENTROPY, _OFF)),
         over_p=True,
     ),
-    _BY_Q,
+    Slope(lambda c: -_of(_terms.difference_of_logs)(c), lambda: (lambda off: replaced(-off, 0 * off), (_OFF,))),
 )
 _CROSS_ENTROPY = sum_of(
     _of(_terms.neg_x_log_y_of_logs),
     Slope(lambda c: _finite(-c.log_q), lambda: (_finite, (_CROSS_ENTROPY,)), over_p=True),
-    _BY_Q,
+    Slope(lambda c: -c.p, lambda: (lambda: -1.0, ())),
 )
 _JENSEN_SHANNON = sum_of(
     _of(_terms.jensen_shannon_of_logs),
