@@ -61,7 +61,7 @@ def over_classes(
         return meet_all(leaves(read(inputs), ask, dtype))
 
     def in_parts(inputs: Inputs) -> State:
-        return _in_parts(read(inputs), ask, dtype)
+        return _in_parts(read, inputs, ask, dtype)
 
     def in_lanes(inputs: Inputs) -> State:
         return _by_rows(lambda some: _in_lanes(read(some), ask, dtype), inputs, of_rows, shape)
@@ -134,26 +134,26 @@ def dynamic_slice(x: Array, start: Any, size: int, axis: int) -> Array:
 # --- XLA:GPU ----------------------------------------------------------------------------------------------------------
 
 
-def _in_parts(block: Block, ask: Ask, dtype: np.dtype) -> State:
+def _in_parts(read: Read, inputs: Inputs, ask: Ask, dtype: np.dtype) -> State:
     """Eight parts of the classes meet at once, class by class; then one reduction. The label is gathered."""
+    block = read(inputs)
     classes = block.x.shape[-1]
-    size, left = divmod(classes, _PARTS)
+    size = classes // _PARTS
 
-    def of(first: int, last: int, x: Array, targets: Array | None) -> State:
+    def of(first: int, last: int, inputs: Inputs) -> State:
         """The states of some of the classes."""
-        states = leaves(block._replace(x=x, targets=targets, labels=None), ask, dtype)
+        states = leaves(read(inputs)._replace(labels=None), ask, dtype)
         return jax.tree.map(lambda v: lax.slice_in_dim(v, first, last, axis=-1), states)
 
     @jax.jit  # to be traced once
-    def parts(x: Array, targets: Array | None) -> State:
-        return meet(*(of(i * size, (i + 1) * size, x, targets) for i in range(_PARTS)))
+    def parts(inputs: Inputs) -> State:
+        return meet(*(of(i * size, (i + 1) * size, inputs) for i in range(_PARTS)))
 
-    given = block.x, block.targets
-    numbers, tree = jax.tree.flatten(jax.eval_shape(parts, *given))
-    numbers = [jax.tree.leaves(parts(*jax.tree.map(partial(_named, n), given)))[n] for n in range(len(numbers))]
+    numbers, tree = jax.tree.flatten(jax.eval_shape(parts, inputs))
+    numbers = [jax.tree.leaves(parts(jax.tree.map(partial(_named, n), inputs)))[n] for n in range(len(numbers))]
     state = meet_all(jax.tree.unflatten(tree, numbers))
-    if left:
-        state = meet(state, meet_all(of(_PARTS * size, classes, *given)))
+    if classes % _PARTS:
+        state = meet(state, meet_all(of(_PARTS * size, classes, inputs)))
     return state if block.labels is None else state._replace(**_at_label(block, dtype))
 
 
@@ -162,7 +162,7 @@ def _named(n: int, x: Array) -> Array:
 
     No bit is set: what is left of a shift by as many bits less n + 1 has none from n + 1 on. LLVM knows that, XLA doesn't.
     """
-    if n == 0:
+    if n == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     width = 8 * x.dtype.itemsize
     one = np.ones((), f"uint{width}")
