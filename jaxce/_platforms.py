@@ -1,20 +1,17 @@
-"""The state of a row in the ways that are fast on XLA:CPU, from plain maxima and sums, and on XLA:GPU, in blocks.
+"""The order in which the classes of a row meet on each platform, and nothing else: no formula depends on one.
 
-This is the one file that knows a platform; a single reduction of the classes' states is the way of all others.
+This is the one file that knows platforms. On a TPU, and wherever nothing else is known, the classes of a row are one
+reduction, with `meet` between any two.
 
-XLA:CPU can't vectorise a reduction with several operands, which takes five times as long there as the sums by themselves,
-but for rows of a few classes, where it is the fastest. What its sums taught:
+XLA:CPU makes no vectors of such a reduction along the last axis. Along an earlier one of a few numbers it does, with one
+number of the later axes in each lane of a vector. So eight parts of a row meet, class by class, and those eight in turn,
+until a part would be shorter than a vector; then the few that are left of each row are put first, so that the rows are the
+lanes. This is done by chunks of rows that stay in the cache, and so without arrays of the size of the logits.
 
-- arithmetic, minima, maxima and exp are fast inside of a sum; a comparison or a selection makes it several times slower;
-- what two sums share is written out as an array of all classes, constants among it. So each sum has a barrier of its own,
-  through which constants come as numbers of the rows;
-- minimum(a, b) is b where either is NaN, and maxima lose NaN. Only a sum keeps it;
-- rows are summed as one list of blocks, two axes in all: three are several times slower, and so are rows that are longer
-  than the cache.
-
-On a GPU the reduction is bound by its arithmetic, and XLA cuts long rows into pieces of which a thread has eight classes,
-almost as few as the times that the threads of a warp meet. So long rows are cut here, into pieces of which a thread has
-sixteen; and the label's logit is gathered rather than looked for.
+A GPU's reduction is bound by its instructions rather than by what it reads, and most of them are in its exponentials, and
+in what they are multiplied and added to. So eight parts of a row meet at once there, class by class: that takes one
+exponential less than there are parts and no sums in between. All numbers of a state come from one kernel, which reads the
+logits once. The label's logit is gathered on both rather than looked for, but for short rows on a GPU.
 """
 
 from __future__ import annotations
@@ -61,7 +58,7 @@ def over_classes(
         return meet_all(leaves(read(inputs), ask, dtype))
 
     def in_parts(inputs: Inputs) -> State:
-        return _in_parts(read(inputs), ask, dtype)
+        return _in_parts(read, inputs, ask, dtype)
 
     def in_lanes(inputs: Inputs) -> State:
         return _by_rows(lambda some: _in_lanes(read(some), ask, dtype), inputs, of_rows, shape)
@@ -112,63 +109,30 @@ def sums(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
     return lax.platform_dependent(arrays, cpu=lambda arrays: tuple(jnp.sum(x, -1) for x in arrays), default=reduction)
 
 
-def reread(x: Any) -> Any:
-    """The same arrays, to be read once more on a CPU, where else what is made of them twice would be kept."""
-    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
-
-
-def renamed(x: Array, finite: Array) -> Array:
-    """The same numbers, as others to a GPU: it knows no barriers, and would keep what is made of them twice."""
-
-    def other(x: Array, finite: Array) -> Array:
-        return x + 0 * finite
-
-    return lax.platform_dependent(x, finite, cuda=other, rocm=other, default=lambda x, _: x)
-
-
-def dynamic_slice(x: Array, start: Any, size: int, axis: int) -> Array:
-    """lax.dynamic_slice_in_dim; on a CPU reread, or a product of 16-bit floats would have all of them widened first."""
-    return reread(lax.dynamic_slice_in_dim(x, start, size, axis))
-
-
 # --- XLA:GPU ----------------------------------------------------------------------------------------------------------
 
 
-def _in_parts(block: Block, ask: Ask, dtype: np.dtype) -> State:
+def _in_parts(read: Read, inputs: Inputs, ask: Ask, dtype: np.dtype) -> State:
     """Eight parts of the classes meet at once, class by class; then one reduction. The label is gathered."""
+    block = read(inputs)
     classes = block.x.shape[-1]
-    size, left = divmod(classes, _PARTS)
+    size = classes // _PARTS
 
-    def of(first: int, last: int, x: Array, targets: Array | None) -> State:
+    def of(first: int, last: int, inputs: Inputs) -> State:
         """The states of some of the classes."""
-        states = leaves(block._replace(x=x, targets=targets, labels=None), ask, dtype)
+        states = leaves(read(inputs)._replace(labels=None), ask, dtype)
         return jax.tree.map(lambda v: lax.slice_in_dim(v, first, last, axis=-1), states)
 
     @jax.jit  # to be traced once
-    def parts(x: Array, targets: Array | None) -> State:
-        return meet(*(of(i * size, (i + 1) * size, x, targets) for i in range(_PARTS)))
+    def parts(inputs: Inputs) -> State:
+        return meet(*(of(i * size, (i + 1) * size, inputs) for i in range(_PARTS)))
 
-    given = block.x, block.targets
-    numbers, tree = jax.tree.flatten(jax.eval_shape(parts, *given))
-    numbers = [jax.tree.leaves(parts(*jax.tree.map(partial(_named, n), given)))[n] for n in range(len(numbers))]
+    numbers, tree = jax.tree.flatten(jax.eval_shape(parts, inputs))
+    numbers = [jax.tree.leaves(parts(jax.tree.map(partial(_named, n), inputs)))[n] for n in range(len(numbers))]
     state = meet_all(jax.tree.unflatten(tree, numbers))
-    if left:
-        state = meet(state, meet_all(of(_PARTS * size, classes, *given)))
+    if classes % _PARTS:
+        state = meet(state, meet_all(of(_PARTS * size, classes, inputs)))
     return state if block.labels is None else state._replace(**_at_label(block, dtype))
-
-
-def _named(n: int, x: Array) -> Array:
-    """The same numbers under another name: XLA:GPU would write out what is made of the same ones for several results.
-
-    No bit is set: what is left of a shift by as many bits less n + 1 has none from n + 1 on. LLVM knows that, XLA doesn't.
-    """
-    if n == 0:
-        return x
-    width = 8 * x.dtype.itemsize
-    one = np.ones((), f"uint{width}")
-    bits = lax.bitcast_convert_type(x, one.dtype)
-    bits |= (bits >> (one * (width - 1 - n)).astype(one.dtype)) & (one << (one * (1 + n)).astype(one.dtype))
-    return lax.bitcast_convert_type(bits, x.dtype)
 
 
 # --- XLA:CPU ----------------------------------------------------------------------------------------------------------
@@ -191,8 +155,7 @@ def _by_rows(function: Callable[[Inputs], Any], inputs: Inputs, of_rows: dict[st
     split = {n: flat(x, of_rows[n]) for n, x in inputs.items() if n in of_rows}
 
     def chunk(start: Array) -> Any:
-        # The barrier is a quirk of XLA:CPU, see below.
-        here, at = lax.optimization_barrier((split, start))
+        here, at = _in_this_turn(split, start)
         return function(
             whole | {n: x if x.shape[0] == 1 else lax.dynamic_slice_in_dim(x, at, size) for n, x in here.items()}
         )
@@ -255,10 +218,57 @@ def _at_label(block: Block, dtype: np.dtype) -> dict[str, Array]:
     return found
 
 
-def _take(x: Array, index: Array, axis: int = -1) -> Array:
-    """take_along_axis; of 16-bit floats by their bits, or XLA:CPU would widen the whole array first."""
+# --- quirks of XLA ----------------------------------------------------------------------------------------------------
+#
+# What stands here is the identity, or a function of JAX's in other words; each says what XLA does without it, as seen with
+# jaxlib 0.10.2.
+
+
+def reread(x: Any) -> Any:
+    """The same arrays, to be read once more on a CPU, where else what is made of them twice would be kept."""
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
+def renamed(x: Array, finite: Array) -> Array:
+    """The same numbers, as others to a GPU: it knows no barriers, and would keep what is made of them twice."""
+
+    def other(x: Array, finite: Array) -> Array:
+        return x + 0 * finite
+
+    return lax.platform_dependent(x, finite, cuda=other, rocm=other, default=lambda x, _: x)
+
+
+def dynamic_slice(x: Array, start: Any, size: int, axis: int) -> Array:
+    """lax.dynamic_slice_in_dim; on a CPU reread, or a product of 16-bit floats would have all of them widened first."""
+    return reread(lax.dynamic_slice_in_dim(x, start, size, axis))
+
+
+def _in_this_turn(arrays: Inputs, start: Array) -> tuple[Inputs, Array]:
+    """The same, for a turn of a loop on a CPU, which else widens all of an array of 16-bit floats before the loop.
+
+    XLA:CPU slices these as float32; of what depends on the turn, as with the barrier, no more than the slice is widened.
+    """
+    return lax.optimization_barrier((arrays, start))
+
+
+def _named(n: int, x: Array) -> Array:
+    """The same numbers under another name: XLA:GPU writes out what is made of the same ones for several results.
+
+    No bit is set: what is left of a shift by as many bits less n + 1 has none from n + 1 on. LLVM knows that, XLA doesn't.
+    """
+    width = 8 * x.dtype.itemsize
+    if n == 0 or n + 1 >= width or not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    one = np.ones((), f"uint{width}")
+    bits = lax.bitcast_convert_type(x, one.dtype)
+    bits |= (bits >> (one * (width - 1 - n)).astype(one.dtype)) & (one << (one * (1 + n)).astype(one.dtype))
+    return lax.bitcast_convert_type(bits, x.dtype)
+
+
+def _take(x: Array, index: Array) -> Array:
+    """take_along_axis of the last axis; of 16-bit floats by their bits, or XLA:CPU would widen the whole array first."""
     bits = lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
-    taken = jnp.take_along_axis(bits, index, axis, mode="clip")
+    taken = jnp.take_along_axis(bits, index, -1, mode="clip")
     return lax.bitcast_convert_type(taken, x.dtype) if x.dtype.itemsize == 2 else taken
 
 

@@ -224,16 +224,20 @@ def test_laws(weighted: bool) -> None:
         check(state, r, weighted, 3)
 
 
-def over_classes(b: Block, ask: Ask) -> State:
-    """As `_passes.state_of` asks for it."""
+def reading(b: Block) -> Any:
+    """How a block is made of its inputs, and these."""
     inputs = {"array": b.x, "labels": b.labels, "targets": b.targets, "weights": b.weights}
-    inputs = {name: x for name, x in inputs.items() if x is not None}
 
     def read(part: dict[str, jax.Array]) -> Block:
         places = b.first + jax.lax.broadcasted_iota(jnp.int32, part["array"].shape, 1)
         return Block(part["array"], b.first, places, *(part.get(n) for n in ("labels", "weights", "targets")))
 
-    return _platforms.over_classes(read, inputs, _passes.OF_ROWS, ask, F32)
+    return read, {name: x for name, x in inputs.items() if x is not None}
+
+
+def over_classes(b: Block, ask: Ask) -> State:
+    """As `_passes.state_of` asks for it."""
+    return _platforms.over_classes(*reading(b), _passes.OF_ROWS, ask, F32)
 
 
 def test_what_is_not_asked_for_is_not_carried() -> None:
@@ -254,7 +258,7 @@ def test_what_is_not_asked_for_is_not_carried() -> None:
 ORDERS = {
     "one after the other": lambda b: meet_all(leaves(b, EVERYTHING, F32)),
     "as on this platform": lambda b: over_classes(b, EVERYTHING),
-    "as on a GPU": lambda b: _platforms._in_parts(b, EVERYTHING, F32),
+    "as on a GPU": lambda b: _platforms._in_parts(*reading(b), EVERYTHING, F32),
 }
 CLASSES = [2, 10, 11, 100, 1000, 4095, 4096, 5003]  # too few to cut, even and uneven parts, a prime number
 DEFAULT = {(11, "float32"), (100, "bfloat16"), (1000, "float16"), (4095, "float32")}
