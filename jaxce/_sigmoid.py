@@ -245,11 +245,7 @@ def _focal_by_gamma_slopes(x: Array, t: Array, gamma: Array) -> tuple[Array, Arr
     return _focal_by_x_slopes(x, t, gamma)[2], _focal_by_t_slopes(x, t, gamma)[2], twice
 
 
-def _focal_slopes(x: Array, t: Array, gamma: Array) -> tuple[Array, Array, Array]:
-    return _focal_by_x(x, t, gamma), _focal_by_t(x, t, gamma), _focal_by_gamma(x, t, gamma)
-
-
-_focal.defslopes(_focal_slopes)
+_focal.defslopes(lambda *args: (_focal_by_x(*args), _focal_by_t(*args), _focal_by_gamma(*args)))
 _focal_by_x.defslopes(_focal_by_x_slopes)
 _focal_by_t.defslopes(_focal_by_t_slopes)
 _focal_by_gamma.defslopes(_focal_by_gamma_slopes)
@@ -267,9 +263,13 @@ def _signed(slope: Array, weight: Array) -> Array:
 
 
 def _weighted_focal_slopes(x: Array, t: Array, gamma: Array, alpha: Array) -> tuple[Array, Array, Array, Array]:
-    by_x, by_t, by_gamma = (_signed(s, alpha * t + (1 - alpha) * (1 - t)) for s in _focal_slopes(x, t, gamma))
-    loss = _focal(x, t, gamma)
-    return by_x, by_t + _signed(loss, 2 * alpha - 1), by_gamma, _signed(loss, 2 * t - 1)
+    weight = alpha * t + (1 - alpha) * (1 - t)
+    by_x, by_gamma = (_signed(slope(x, t, gamma), weight) for slope in (_focal_by_x, _focal_by_gamma))
+    # Two parts that may be infinite with opposite signs: of a large logit they aren't yet, and have the sum's sign.
+    large = jnp.where(jnp.isinf(x), jnp.sign(x) * largest(x) ** 0.5, x)
+    by_t = scale(_focal_by_t(large, t, gamma), weight) + scale(_focal(large, t, gamma), 2 * alpha - 1)
+    by_t = jnp.where(jnp.isinf(x) & (by_t != 0), jnp.where(by_t > 0, jnp.inf, -jnp.inf), by_t)
+    return by_x, by_t, by_gamma, _signed(_focal(x, t, gamma), 2 * t - 1)
 
 
 _weighted_focal.defslopes(_weighted_focal_slopes)
