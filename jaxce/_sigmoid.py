@@ -152,7 +152,7 @@ class _Parts(NamedTuple):
     m: Array
     c: Array
     x: Array
-    """The logit, cut to the largest number: 0 times that stands for 0 times infinity."""
+    """The logit, and 0 for an infinite one, as is the cross-entropy then: what changes with it tells nothing any more."""
     turn: Array
     """dm/dt = sigma(-x) - sigma(x)."""
     spread: Array
@@ -174,15 +174,12 @@ def _miss(x: Array, t: Array) -> Array:
 
 
 def _parts(x: Array, t: Array) -> _Parts:
-    most = largest(x)
-    (p, not_p), m, c = _sigmoids(x), _miss(x, t), jnp.minimum(_binary_cross_entropy(x, t), most)
-    spread, slope, side = p * not_p, _slope(x, t), 1 - 2 * t
-    gone = m == 0
-    to_m = (jnp.where(gone, limit, ratio(a, m)) for a, limit in ((spread, 1), (slope, side), (c, 1)))
+    (p, not_p), m, c = _sigmoids(x), _miss(x, t), _binary_cross_entropy(x, t)
+    x, c = (jnp.where(jnp.isinf(a), 0, a) for a in (x, c))
+    spread, slope, side = p * not_p, (1 - t) * p - t * not_p, 1 - 2 * t
+    to_m = (jnp.where(m == 0, limit, ratio(a, m)) for a, limit in ((spread, 1), (slope, side), (c, 1)))
     spread_to_m, slope_to_m, c_to_m = to_m
-    log_slope = side * spread_to_m
-    c_to_m = jnp.minimum(c_to_m, most)
-    return _Parts(m, c, jnp.clip(x, -most, most), not_p - p, spread, slope, log_slope, slope_to_m, c_to_m)
+    return _Parts(m, c, x, not_p - p, spread, slope, side * spread_to_m, slope_to_m, c_to_m)
 
 
 def _times_power(x: Array, t: Array, exponent: Array, rest: Array) -> Array:
@@ -212,10 +209,12 @@ def _focal_by_t(x: Array, t: Array, gamma: Array) -> Array:
     return _times_power(x, t, gamma, gamma * z.turn * z.c_to_m - x)
 
 
+@custom_jvp
 def _focal_by_gamma(x: Array, t: Array, gamma: Array) -> Array:
-    """m^gamma c log m: log m is 0 where m is, as so is all that it is multiplied by."""
+    """m^gamma c log m, 0 also where m or log m is, if c is infinite."""
     z = _parts(x, t)
-    return z.m**gamma * _log_miss(z) * z.c
+    factor = z.m**gamma * _log_miss(z)
+    return factor * jnp.where(factor == 0, z.c, _binary_cross_entropy(x, t))
 
 
 def _log_miss(z: _Parts) -> Array:
@@ -235,19 +234,21 @@ def _focal_by_x_slopes(x: Array, t: Array, gamma: Array) -> tuple[Array, Array, 
 def _focal_by_t_slopes(x: Array, t: Array, gamma: Array) -> tuple[Array, Array, Array]:
     z = _parts(x, t)
     twice = gamma * z.turn * ((gamma - 1) * z.turn * z.c_to_m - 2 * z.x)
-    by_gamma = z.turn * z.c_to_m + _log_miss(z) * (gamma * z.turn * z.c_to_m - z.x)
+    by_gamma = (1 + _log_miss(z) * gamma) * z.turn * z.c_to_m - _log_miss(z) * z.x
     by_x, by_t = _focal_by_x_slopes(x, t, gamma)[1], _times_power(x, t, gamma - 1, twice)
-    # Where the label is right and gamma at most 1 it is infinite, as the slope isn't, and NaN of a loss without weight.
+    # It may be infinite where the slope isn't, and would be NaN of a loss without weight.
     return by_x, jnp.where(jnp.isinf(by_t), 0, by_t), _times_power(x, t, gamma, by_gamma)
 
 
-def _focal_slopes(x: Array, t: Array, gamma: Array) -> tuple[Array, Array, Array]:
-    return _focal_by_x(x, t, gamma), _focal_by_t(x, t, gamma), _focal_by_gamma(x, t, gamma)
+def _focal_by_gamma_slopes(x: Array, t: Array, gamma: Array) -> tuple[Array, Array, Array]:
+    twice = _log_miss(_parts(x, t)) * _focal_by_gamma(x, t, gamma)
+    return _focal_by_x_slopes(x, t, gamma)[2], _focal_by_t_slopes(x, t, gamma)[2], twice
 
 
-_focal.defslopes(_focal_slopes)
+_focal.defslopes(lambda *args: (_focal_by_x(*args), _focal_by_t(*args), _focal_by_gamma(*args)))
 _focal_by_x.defslopes(_focal_by_x_slopes)
 _focal_by_t.defslopes(_focal_by_t_slopes)
+_focal_by_gamma.defslopes(_focal_by_gamma_slopes)
 
 
 @custom_jvp
@@ -256,10 +257,19 @@ def _weighted_focal(x: Array, t: Array, gamma: Array, alpha: Array) -> Array:
     return _times(alpha * t + (1 - alpha) * (1 - t), _focal(x, t, gamma))
 
 
+def _signed(slope: Array, weight: Array) -> Array:
+    """slope * weight; an infinite slope only takes its sign, whose derivative by the weight would be infinite."""
+    return product(slope, jnp.where(jnp.isinf(slope), jnp.sign(weight), weight))
+
+
 def _weighted_focal_slopes(x: Array, t: Array, gamma: Array, alpha: Array) -> tuple[Array, Array, Array, Array]:
-    by_x, by_t, by_gamma = (product(s, alpha * t + (1 - alpha) * (1 - t)) for s in _focal_slopes(x, t, gamma))
-    loss = _focal(x, t, gamma)
-    return by_x, by_t + product(loss, 2 * alpha - 1), by_gamma, product(loss, 2 * t - 1)
+    weight = alpha * t + (1 - alpha) * (1 - t)
+    by_x, by_gamma = (_signed(slope(x, t, gamma), weight) for slope in (_focal_by_x, _focal_by_gamma))
+    # Two parts that may be infinite with opposite signs: of a large logit they aren't yet, and have the sum's sign.
+    large = jnp.where(jnp.isinf(x), jnp.sign(x) * largest(x) ** 0.5, x)
+    by_t = product(_focal_by_t(large, t, gamma), weight) + product(_focal(large, t, gamma), 2 * alpha - 1)
+    by_t = jnp.where(jnp.isinf(x) & (by_t != 0), jnp.where(by_t > 0, jnp.inf, -jnp.inf), by_t)
+    return by_x, by_t, by_gamma, _signed(_focal(x, t, gamma), 2 * t - 1)
 
 
 _weighted_focal.defslopes(_weighted_focal_slopes)
