@@ -506,7 +506,8 @@ def _rows(options: _Options, at: _Labels, inputs: Inputs, found: _Pass, r: Array
     near = gap >= -20  # where the exponential of the gap and the others' sum can be far apart
     ratio = found.others * jnp.exp(-jnp.maximum(gap, -20))
     nll = jnp.where(near, lax.log1p(ratio, accuracy=lax.AccuracyMode.HIGHEST), jnp.log(total) - gap)
-    log_normalizer = jnp.where(near, x + nll, r + jnp.log(total))
+    log_normalizer = jnp.where(near, x, r) + jnp.where(near, nll, jnp.log(total))
+    log_normalizer = jnp.where(takes_part, log_normalizer, 0)
 
     class_weight = jnp.ones_like(weights)
     if "class_weights" in inputs:
