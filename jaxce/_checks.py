@@ -96,11 +96,14 @@ class named:
         """The hint for this function, or nothing if that lacks something that is in its braces.
 
         There may be arguments; ``call``, this function with the arguments that it demands, and ``second``, the second of
-        these; ``weighted_mean``, for what isn't a mean; ``example_weights``, this function's; ``LinearLogits``, if it takes
+        these; ``weighted_mean``, for losses and entropies; ``example_weights``, this function's; ``LinearLogits``, if it takes
         them; ``dense_function`` and ``integer_function``, its twin for the other kind of labels.
         """
         words = {name: name for name in self.names} | {"call": f"{self.call}({', '.join(self.required)})"}
-        if "losses" not in self.names:
+        compares = (
+            len(self.required) > 1 and "alpha" not in self.required
+        )  # a prediction with something, so it is a loss
+        if "losses" not in self.names and (compares or {"labels", "base"} & {*self.names} and len(self.required) == 1):
             words["weighted_mean"] = "jaxce.weighted_mean(losses, weights)"
         if "weights" in self.names and "weights" not in self.required:
             words["example_weights"] = "weights"
@@ -183,7 +186,7 @@ _PREDICTIONS = (
     "it takes log-probabilities; logits are for softmax_cross_entropy_with_integer_labels{log_probs:.0}",
 )
 _SOFT_CAP = ("give it to {LinearLogits}", "give {soft_cap}=")
-_SCALE = ("give {log_scale}=, its logarithm",)
+_NATS = tuple(f"divide the result, in nats, by jnp.log(base){{{n}:.0}}" for n in ("logits", "probs", "log_probs", "x"))
 _ORDER = ("write {call}",)
 _ELSEWHERE = {
     "reduction": _MEAN,
@@ -209,25 +212,29 @@ _ELSEWHERE = {
     "log_target": ("logarithms of targets are for kl_divergence_with_log_targets{log_predictions:.0}{targets:.0}",),
     "dim": ("give {axis}=",),
     "axes": ("give {axis}=",),
-    "axis": ("each entry has a result of its own; sum these over the axis{second:.0}",),
+    "axis": (
+        "give {class_axis}=",
+        "vectors are on the last axis{scale_tril:.0}",
+        "each entry has a result of its own; sum these over the axis{where:.0}{second:.0}",
+    ),
     "keepdims": ("write jnp.expand_dims(result, {axis})",),
     "keepdim": ("write jnp.expand_dims(result, {axis})",),
     "axis_name": ("inside of jax.shard_map give jaxce.ShardedLogits(logits, axis_name){LinearLogits:.0}{axis:.0}",),
     "smoothing": ("give {label_smoothing}=",),
-    "label_smoothing": ("smooth the labels first: jaxce.smooth_labels(labels, alpha){labels:.0}{axis:.0}{second:.0}",),
+    "label_smoothing": ("smooth the labels first: jaxce.smooth_labels(labels, alpha){integer_function:.0}",),
     "z_loss_weight": ("give {z_loss}=",),
     "z_loss_multiplier": ("give {z_loss}=",),
     "logsumexp_weight": ("give {z_loss}=",),
     "temperature": (
         "divide the logits by it, or give it to {LinearLogits}{logits:.0}",
         "divide the logits by it{logits:.0}",
-        "divide the logits by it{p_logits:.0}",
+        "divide the logits by it, or give it to {LinearLogits}{p_logits:.0}",
     ),
     "soft_cap": _SOFT_CAP,
     "softcap": _SOFT_CAP,
     "logit_soft_cap": _SOFT_CAP,
     "logits_soft_cap": _SOFT_CAP,
-    "base": ("divide the result, in nats, by jnp.log(base){second:.0}",),
+    "base": _NATS,
     "input": _ORDER,
     "target": _ORDER,
     "targets": _ORDER,
@@ -240,10 +247,10 @@ _ELSEWHERE = {
     "qk": _ORDER,
     "loc": ("give {location}=", "give {log_mean}=, its logarithm"),
     "mean": ("give {location}=", "give {log_mean}=, its logarithm"),
-    "scale": _SCALE,
-    "std": _SCALE,
-    "var": ("give {log_scale}=jnp.log(var) / 2",),
-    "variance": ("give {log_scale}=jnp.log(variance) / 2",),
+    "scale": ("give {log_scale}=, its logarithm",),
+    "std": ("give {log_scale}=, its logarithm{full:.0}",),  # only of a normal distribution it is the scale
+    "var": ("give {log_scale}=jnp.log(var) / 2{full:.0}",),
+    "variance": ("give {log_scale}=jnp.log(variance) / 2{full:.0}",),
     "rate": ("give {log_rate}=, its logarithm",),
     "df": ("give {log_df}=, its logarithm",),
     "concentration": ("give {log_concentration}=, its logarithm",),
