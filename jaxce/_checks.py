@@ -96,14 +96,14 @@ class named:
         """The hint for this function, or nothing if that lacks something that is in its braces.
 
         There may be arguments; ``call``, this function with the arguments that it demands, and ``second``, the second of
-        these; ``weighted_mean``, for losses and entropies; ``example_weights``, this function's; ``LinearLogits``, if it takes
-        them; ``dense_function`` and ``integer_function``, its twin for the other kind of labels.
+        these; ``weighted_mean``, for losses and entropies; ``example_weights``, this function's; ``LinearLogits``, where
+        they are taken; ``dense_function`` and ``integer_function``, its twin for the other kind of labels.
         """
         words = {name: name for name in self.names} | {"call": f"{self.call}({', '.join(self.required)})"}
-        compares = (
-            len(self.required) > 1 and "alpha" not in self.required
-        )  # a prediction with something, so it is a loss
-        if "losses" not in self.names and (compares or {"labels", "base"} & {*self.names} and len(self.required) == 1):
+        is_loss = len(self.required) > 1 or {"labels", "base"} & {
+            *self.names
+        }  # of something with something, or an entropy
+        if is_loss and not {"losses", "alpha"} & {*self.required}:
             words["weighted_mean"] = "jaxce.weighted_mean(losses, weights)"
         if "weights" in self.names and "weights" not in self.required:
             words["example_weights"] = "weights"
