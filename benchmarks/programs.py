@@ -16,6 +16,9 @@ MB            XLA's figure for temporary memory.
 megacycles    the sum of the TPU compiler's own estimates, in which nothing overlaps.
 seconds       to trace and compile, with all caches empty.
 
+A loop whose turns depend on the data, of which the compiler knows no number, counts in none of these but the last two. What
+a turn of it costs is said after the table.
+
 Bytes and structure are facts, cycles an estimate, and no time was measured but that of the compiler. The peer is Optax'
 function where it has one, in its own precision, and else the obvious formula in float32.
 """
@@ -85,6 +88,13 @@ def array(place: Any, shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruc
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
 
 
+class Turn(NamedTuple):
+    """A turn of a loop that turns as often as the data says."""
+
+    gigabytes: float
+    megacycles: float
+
+
 class Report(NamedTuple):
     """What is known of a compiled program; the module's docstring says what the figures mean."""
 
@@ -94,6 +104,7 @@ class Report(NamedTuple):
     temporary_mb: float
     megacycles: float
     seconds: float
+    turns: list[Turn]
     collectives: list[Collective]
     text: str
 
@@ -107,15 +118,23 @@ def report(function: Callable[..., Any], *args: Any) -> Report:
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None and memory is not None
     program = _parse(text)
+
+    def cost(name: str) -> Turn:
+        ran = list(_run(program, name, unknown=0))
+        traffic = sum(times * _traffic(program, i) for i, times in ran if not _is_free(i))
+        return Turn(traffic / 1e9, sum(times * _cycles(i) for i, times in ran) / 1e6)
+
     ran = list(_run(program, program.entry))
-    kernels = [(i, times) for i, times in ran if not _is_free(i)]
+    unknown = [i for i, _ in ran if i.op == "while" and _turns(program, i) is None]
+    whole = cost(program.entry)
     return Report(
-        gigabytes=sum(times * _traffic(program, i) for i, times in kernels) / 1e9,
-        kernels=sum(times for _, times in kernels),
+        gigabytes=whole.gigabytes,
+        kernels=sum(times for i, times in _run(program, program.entry, unknown=0) if not _is_free(i)),
         conditionals=sum(times for i, times in ran if i.op == "conditional"),
         temporary_mb=memory.temp_size_in_bytes / 1e6,
-        megacycles=sum(times * _cycles(i) for i, times in ran) / 1e6,
+        megacycles=whole.megacycles,
         seconds=seconds,
+        turns=[cost(name) for i in unknown for name in _BODY.findall(i.attributes)],
         collectives=collectives(text),
         text=text,
     )
@@ -147,11 +166,13 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)(?:, (.*))?$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"\b(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
+_BODY = re.compile(r"\bbody=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 _CONTROL = {"while", "conditional", "call", "async-start"}
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all", "partition-id"}
 _FREE |= {"replica-id", "opt-barrier", "add-dependency"} | _CONTROL
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # of their first operand, in place: which one has the new numbers
 _SLICES = {"slice", "dynamic-slice", "gather"}
 
 
@@ -193,27 +214,29 @@ def _called(i: Instruction) -> list[str]:
     return _CALLED.findall(i.attributes) + (branches[1].replace("%", "").split(", ") if branches else [])
 
 
-def _turns(program: Program, loop: Instruction) -> int:
-    """How often a loop turns: what the compiler says, or else the number that its condition compares with."""
+def _turns(program: Program, loop: Instruction) -> int | None:
+    """How often a loop turns: what the compiler says, or else the number that its condition compares with, if it does."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     found = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
     condition = _run(program, found[1], inside=True) if found else ()
     numbers = [int(i.inside) for i, _ in condition if i.op == "constant" and i.inside.isdigit()]
-    return max(numbers, default=1)
+    return max(numbers, default=None)
 
 
-def _run(program: Program, name: str, times: int = 1, inside: bool = False) -> Iterator[tuple[Instruction, int]]:
+def _run(
+    program: Program, name: str, times: int = 1, inside: bool = False, unknown: int = 1
+) -> Iterator[tuple[Instruction, int]]:
     """All instructions that run when a computation does, and how often; of a conditional both branches.
 
-    Those that a kernel or a reduction is made of only if ``inside``.
+    Those that a kernel or a reduction is made of only if ``inside``. A loop of which nobody knows turns ``unknown`` times.
     """
     for i in program.computations[name]:
         yield i, times
         if inside or i.op in _CONTROL:
             turns = _turns(program, i) if i.op == "while" else 1
             for called in _called(i):
-                yield from _run(program, called, times * turns, inside)
+                yield from _run(program, called, times * (unknown if turns is None else turns), inside, unknown)
 
 
 def _is_free(i: Instruction) -> bool:
@@ -234,7 +257,7 @@ def _read(program: Program, i: Instruction, n: int) -> int:
     """The bytes that an instruction reads of an operand."""
     size = _bytes(i.types[n])
     op = i.op.removesuffix("-start")
-    if n == 0 and op == "dynamic-update-slice":
+    if n == 0 and op in _UPDATES:
         return 0
     if n == 0 and op in _SLICES:
         return min(size, _bytes(i.result, anywhere=True))
@@ -254,7 +277,7 @@ def _written(program: Program, i: Instruction) -> int:
     outputs = _outputs(program, i)
     if len(outputs) != len(sizes):
         return sum(sizes)
-    updates = [_bytes(o.types[1], anywhere=True) if o.op == "dynamic-update-slice" else math.inf for o in outputs]
+    updates = [_bytes(o.types[_UPDATES[o.op]], anywhere=True) if o.op in _UPDATES else math.inf for o in outputs]
     return sum(int(min(pair)) for pair in zip(sizes, updates, strict=True))
 
 
@@ -562,11 +585,18 @@ def main() -> None:
     print(f"{place.device_kind}, jax {jax.__version__}, {package} {importlib.metadata.version(package)}", end="")
     print(f", optax {optax.__version__}\n\n{heading(args.kind)}", flush=True)
     report(jnp.negative, array(place, (8, 128), "float32"))  # the first waits for the compiler itself
+    turns: list[str] = []
     for name, case in CASES.items():
         if any(part in name for part in args.only):
             for struct in case.shapes:
                 for mode in MODES if case.by else MODES[:1]:
-                    print(row(args.kind, name, mode, struct, *measure(case, place, *struct, mode)), flush=True)
+                    ours, peer = measure(case, place, *struct, mode)
+                    print(row(args.kind, name, mode, struct, ours, peer), flush=True)
+                    for turn in ours.turns:
+                        cycles = f", {turn.megacycles:.2f} megacycles" if args.kind == "tpu" else ""
+                        turns.append(f"- {name}, {mode}: {turn.gigabytes:.3f} GB{cycles}")
+    if turns:
+        print("\nA turn of a loop that turns as often as the data says:\n\n" + "\n".join(turns))
 
 
 if __name__ == "__main__":

@@ -8,18 +8,20 @@ cancellation, so two distributions that differ in their last digits still have a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxce import _checks, _terms
 from jaxce._checks import Axis, compiled
 from jaxce._logits import AnyLogits, NotArray
-from jaxce._measures import Slopes, Term, replaced, sum_of_terms
+from jaxce._measures import ENTROPY, Class, Measure, Slope, measure, replaced, sum_of
 from jaxce._mesh import on_each_device
-from jaxce._rules import custom_jvp, scale
+from jaxce._rules import custom_jvp, largest, product
 from jaxce._statistics import read_logits
 
 
@@ -197,18 +199,25 @@ def jensen_shannon_divergence(
     return _in_base(jnp.sum(_terms.jensen_shannon(a, b), -1), log_base)
 
 
-def _product_of_marginals(joint: Array) -> tuple[Array, Array]:
-    """p_x p_y / T of a table with the total T, and T, which is 1 of a table of zeros."""
+def _scaled(x: Array, axes: tuple[int, ...]) -> Array:
+    """x divided by a power of two, about the root of its largest magnitude, so that sums and products are in range."""
+    root = jnp.sqrt(jnp.max(jnp.abs(lax.stop_gradient(x)), axes, keepdims=True, initial=0))
+    power = lax.reduce_precision(root, jnp.finfo(x.dtype).nexp, 0)
+    return x / jnp.where(power > 0, power, 1)
+
+
+def _marginals(joint: Array) -> tuple[Array, Array, Array]:
+    """p_x and p_y of each entry, and the total."""
     x, y = jnp.sum(joint, -1, keepdims=True), jnp.sum(joint, -2, keepdims=True)
     total = jnp.sum(x, -2, keepdims=True)
-    total = jnp.where(total == 0, 1, total)
-    return x / total * y, total
+    return jnp.broadcast_to(x, joint.shape), jnp.broadcast_to(y, joint.shape), jnp.broadcast_to(total, joint.shape)
 
 
 @custom_jvp
 def _mutual_information(joint: Array) -> Array:
-    product, total = _product_of_marginals(joint)
-    return jnp.sum(_terms.bregman(joint, product), (-2, -1)) / total[..., 0, 0]
+    x, y, total = _marginals(joint)
+    terms = _terms.bregman_to_product(joint, x, y, total)
+    return _terms.ratio(jnp.sum(terms, (-2, -1)), jnp.sum(joint, (-2, -1)))
 
 
 @_mutual_information.defjvp
@@ -216,9 +225,9 @@ def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
     """dI = sum_xy (log(p_xy T / (p_x p_y)) - I) dp_xy / T."""
     (joint,), (tangent,) = primals, tangents
     value = _mutual_information(joint)
-    product, total = _product_of_marginals(joint)
-    slope = (_terms.log_ratio(joint, product) - value[..., None, None]) / total
-    return value, jnp.sum(scale(slope, tangent), (-2, -1))
+    x, y, total = _marginals(joint)
+    slope = _terms.ratio(_terms.log_ratio_to_product(joint, x, y, total) - value[..., None, None], total)
+    return value, jnp.sum(product(slope, tangent), (-2, -1))
 
 
 @compiled("axis", "base")
@@ -247,11 +256,11 @@ def mutual_information(joint: ArrayLike, axis: Axis = (-2, -1), *, base: float |
     Source: T. M. Cover and J. A. Thomas, Elements of Information Theory, 2006, section 2.3.
     """
     log_base = _checks.log_base("mutual_information", base)
-    (array,) = _checks.upcast(_checks.floating("mutual_information", "joint", joint))
+    (array,) = _checks.upcast(_checks.real("mutual_information", "joint", joint))
     pair = _checks.axes("mutual_information", axis, array.ndim)
     if len(pair) != 2:
         raise ValueError(f"mutual_information: axis must name two axes, got {axis!r}")
-    return _in_base(_mutual_information(jnp.moveaxis(array, pair, (-2, -1))), log_base)
+    return _in_base(_mutual_information(_scaled(jnp.moveaxis(array, pair, (-2, -1)), (-2, -1))), log_base)
 
 
 @compiled("axis", "window_length", "method", "base")
@@ -288,62 +297,68 @@ def differential_entropy(
     Source: H. A. Noughabi, Entropy estimation using numerical methods, 2015, and the papers that it names.
     """
     log_base = _checks.log_base("differential_entropy", base)
-    (array,) = _checks.upcast(_checks.floating("differential_entropy", "samples", samples))
+    (array,) = _checks.upcast(_checks.real("differential_entropy", "samples", samples))
     given = _checks.axes("differential_entropy", axis, array.ndim)
     if len(given) != 1:
         raise ValueError(f"differential_entropy: axis must name one axis, got {axis!r}")
     x = jnp.sort(jnp.moveaxis(array, given[0], -1), axis=-1)
     n = x.shape[-1]
     m = math.floor(math.sqrt(n) + 0.5) if window_length is None else window_length
-    if not isinstance(m, int) or not 2 <= 2 * m < n:
+    if not isinstance(m, int | np.integer) or isinstance(m, bool) or not 2 <= 2 * m < n:
         raise ValueError(
             f"differential_entropy: window_length must be an integer of at least 1 and less than half of the {n} samples,"
             f" got {m!r}"
         )
+    m = int(m)
     if method == "auto":
         method = "van es" if n <= 10 else "ebrahimi" if n <= 1000 else "vasicek"
 
+    # A spacing of samples near the largest number may be too large for one: a quarter of it isn't.
+    large = jnp.max(jnp.abs(lax.stop_gradient(x)), -1, keepdims=True) > largest(x) / 4
+    x = jnp.where(large, x / 4, x)
+
     # x_i is the first sample for i < 1 and the last for i > n
-    ends = [(0, 0)] * (x.ndim - 1) + [(m, m)]
-    padded = jnp.pad(x, ends, mode="edge")
-    i = jnp.arange(1, n + 1)
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(m, m)], mode="edge")
+    spacings = padded[..., 2 * m :] - padded[..., : -2 * m]
+    i = np.arange(1, n + 1)
     if method == "vasicek":
-        value = jnp.mean(jnp.log(n / (2 * m) * (padded[..., 2 * m :] - padded[..., : -2 * m])), axis=-1)
+        logs, constant = -_terms.neg_log(spacings), math.log(n / (2 * m))
     elif method == "van es":
-        constant = math.fsum(1 / k for k in range(m, n + 1)) + math.log(m) - math.log(n + 1)
-        value = jnp.mean(jnp.log((n + 1) / m * (x[..., m:] - x[..., :-m])), axis=-1) + constant
+        logs, constant = -_terms.neg_log(x[..., m:] - x[..., :-m]), math.fsum(1 / k for k in range(m, n + 1))
     elif method == "ebrahimi":
         # fewer spacings fit in near the ends
-        c = (1 + jnp.minimum(jnp.minimum(i - 1, n - i), m).astype(x.dtype) / m) * m
-        spacings = padded[..., 2 * m :] - padded[..., : -2 * m]
-        value = jnp.mean(jnp.log(n * spacings / jnp.broadcast_to(c, spacings.shape)), axis=-1)
+        c = m + np.minimum(np.minimum(i - 1, n - i), m)
+        logs, constant = -_terms.neg_log(spacings), math.log(n) - float(np.mean(np.log(c)))
     elif method == "correa":
-        # slope of the line through the 2m + 1 samples around each
-        j = jnp.arange(-m, m + 1)
-        around = padded[..., i[:, None] + (j + m - 1)[None, :]]
-        away = around - jnp.mean(around, axis=-1, keepdims=True)
+        # slope of the line through the 2m + 1 samples around each, measured in their spacing
+        j = np.arange(-m, m + 1)
+        around = padded[..., i[:, None] + (j + m - 1)]
+        width = lax.stop_gradient(spacings)
+        away = _terms.ratio(around - around[..., :1], jnp.broadcast_to(width[..., None], around.shape))
+        away -= jnp.mean(away, axis=-1, keepdims=True)
         steps = jnp.broadcast_to(j.astype(x.dtype), away.shape)
-        value = -jnp.mean(jnp.log(jnp.sum(away * steps, axis=-1) / (n * jnp.sum(away * away, axis=-1))), axis=-1)
+        per_step = _terms.ratio(jnp.sum(away * away, axis=-1), jnp.sum(away * steps, axis=-1))
+        logs, constant = -(_terms.neg_log(width) + _terms.neg_log(per_step)), math.log(n)
     else:
         raise ValueError(
             f'differential_entropy: method must be "auto", "vasicek", "van es", "ebrahimi" or "correa", got {method!r}'
         )
+    value = jnp.mean(logs, axis=-1) + constant + jnp.where(large[..., 0], math.log(4), 0)
     return _in_base(value, log_base)
 
 
 # ---------------------------------------------------------------------------------------------------- from logits
 
 
-def _sum_of_terms(
+def _measure(
     function: str,
     p_logits: AnyLogits,
     q_logits: AnyLogits,
     axis: Axis,
     where: ArrayLike | None,
-    *terms: Term,
-    slopes: Slopes | None = None,
+    *measures: Measure,
 ) -> tuple[Any, tuple[Array, ...]]:
-    """sum_k term(log p_k, p_k, log q_k, q_k, log p_k - log q_k) of each, and in which rows of either any class is there."""
+    """The measures, and in which rows of either any class is there."""
     given = {"p_logits": p_logits, "q_logits": q_logits}
     arrays = {n: x if isinstance(x, NotArray) else _checks.floating(function, n, x) for n, x in given.items()}
     names = [x.axis_name if isinstance(x, NotArray) else None for x in arrays.values()]
@@ -357,7 +372,45 @@ def _sum_of_terms(
     read = [read_logits(function, n, x, axis, where, p, q) for n, x in arrays.items()]
     size, strips = min(z.spec.size for z in read), max(z.spec.strips for z in read)
     specs = tuple(z.spec._replace(size=size, strips=strips) for z in read)
-    return sum_of_terms(terms, specs, tuple(z.inputs for z in read), slopes=slopes)
+    values, states = measure(specs, tuple(z.inputs for z in read), measures)
+    return values, tuple(state.present for state in states)
+
+
+def _of(term: Callable[..., Array]) -> Callable[[Class], Array]:
+    """A term of logarithms as one of a class."""
+    return lambda c: term(c.log_p, c.p, c.log_q, c.q, c.delta)
+
+
+def _finite(x: Array) -> Array:
+    """x, but for infinity a large number, as of log p - log q: in a row that doesn't count it is multiplied by 0."""
+    return jnp.minimum(x, largest(x) / 8)
+
+
+# The log-normalizers are rounded, so that all log p - log q may be off by a number c. Then the sum of p - q, which is 0,
+# comes out as 2 c sum_k p q / (p + q). The relative entropy, a sum of p (e^-delta + delta - 1), is off by c times that sum
+# and by c^2 / 2, a Jensen-Shannon divergence by a small multiple of c of itself and by c^2 / 8. The squares count only if
+# the divergence is as small as they are, and p near q. There the sum of p q / (p + q) is 1/2, and that of p - q is c.
+
+_OFF = sum_of(_of(_terms.difference_of_logs))
+_BY_Q = Slope(lambda c: -_of(_terms.difference_of_logs)(c), lambda: (lambda off: replaced(-off, 0 * off), (_OFF,)))
+_RELATIVE_ENTROPY = sum_of(
+    _of(_terms.bregman_of_logs),
+    Slope(
+        lambda c: c.delta,
+        lambda: (lambda total, off: replaced(_finite(total + off), total), (_RELATIVE_ENTROPY, _OFF)),
+        over_p=True,
+    ),
+    _BY_Q,
+)
+_CROSS_ENTROPY = sum_of(
+    _of(_terms.neg_x_log_y_of_logs),
+    Slope(lambda c: _finite(-c.log_q), lambda: (_finite, (_CROSS_ENTROPY,)), over_p=True),
+    _BY_Q,
+)
+_JENSEN_SHANNON = sum_of(
+    _of(_terms.jensen_shannon_of_logs),
+    *(Slope(lambda c, side=side: _terms.logs_to_mean(c.delta)[side] / 2, over_p=True) for side in (0, 1)),
+)
 
 
 @compiled("axis", "base")
@@ -394,18 +447,7 @@ def entropy_with_logits(
     """
     log_base = _checks.log_base("entropy_with_logits", base)
     z = read_logits("entropy_with_logits", "logits", logits, axis, where)
-    return _in_base(z.measure("entropy")[0]["entropy"], log_base)
-
-
-def _cross_entropy_slopes(total: Array) -> tuple[Array, Any]:
-    """The sums of -p log q, and of -p."""
-    return total, (-1.0, _minus_not_p)
-
-
-def _minus_not_p(_: Array, p: Array, *args: Array) -> Array:
-    """-(1 - p), the sum of -p of all other classes."""
-    p_others = args[-2]
-    return -jnp.where(p > 0.5, p_others, 1 - p)
+    return _in_base(z.measure(ENTROPY)[0][0], log_base)
 
 
 @compiled("axis", "base")
@@ -442,20 +484,8 @@ def cross_entropy_with_logits(
     """
     name = "cross_entropy_with_logits"
     log_base = _checks.log_base(name, base)
-    (value,), (p_there, q_there) = _sum_of_terms(
-        name, p_logits, q_logits, axis, where, _terms.neg_x_log_y_of_logs, slopes=_cross_entropy_slopes
-    )
+    (value,), (p_there, q_there) = _measure(name, p_logits, q_logits, axis, where, _CROSS_ENTROPY)
     return _in_base(jnp.where(p_there & q_there, value, 0), log_base)
-
-
-def _off(total: Array, drift: Array) -> Array:
-    """By how much all of log p - log q are off, of the sums of the terms and of p log(p/q). It counts where p is near q."""
-    return jnp.where(total < 0.01, drift - total, 0)
-
-
-def _divergence_slopes(total: Array, drift: Array) -> tuple[Array, Array]:
-    """The sums of p log(p/q), and of q - p, which is 0 but for what is off."""
-    return replaced(drift, total), replaced(-_off(total, drift), jnp.zeros_like(total))
 
 
 @compiled("axis", "base")
@@ -493,12 +523,8 @@ def relative_entropy_with_logits(
     """
     name = "relative_entropy_with_logits"
     log_base = _checks.log_base(name, base)
-    terms = _terms.bregman_of_logs, _terms.drift_of_logs
-    (total, drift), (p_there, q_there) = _sum_of_terms(
-        name, p_logits, q_logits, axis, where, *terms, slopes=_divergence_slopes
-    )
-    # What all log p - log q are off by enters as its square.
-    value = replaced(jnp.maximum(total - _off(total, drift) ** 2 / 2, 0), total)
+    (total, off), (p_there, q_there) = _measure(name, p_logits, q_logits, axis, where, _RELATIVE_ENTROPY, _OFF)
+    value = replaced(jnp.maximum(total - off**2 / 2, 0), total)
     return _in_base(jnp.where(p_there, jnp.where(q_there, value, jnp.inf), 0), log_base)
 
 
@@ -537,8 +563,6 @@ def jensen_shannon_divergence_with_logits(
     """
     name = "jensen_shannon_divergence_with_logits"
     log_base = _checks.log_base(name, base)
-    terms = _terms.jensen_shannon_of_logs, _terms.drift_of_logs
-    (total, drift), there = _sum_of_terms(name, p_logits, q_logits, axis, where, *terms)
-    # As in relative_entropy_with_logits, which near q is four times this.
-    value = replaced(jnp.maximum(total - _off(4 * total, drift) ** 2 / 8, 0), total)
+    (total, off), there = _measure(name, p_logits, q_logits, axis, where, _JENSEN_SHANNON, _OFF)
+    value = replaced(jnp.maximum(total - off**2 / 8, 0), total)
     return _in_base(jnp.where(there[0] & there[1], value, 0), log_base)

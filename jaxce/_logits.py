@@ -43,8 +43,8 @@ class LinearLogits:
       class_axis: the kernel's axis of classes; 0 for a kernel of shape [classes, features], such as a tied embedding.
       soft_cap: a positive number that no logit's magnitude exceeds.
       temperature: a positive number by which hW + b is divided.
-      block_size: how many classes at a time. By default 8192; where that makes more than 2^26 logits with all rows of
-        a device, these are taken in chunks, one after the other.
+      block_size: how many classes at a time. By default an eighth of them, between 2048 and 8192; where that makes more
+        than 2^26 logits with all rows of a device, these are taken in chunks, one after the other.
       axis_name: inside `jax.shard_map`, the mesh axis, or axes, over which the kernel's classes are sharded: kernel and
         bias are then this device's part, and hidden is the same on all devices of the axis. See `ShardedLogits`.
 
@@ -268,16 +268,19 @@ def product(hidden: Array, kernel: Array, class_axis: int, half: bool) -> Array:
     """The product of hidden states with the classes of a kernel, summed in at least float32.
 
     A kernel with strips of classes, two axes of them, takes hidden states of their own, [strips, ..., features], and gives
-    [..., strips, classes]. ``half`` says that all factors are bfloat16 numbers, though hidden may come as float32: then a
-    transpose, which sums over the blocks, sums in float32 what are products of bfloat16s.
+    [..., strips, classes]. ``half`` says that all factors are bfloat16 numbers, though hidden may come as float32.
     """
-    if half:
-        return _product_of_halves(hidden, kernel, class_axis)
     dtype = _checks.compute_dtype(hidden, kernel)
-    return _dot(hidden.astype(dtype), kernel.astype(dtype), class_axis, dtype)
+    factors = jnp.bfloat16 if half else dtype
+    return _dot(hidden.astype(factors), kernel.astype(factors), class_axis, dtype)
 
 
+@partial(custom_jvp, nondiff_argnums=(2, 3))
 def _dot(hidden: Array, kernel: Array, class_axis: int, dtype: Any) -> Array:
+    """The product in this dtype, of factors of one dtype.
+
+    A policy of `jax.checkpoint` that keeps all products doesn't know this as one: it would keep all blocks of logits.
+    """
     features = kernel.ndim - 1 if class_axis == 0 else 0
     if kernel.ndim == 2:
         return lax.dot_general(
@@ -287,20 +290,14 @@ def _dot(hidden: Array, kernel: Array, class_axis: int, dtype: Any) -> Array:
     return jnp.moveaxis(lax.dot_general(hidden, kernel, axes, preferred_element_type=dtype), 0, -2)
 
 
-@partial(custom_jvp, nondiff_argnums=(2,))
-def _product_of_halves(hidden: Array, kernel: Array, class_axis: int) -> Array:
-    return _dot(hidden.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), class_axis, jnp.float32)
-
-
-@partial(_product_of_halves.defjvp, symbolic_zeros=True)
-def _(class_axis: int, primals: Any, tangents: Any) -> Any:
-    """The tangent is rounded to bfloat16: so a transpose multiplies two numbers of those, which is fast."""
-    hidden, kernel = (x.astype(jnp.bfloat16) for x in primals)
-    dh, dw = (None if isinstance(t, SymbolicZero) else t.astype(jnp.bfloat16) for t in tangents)
-    terms = [] if dh is None else [_dot(dh, kernel, class_axis, jnp.bfloat16)]
-    terms += [] if dw is None else [_dot(hidden, dw, class_axis, jnp.bfloat16)]
-    tangent = sum((t.astype(jnp.float32) for t in terms[1:]), terms[0].astype(jnp.float32))
-    return _product_of_halves(*primals, class_axis), tangent
+@partial(_dot.defjvp, symbolic_zeros=True)
+def _(class_axis: int, dtype: Any, primals: Any, tangents: Any) -> Any:
+    """Tangents of bfloat16 factors are rounded to bfloat16: so a transpose multiplies two such numbers, which is fast."""
+    hidden, kernel = primals
+    dh, dw = (None if isinstance(t, SymbolicZero) else t for t in tangents)
+    terms = [] if dh is None else [_dot(dh, kernel, class_axis, hidden.dtype).astype(dtype)]
+    terms += [] if dw is None else [_dot(hidden, dw, class_axis, hidden.dtype).astype(dtype)]
+    return _dot(hidden, kernel, class_axis, dtype), sum(terms[1:], terms[0])
 
 
 def shape_logits(x: Array, temperature: Any, soft_cap: Any) -> Array:

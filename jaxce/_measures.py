@@ -1,24 +1,38 @@
 r"""What a loss needs of logits, as differentiable functions, once for every kind of logits.
 
-Each has a tangent that is a sum over the classes of a coefficient times the tangent of the logit, with :math:`p` the
-softmax,
+A measure is a sum over the classes of a term of :math:`\log p_k`, with :math:`p` the softmax of the logits :math:`x`; a
+term may also depend on targets, on options, and on the :math:`\log q_k` of other logits. With :math:`f_k` the derivative
+of the term of class k by :math:`\log p_k`, and :math:`d \log p_k = dx_k - \sum_j p_j\, dx_j`, the derivative by a logit is
 
-=====================  ==================================================  ===========================================
-measure                value                                               coefficient
-=====================  ==================================================  ===========================================
-log-normalizer         :math:`m + L`                                       :math:`p_k`
-negative log-likelihood  :math:`g_y + L`                                   :math:`p_k - [k = y]`
-cross-entropy          :math:`\sum_k t_k (g_k + L)`                        :math:`p_k \sum_j t_j - t_k`
-entropy                :math:`\sum_k p_k g_k + L`                          :math:`p_k (g_k - \sum_j p_j g_j)`
-=====================  ==================================================  ===========================================
+.. math:: c_k = f_k - p_k F, \qquad F = \sum_k f_k .
 
-where nothing cancels: :math:`1 - p` of a class that has over half of the probability comes from the sum of all others. The
-coefficients are functions of the logits that have derivatives, so all orders and both modes work.
+The :math:`c_k` add up to 0. At a class with more than half of the probability, where :math:`f_k` and :math:`p_k F` may be
+nearly equal, :math:`c_k` is minus the sum of the others, which needs no difference:
+
+.. math:: c_{\text{top}} = (1 - p_{\text{top}}) F - R, \qquad R = \sum_{k \ne \text{top}} f_k .
+
+Here :math:`1 - p_{\text{top}} = s / (1 + s)` comes from the row's state, and R is summed without the top. An error that
+all :math:`\log p_k` have in common drops out. So a measure is a record of its value, f, F and R, and this is the only
+derivative rule of them all, for all orders and both modes:
+
+====================  ============================  =================  ================  ==================================
+measure               value                         :math:`f_k`        :math:`F`         :math:`R`
+====================  ============================  =================  ================  ==================================
+`LOG_NORMALIZER`      :math:`m + L`                 0                  -1                -1
+`NLL`                 :math:`g_y + L`               :math:`-[k = y]`   -1                0 if y is the top, else -1
+`GIVEN`, `UNIFORM`    :math:`A + T L`               :math:`-t_k`       :math:`-T`        -T without the top
+`ENTROPY`             :math:`h / (1 + s) + L`       :math:`p_k g_k`    :math:`h/(1+s)`   not needed: f is 0 at the top
+`sum_of` a term       a second sum, p being known   its derivative     another sum       another sum
+====================  ============================  =================  ================  ==================================
+
+(To all :math:`f_k` may be added a multiple of :math:`p_k`, and to F and R what these add up to: it drops out, too. That is
+how the entropy comes by gaps in place of :math:`-\log p_k`.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,16 +44,15 @@ from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from jaxce import _mesh, _platforms
 from jaxce._passes import Inputs, Spec, add_up, along, block_of, by_rows, logits_of, state_of
-from jaxce._rules import custom_jvp
-from jaxce._state import Ask, State, beside, targets_of, there
+from jaxce._rules import custom_jvp, largest, weigh
+from jaxce._state import Ask, State, Targets, beside, targets_of, there
 
-Values = dict[str, Array]
-"""Measures of the rows, by name: "log_normalizer"; "top", the negative log-likelihood of the class with over half of the
-probability, where there is one; "nll" and "weight" of the label; "given" and "uniform", the cross-entropy with such
-targets, and their sums, "total given" and "total uniform"; "entropy"."""
-
-KINDS = "given", "uniform"  # of targets
 LOGITS = "array", "hidden", "kernel", "bias", "temperature", "soft_cap"
+LABELS = "labels", "targets", "chosen", "shares", "weights"
+
+HALF, MOST = 0.5, 0.6
+"""A class with more than half of the probability is left out of R. Each pass rounds probabilities in its own way: so R is
+used at a class with more than the second number, which is certain to have been left out."""
 
 
 @custom_jvp
@@ -53,22 +66,25 @@ def _(primals: Any, tangents: Any) -> Any:
     return replaced(*primals), tangents[1]
 
 
+# ----------------------------------------------------------------------------------------------- probabilities of a class
+
+
 class Row(NamedTuple):
     """What the probabilities of a row's classes are made of: constants, but for the derivatives of the last two."""
 
     present: Array
     m: Array
     log_sum: Array
-    share: Array  # of the top class, 0 where no class is there
+    share: Array  # the probability of the top class, 0 where no class is there
     others: Array  # that of all other classes
     log_normalizer: Array
-    top: Array
+    top: Array  # -log p of the top class, where it has more than half of the probability
 
 
-def row_of(values: Values, state: State) -> Row:
-    """The row of measured logits."""
+def row_of(state: State, log_normalizer: Array, top: Array) -> Row:
+    """The row of a state, with the measures `LOG_NORMALIZER` and `TOP`."""
     share, others = jnp.where(state.present, 1 / (1 + state.s), 0), state.s / (1 + state.s)
-    return Row(state.present, state.m, state.log_sum, share, others, values["log_normalizer"], values["top"])
+    return Row(state.present, state.m, state.log_sum, share, others, log_normalizer, top)
 
 
 def _gap(x: Array, row: Row) -> Array:
@@ -85,11 +101,11 @@ def log_probability(x: Array, row: Row) -> Array:
 
 @log_probability.defjvp
 def _(primals: Any, tangents: Any) -> Any:
-    """dx less its mean. At a class with over half of the probability these cancel, and -log p has a sum of its own."""
+    """dx less its mean. At a class with most of the probability these cancel, and -log p is a measure of its own."""
     (x, row), (dx, drow) = primals, tangents
     value = log_probability(x, row)
     mean, top = (beside(v, x) for v in (drow.log_normalizer, drow.top))
-    return value, jnp.where(value > np.log(0.5), -top, dx - mean)
+    return value, jnp.where(value > np.log(MOST), -top, dx - mean)
 
 
 @custom_jvp
@@ -111,7 +127,7 @@ def log_ratio(x: Array, row: Row, y: Array, other: Row) -> Array:
     It is the difference of the logits, not rounded where they are nearly equal, less that of the log-normalizers; or, where
     the maxima lie apart, and the logits with them, the difference of the gaps. Eighths, so that none overflows.
     """
-    most = float(jnp.finfo(x.dtype).max) / 8
+    most = largest(x) / 8
 
     def eighth(x: Array) -> Array:
         return jnp.clip(x / 8, -most, most)
@@ -129,280 +145,346 @@ def _(primals: Any, tangents: Any) -> Any:
     return log_ratio(*primals), jnp.where(there(primals[0]) & there(primals[2]), dp - dq, 0)
 
 
-# ------------------------------------------------------------------------------------------------------ values of the rows
+# --------------------------------------------------------------------------------------------------------------- measures
 
 
-def measure(spec: Spec, inputs: Inputs, names: tuple[str, ...]) -> tuple[Values, State]:
-    """The measures of these names, which are differentiable, and the state of the rows, which is not."""
-    return by_rows(spec.chunks, (inputs,), partial(_measure, spec, names))
+class Class(NamedTuple):
+    """What a term may be made of: arrays of the classes of a block, of one softmax or of two."""
+
+    log_p: Array
+    p: Array
+    log_q: Any = None
+    q: Any = None
+    delta: Any = None  # log p - log q
+    gap: Any = None  # of p's logit
+    label: Any = None  # 1 at the label, else 0
+    weight: Any = None  # of the class
+    given: Any = None  # targets
+    uniform: Any = None
+    options: tuple[Array, ...] = ()
 
 
-@partial(custom_jvp, nondiff_argnums=(0, 1))
-def _measure(spec: Spec, names: tuple[str, ...], inputs: Inputs) -> tuple[Values, State]:
-    ask = spec.ask._replace(entropy="entropy" in names, uniform="uniform" in names)
-    state = state_of(spec._replace(ask=ask), inputs)
-    return _values(names, inputs, state), state
+class Slope(NamedTuple):
+    """A measure's derivatives by the log-probabilities of one of the softmaxes. F and R are functions of measures."""
+
+    f: Callable[[Class], Array]
+    total: Callable[[], Sum] | None = None  # F; None if it is summed
+    rest: Callable[[], Sum] | None = None  # R; None if it is summed
+    over_p: bool = False  # whether f is given over p, so that p F doesn't underflow beside p f
+    cancels: bool = True  # whether f and p F may be nearly equal at the top
 
 
-def _values(names: tuple[str, ...], inputs: Inputs, state: State) -> Values:
-    log_sum = state.log_sum
+class Measure(NamedTuple):
+    """A sum over the classes."""
 
-    def value(name: str) -> Any:
-        match name.split():
-            case ["log_normalizer"]:
-                return state.m + log_sum
-            case ["weight"]:
-                return state.label_weight
-            case ["total", kind]:
-                return getattr(state, kind).total
-            case ["top"]:
-                value = log_sum
-            case ["nll"]:
-                value = jnp.where(state.label == state.m, 0, state.m - state.label) + log_sum
-                value = jnp.where(inputs["labels"] < 0, np.nan, value)
-            case ["entropy"]:
-                value = state.h / (1 + state.s) + log_sum
-            case [kind]:
-                t = getattr(state, kind)
-                value = (t.gap + t.total * log_sum) / (_count(state) if kind == "uniform" else 1)
-        return jnp.where(state.present, value, 0)
+    value: Callable[[State], Any] | None  # None if the terms are summed
+    term: Callable[[Class], Array]  # for the value, if summed, and for the derivatives by all else than log p
+    slopes: tuple[Any, ...] = ()  # by each softmax, None of one that has no part
+    asks: tuple[str, ...] = ()  # of the state: "entropy", "rest", or a kind of labels
+    side: int = 0  # of which softmax the state is
 
-    return {name: value(name) for name in names}
+
+Sum = tuple[Callable[..., Any], tuple[Measure, ...]]
+
+
+def _nothing(c: Class) -> Array:
+    return jnp.zeros_like(c.p)
+
+
+def _number(value: float) -> Callable[[], Sum]:
+    return lambda: (lambda: value, ())
+
+
+def _but_top(side: int, term: Callable[[Class], Array], c: Class) -> Array:
+    """A term of all classes but one with more than half of the probability."""
+    return jnp.where((c.p, c.q)[side] > HALF, 0, term(c))
+
+
+def _ends(side: int) -> tuple[Measure, Measure]:
+    """m + L, which is a logit less its log p; and -log p of the class with most of the probability."""
+
+    def likely(c: Class) -> Array:
+        p = (c.p, c.q)[side]
+        return -(p > HALF).astype(p.dtype)
+
+    def measure(value: Callable[[State], Any], f: Callable[[Class], Array], rest: float) -> Measure:
+        return Measure(value, _nothing, (None,) * side + (Slope(f, _number(-1.0), _number(rest)),), side=side)
+
+    return measure(lambda state: state.m + state.log_sum, _nothing, -1), measure(lambda state: state.log_sum, likely, 0)
+
+
+def _cost(kind: str, c: Class) -> Array:
+    return weigh(getattr(c, kind), -c.log_p)
 
 
 def _count(state: State) -> Any:
     """By what uniform targets are divided, to be a distribution of the classes that are there."""
-    count = state.uniform.total if state.uniform and state.count is None else state.count
+    uniform: Any = state.uniform
+    count = uniform.total if state.count is None else state.count
     return jnp.where(count == 0, 1, count)
 
 
-@partial(_measure.defjvp, symbolic_zeros=True)
-def _(spec: Spec, names: tuple[str, ...], primals: Any, tangents: Any) -> Any:
-    (inputs,), (dinputs,) = primals, tangents
-    dinputs = {name: t for name, t in dinputs.items() if not isinstance(t, SymbolicZero)}
-    totals = tuple(f"total {kind}" for kind in KINDS if kind in names)
-    wanted = tuple(dict.fromkeys((*names, "log_normalizer", "top", *totals)))
-    values, state = _measure(spec._replace(ask=spec.ask._replace(rest=True)), wanted, inputs)
-    out = add_up((spec,), (inputs,), (dinputs,), (values, state), partial(_tangents, spec, names))
-    if "nll" in out:  # a bad label's derivatives are NaN, too
-        out["nll"] *= jnp.where(inputs["labels"] < 0, np.nan, 1).astype(spec.dtype)
-    out = jax.tree.map(lambda t: jnp.where(state.present, t, 0), out)
-    if not spec.ask.rest:
-        state = state._replace(**{n: t._replace(rest=None) for n in KINDS if (t := getattr(state, n)) is not None})
-    return ({n: values[n] for n in names}, state), (out, zero_from_primal(state, symbolic_zeros=True))
+def _with_targets(kind: str) -> Measure:
+    def of(state: State) -> Targets:
+        targets = getattr(state, kind)
+        return jax.tree.map(lambda v: v / _count(state), targets) if kind == "uniform" else targets
+
+    def t(c: Class) -> Array:
+        return getattr(c, kind)
+
+    total = Measure(lambda state: of(state).total, t, asks=(kind,))
+    rest = Measure(lambda state: of(state).rest, partial(_but_top, 0, t), asks=(kind, "rest"))
+    slope = Slope(lambda c: -t(c), lambda: (jnp.negative, (total,)), lambda: (jnp.negative, (rest,)))
+    return Measure(lambda s: of(s).gap + of(s).total * s.log_sum, partial(_cost, kind), (slope,), (kind,))
 
 
-def _tangents(spec: Spec, names: tuple[str, ...], parts: Any, dparts: Any, rows: Any, start: Any) -> Values:
-    """What a block adds to the tangents."""
-    (part,), (dpart,), (values, state) = parts, dparts, rows
-    x, dx = along(partial(logits_of, spec), part, dpart, *LOGITS)
-    block = block_of(spec, part, start, x)
-    x = x.astype(spec.dtype)
-
-    def of_row(values: Any) -> Any:
-        return beside(values, x)
-
-    row = row_of(values, state)
-    log_p, p = log_probability(x, row), probability(x, row)
-    likely = p > 0.5
-    others = of_row(row.others)
-    ask = Ask(uniform="uniform" in names or "total uniform" in names)
-
-    def targets(part: Inputs) -> Values:
-        given, uniform = targets_of(block_of(spec, part, start, x), ask, spec.dtype)
-        return {n: t for n, t in zip(KINDS, (given, uniform), strict=True) if t is not None}
-
-    ts, dts = along(targets, part, dpart, "targets", "shares", "weights")
-    is_label: Any = None if block.labels is None else block.places == of_row(block.labels)
-
-    def coefficient(name: str) -> Array:
-        """That of the logit's tangent."""
-        match name:
-            case "log_normalizer":
-                return p
-            case "top":
-                return replaced(jnp.where(likely, -others, p), p)
-            case "nll":
-                below = jnp.where(state.label == state.m, state.s, (1 - jnp.exp(state.label - state.m)) + state.s)
-                return replaced(jnp.where(is_label, of_row(-below / (1 + state.s)), p), p)
-            case "entropy":
-                gap = jnp.minimum(_gap(x, row), float(jnp.finfo(x.dtype).max))
-                return p * replaced(gap - of_row(state.h / (1 + state.s)), -(log_p + of_row(values["entropy"])))
-        rest = of_row(getattr(state, name).rest / (1 + state.s))
-        error = p * of_row(values[f"total {name}"]) - ts[name]
-        error = replaced(jnp.where(likely, rest - others * ts[name], error), error)
-        return error / of_row(_count(state)) if name == "uniform" else error
-
-    def tangent(name: str) -> Array:
-        if name == "weight":
-            dw = jnp.broadcast_to(dpart["weights"], x.shape) if "weights" in dpart else jnp.zeros_like(x)
-            return jnp.sum(jnp.where(is_label, dw.astype(x.dtype), 0), -1)
-        dt = None if dts is None else dts.get(name.removeprefix("total "))
-        total = jnp.zeros(x.shape[:-1], x.dtype)
-        if not name.startswith("total") and dx is not None:
-            total += jnp.sum(coefficient(name) * dx.astype(x.dtype), -1)
-        if dt is not None and name.startswith("total"):
-            total += jnp.sum(dt, -1)
-        elif dt is not None:
-            idle = (ts[name] == 0) | ~of_row(state.present)
-            cost = jnp.where(there(x) | idle, jnp.where(there(x), -log_p, 0), np.inf)
-            total += jnp.sum(cost * dt, -1) / (of_row(_count(state))[..., 0] if name == "uniform" else 1)
-        return total
-
-    return {name: tangent(name) for name in names}
+def _label_gap(state: State) -> Array:
+    return jnp.where(state.label == state.m, 0, state.m - state.label)
 
 
-# --------------------------------------------------------------------------------------------------- sums over the classes
+def _mean_gap(state: State) -> Array:
+    return state.h / (1 + state.s)
 
 
-Term = Callable[..., Array]
-"""Of log p and p of a softmax, or of log p, p, log q, q and log p - log q of two; then of targets, if any, and of
-options."""
+def _finite_gap(c: Class) -> Array:
+    """g, 0 of what has no part in a sum of p g, with the derivatives of -log p."""
+    return replaced(jnp.where(c.p == 0, 0, c.gap), jnp.where(c.p == 0, 0, -c.log_p))
 
 
-Slopes = Callable[..., tuple[Any, Any]]
-"""Of the sums of all terms, to what the derivatives of the first by log p, and those by log q, add up to.
+ENDS = _ends(0), _ends(1)
+LOG_NORMALIZER, TOP = ENDS[0]
+_UNLIKELY = Measure(lambda state: -(state.label != state.m).astype(state.m.dtype), _nothing, asks=("label",))
+NLL = Measure(
+    lambda state: _label_gap(state) + state.log_sum,
+    partial(_cost, "label"),
+    (Slope(lambda c: -c.label, _number(-1.0), lambda: (lambda rest: rest, (_UNLIKELY,))),),
+    ("label",),
+)
+WEIGHT = Measure(lambda state: state.label_weight, lambda c: c.label * c.weight, asks=("label",))
+GIVEN, UNIFORM = map(_with_targets, ("given", "uniform"))
+_MEAN_GAP = Measure(_mean_gap, _nothing, asks=("entropy",))
+ENTROPY = Measure(
+    lambda state: _mean_gap(state) + state.log_sum,
+    _nothing,
+    (Slope(_finite_gap, lambda: (replaced, (_MEAN_GAP, ENTROPY)), over_p=True, cancels=False),),
+    ("entropy",),
+)
 
-Either may be a pair: that number, and a function to what those of all other classes add up to, of a term's arguments and
-1 - p of the top class of each softmax; it is for a sum so much smaller than the first that a difference would lose it.
-"""
+
+@functools.cache
+def sum_of(term: Callable[[Class], Array], *slopes: Slope) -> Measure:
+    """That of a term. Its derivatives by the log-probabilities are found from the term where they aren't given."""
+    return Measure(None, term, slopes or tuple(Slope(partial(_derivative_by, side, term)) for side in (0, 1)))
 
 
-def sum_of_terms(
-    terms: tuple[Term, ...],
-    specs: tuple[Spec, ...],
-    inputs: tuple[Inputs, ...],
-    *options: Array,
-    slopes: Slopes | None = None,
-) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """sum_k term(log p_k, p_k, ...) of each term, of which the first has derivatives, and in which rows any class is there.
+def _derivative_by(side: int, term: Callable[[Class], Array], c: Class) -> Array:
+    one = jnp.ones_like(c.p)
+    varying = {"log_q": one, "q": c.q} if side else {"log_p": one, "p": c.p}
+    return _derivative(term, c, varying if c.q is None else varying | {"delta": -one if side else one})
 
-    A class that isn't there has log p of -inf and p of 0; a row that has none has p of 0.
-    """
 
-    def whole(*inputs: Inputs) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        rows = []
-        for spec, i in zip(specs, inputs, strict=True):
-            logits = {n: x for n, x in i.items() if n not in ("targets", "labels", "weights")}
-            rows.append(row_of(*_measure(spec, ("log_normalizer", "top"), logits)))
-        return _sum_of_terms(1, terms, specs, slopes, inputs, tuple(rows), options), tuple(row.present for row in rows)
+def _derivative(term: Callable[[Class], Array], c: Class, tangents: dict[str, Any]) -> Array:
+    """That of a term along some of the fields."""
+    some = {n: getattr(c, n) for n in tangents}
+    return jax.jvp(lambda some: term(c._replace(**some)), (some,), (tangents,))[1]
+
+
+def _f(side: int, slope: Slope, c: Class) -> Array:
+    return slope.f(c) * (c.p, c.q)[side] if slope.over_p else slope.f(c)
+
+
+@functools.cache
+def _total(side: int, slope: Slope) -> Sum:
+    """F."""
+    return slope.total() if slope.total else (lambda total: total, (sum_of(partial(_f, side, slope)),))
+
+
+@functools.cache
+def _rest(side: int, slope: Slope) -> Sum:
+    """R."""
+    if slope.rest:
+        return slope.rest()
+    term = partial(_but_top, side, partial(_f, side, slope))
+    slopes = (Slope(partial(_derivative_by, i, term), cancels=i != side) for i in (0, 1))
+    return (lambda rest: rest), (sum_of(term, *slopes),)
+
+
+# --------------------------------------------------------------------------------------------------------------- the rule
+
+
+class _Known(NamedTuple):
+    """What is known of the rows, for a pass over their classes."""
+
+    states: tuple[State, ...]
+    rows: tuple[Row, ...]
+    options: tuple[Array, ...]
+    doptions: tuple[Any, ...] = ()
+    totals: Any = ()  # F and R of each measure by each side that varies
+
+
+def measure(
+    specs: tuple[Spec, ...], inputs: tuple[Inputs, ...], measures: tuple[Measure, ...], *options: Array
+) -> tuple[tuple[Array, ...], tuple[State, ...]]:
+    """The measures, which are differentiable, and the states of the rows of each softmax, which aren't."""
+
+    def whole(*inputs: Inputs) -> Any:
+        return _measure(specs, measures, inputs, options)
 
     return by_rows(max(spec.chunks for spec in specs), inputs, whole)
 
 
-@partial(custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _sum_of_terms(
-    count: int,
-    terms: tuple[Term, ...],
-    specs: tuple[Spec, ...],
-    slopes: Slopes | None,
-    inputs: Any,
-    rows: Any,
-    options: Any,
-) -> tuple[Array, ...]:
-    """With derivatives of the first ``count``, by the inputs; those by the rows are among them."""
-
-    def step(parts: Any, _: Any, known: Any, start: Any) -> tuple[Array, ...]:
-        blocks = [block_of(spec, part, start) for spec, part in zip(specs, parts, strict=True)]
-        targets = [targets_of(b, Ask(), s.dtype)[0] for s, b in zip(specs, blocks, strict=True)]
-        args = _arguments(specs[0].dtype, [b.x for b in blocks], targets, *known)
-        return _platforms.sums(tuple(term(*args) for term in terms))
-
-    return add_up(specs, inputs, ({},) * len(inputs), (rows, options), step)
-
-
-def _arguments(dtype: np.dtype, xs: Any, targets: Any, rows: Any, options: Any) -> list[Array]:
-    """The arguments of a term."""
-    xs = [x.astype(dtype) for x in xs]
-    known = [f(x, row) for x, row in zip(xs, rows, strict=True) for f in (log_probability, probability)]
-    if len(xs) == 2:
-        known.append(log_ratio(xs[0], rows[0], xs[1], rows[1]))
-    return [
-        *known,
-        *(t for t in targets if t is not None),
-        *(beside(option, xs[0]) for option in options),
+@partial(custom_jvp, nondiff_argnums=(0, 1))
+def _measure(specs: tuple[Spec, ...], measures: tuple[Measure, ...], inputs: Any, options: Any) -> Any:
+    states = tuple(_state(spec, i, measures) for spec, i in zip(specs, inputs, strict=True))
+    values = [m.value and m.value(states[m.side]) for m in measures]
+    terms = tuple(m.term for m, v in zip(measures, values, strict=True) if v is None)
+    if terms:
+        rows = tuple(row_of(state, state.m + state.log_sum, state.log_sum) for state in states)
+        sums = iter(_sums(specs, terms, inputs, _Known(states, rows, options)))
+        values = [next(sums) if v is None else v for v in values]
+    values = [
+        v if m in (ENDS[0][0], ENDS[1][0]) else _present(states, v) for m, v in zip(measures, values, strict=True)
     ]
+    bad = _bad(inputs[0], states)
+    values = [jnp.where(bad, np.nan, v) if "label" in m.asks else v for m, v in zip(measures, values, strict=True)]
+    return tuple(values), states
 
 
-@partial(_sum_of_terms.defjvp, symbolic_zeros=True)
-def _(
-    count: int, terms: tuple[Term, ...], specs: tuple[Spec, ...], slopes: Slopes | None, primals: Any, tangents: Any
-) -> Any:
-    r"""The coefficient of dx_k is the derivative by log p_k, f_k, less p_k F with F the sum of all f.
+def _state(spec: Spec, inputs: Inputs, measures: tuple[Measure, ...]) -> State:
+    asks = {kind for m in measures for kind in m.asks}
+    if not asks & {"label", "given", "uniform"}:
+        inputs = {n: x for n, x in inputs.items() if n not in LABELS}
+    ask = spec.ask._replace(entropy="entropy" in asks, uniform="uniform" in asks, rest="rest" in asks)
+    return state_of(spec._replace(ask=ask), inputs)
 
-    For a class with over half of the probability it is f_k (1 - p_k) - p_k (F - f_k), where less cancels.
-    """
-    inputs, rows, options = primals
-    dinputs = tuple({n: t for n, t in d.items() if not isinstance(t, SymbolicZero)} for d in tangents[0])
-    doptions = [None if isinstance(t, SymbolicZero) else t for t in tangents[2]]
-    sides = [i for i, d in enumerate(dinputs) if any(n in LOGITS for n in d)]
-    pairs = [(side, partial(_slope, term, len(specs), side)) for term in terms[:count] for side in sides]
-    more = () if slopes else tuple(slope for _, slope in pairs)
-    sums = _sum_of_terms(count + len(more), (*terms[:count], *more, *terms[count:]), specs, slopes, *primals)
-    of_slopes, sums = sums[count : count + len(more)], (*sums[:count], *sums[count + len(more) :])
-    rests: dict[int, Callable[..., Array]] = {}
-    if slopes:
-        given = [slopes(*sums)[side] for side in sides]
-        rests = {i: g[1] for i, g in enumerate(given) if isinstance(g, tuple)}
-        given = [g[0] if isinstance(g, tuple) else g for g in given]
-        of_slopes = [jnp.broadcast_to(g, sums[0].shape) for g in given]
+
+def _present(states: tuple[State, ...], x: Array) -> Array:
+    """x, 0 in rows of which no class is there on some side."""
+    present = states[0].present & states[-1].present
+    return jnp.where(present, x, jnp.zeros((), x.dtype))
+
+
+def _bad(inputs: Inputs, states: tuple[State, ...]) -> Any:
+    """Whether a row's label is no class, and the row counts."""
+    return _present(states, inputs["labels"] < 0) if "labels" in inputs else False
+
+
+def _sums(specs: tuple[Spec, ...], terms: Any, inputs: tuple[Inputs, ...], known: _Known) -> tuple[Array, ...]:
+    """The sums of terms over the classes."""
 
     def step(parts: Any, dparts: Any, known: Any, start: Any) -> tuple[Array, ...]:
-        rows, options, doptions, of_slopes = known
-        read = [along(partial(logits_of, s), p, d, *LOGITS) for s, p, d in zip(specs, parts, dparts, strict=True)]
+        c, *_ = _classes(specs, parts, dparts, known, start)
+        return _platforms.sums(tuple(term(c) for term in terms))
 
-        def targets(spec: Spec, x: Array, part: Inputs) -> Array | None:
-            return targets_of(block_of(spec, part, start, x), Ask(), spec.dtype)[0]
+    return add_up(specs, inputs, ({},) * len(inputs), known, step)
 
-        weighed = [
-            along(partial(targets, s, x), p, d, "targets", "weights")
-            for s, p, d, (x, _) in zip(specs, parts, dparts, read, strict=True)
-        ]
-        rows = tuple(row._replace(m=_platforms.renamed(row.m, row.log_sum)) for row in rows)
-        args = _arguments(specs[0].dtype, [x for x, _ in read], [t for t, _ in weighed], rows, options)
-        others = [dt for t, dt in weighed if t is not None] + [
-            None if d is None else beside(d, args[0]) for d in doptions
-        ]
-        varying = {len(args) - len(others) + i: d.astype(args[0].dtype) for i, d in enumerate(others) if d is not None}
 
-        none = jnp.zeros(args[0].shape[:-1], args[0].dtype)
-        total = [jnp.sum(_derivative(term, args, varying), -1) if varying else none for term in terms[:count]]
-        for i, (side, slope) in enumerate(pairs):
-            p, f = args[2 * side + 1], slope(*args)
-            all_f, others = (beside(v, p) for v in (of_slopes[i], rows[side].others))
-            coefficient = f - p * all_f
-            rest = rests[i](*args, *(beside(row.others, p) for row in rows)) if i in rests else all_f - f
-            coefficient = replaced(jnp.where(p > 0.5, f * others - p * rest, coefficient), coefficient)
-            total[i // len(sides)] += jnp.sum(coefficient * read[side][1].astype(p.dtype), -1)
-        return tuple(total)
+def _classes(
+    specs: tuple[Spec, ...], parts: Any, dparts: Any, known: _Known, start: Any
+) -> tuple[Class, list[Any], dict[str, Any]]:
+    """The classes of a block, the tangents of their logits, and those of whatever else varies."""
+    read = [along(partial(logits_of, s), p, d, *LOGITS) for s, p, d in zip(specs, parts, dparts, strict=True)]
+    spec, block = specs[0], block_of(specs[0], parts[0], start, read[0][0])
+    xs = [x.astype(spec.dtype) for x, _ in read]
+    of_part = partial(_fields, spec, known.states[0], start, read[0][0])
+    fields, dfields = along(of_part, parts[0], dparts[0], "targets", "shares", "weights")
+    dfields = dfields or {}
+    if block.labels is not None:
+        fields["label"] = (block.places == beside(block.labels, xs[0])).astype(spec.dtype)
+    fields["options"] = tuple(beside(o, xs[0]) for o in known.options)
+    if any(d is not None for d in known.doptions):
+        pairs = zip(known.options, known.doptions, strict=True)
+        tangents = (jnp.zeros_like(o) if d is None else d.astype(o.dtype) for o, d in pairs)
+        dfields["options"] = tuple(beside(d, xs[0]) for d in tangents)
+    logs = [f(x, row) for x, row in zip(xs, known.rows, strict=True) for f in (log_probability, probability)]
+    if len(xs) == 2:
+        logs.append(log_ratio(xs[0], known.rows[0], xs[1], known.rows[1]))
+    return Class(*logs, **{"gap": _gap(xs[0], known.rows[0])} | fields), [dx for _, dx in read], dfields
 
-    out = add_up(specs, inputs, dinputs, (rows, options, doptions, of_slopes), step)
+
+def _fields(spec: Spec, state: State, start: Any, x: Array, part: Inputs) -> dict[str, Array]:
+    """What targets and weights give to a class."""
+    block = block_of(spec, part, start, x)
+    given, uniform = targets_of(block, Ask(uniform=state.uniform is not None), spec.dtype)
+    fields = {} if given is None else {"given": given}
+    if uniform is not None:
+        fields["uniform"] = uniform / beside(_count(state), uniform)
+    if block.weights is not None:
+        fields["weight"] = jnp.broadcast_to(block.weights.astype(spec.dtype), block.x.shape)
+    return fields
+
+
+@partial(_measure.defjvp, symbolic_zeros=True)
+def _(specs: tuple[Spec, ...], measures: tuple[Measure, ...], primals: Any, tangents: Any) -> Any:
+    inputs, options = primals
+    dinputs = tuple({n: t for n, t in d.items() if not isinstance(t, SymbolicZero)} for d in tangents[0])
+    doptions = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents[1])
+    sides = [i for i, d in enumerate(dinputs) if any(n in LOGITS for n in d)]
+    varying = tuple((m, i) for m in measures for i in sides if m.slopes[i : i + 1] not in ((), (None,)))
+    totals = [(_total(i, m.slopes[i]), _rest(i, m.slopes[i]) if m.slopes[i].cancels else None) for m, i in varying]
+    ends = ENDS[: len(specs)]
+    found = [m for pair in totals for total in pair if total for m in total[1]]
+    wanted = tuple(dict.fromkeys([*measures, *(m for pair in ends for m in pair), *found]))
+    values, states = _measure(specs, wanted, inputs, options)
+    value = dict(zip(wanted, values, strict=True))
+    rows = tuple(row_of(state, *(value[m] for m in pair)) for state, pair in zip(states, ends, strict=True))
+
+    def of_rows(total: Sum) -> Array:
+        function, found = total
+        return jnp.broadcast_to(function(*(value[m] for m in found)), states[0].m.shape).astype(specs[0].dtype)
+
+    known = _Known(states, rows, options, doptions, [tuple(t and of_rows(t) for t in pair) for pair in totals])
+    out = add_up(specs, inputs, dinputs, known, partial(_tangents, specs, measures, varying))
     # The selection also keeps XLA:CPU from compiling p (v - sum p v) into one fusion, as jaxlib 0.10.2 does wrongly
     # where p is shared by a batch of v, as it is in a Hessian.
-    out = [jnp.where(rows[0].present & rows[-1].present, t, 0) for t in out]
-    return sums, (*out, *(zero_from_primal(x, symbolic_zeros=True) for x in sums[count:]))
+    out = [_present(states, t) for t in out]
+    bad = jnp.where(_bad(inputs[0], states), np.nan, 1).astype(specs[0].dtype)
+    out = [t * bad if "label" in m.asks else t for m, t in zip(measures, out, strict=True)]
+    if not any("rest" in m.asks for m in measures):
+        states = tuple(s._replace(given=_without_rest(s.given), uniform=_without_rest(s.uniform)) for s in states)
+    zeros = jax.tree.map(lambda x: zero_from_primal(x, symbolic_zeros=True), states)
+    return (tuple(value[m] for m in measures), states), (tuple(out), zeros)
 
 
-def _slope(term: Term, count: int, side: int, *args: Array) -> Array:
-    """The derivative of a term by log p or, of the other side, log q."""
-    one = jnp.ones_like(args[0])
-    along = {2 * side: one, 2 * side + 1: args[2 * side + 1]}
-    return _derivative(term, args, along if count == 1 else along | {4: -one if side else one})
+def _without_rest(targets: Targets | None) -> Targets | None:
+    return None if targets is None else targets._replace(rest=None)
 
 
-def _derivative(term: Term, args: Sequence[Array], tangents: dict[int, Array]) -> Array:
-    """That of a term along some of its arguments."""
+Varying = tuple[tuple[Measure, int], ...]
+"""Measures, each with a side: the softmax by whose log-probabilities it is differentiated."""
 
-    def of(some: dict[int, Array]) -> Array:
-        return term(*(some.get(i, x) for i, x in enumerate(args)))
 
-    return jax.jvp(of, ({i: args[i] for i in tangents},), (tangents,))[1]
+def _tangents(
+    specs: tuple[Spec, ...],
+    measures: tuple[Measure, ...],
+    varying: Varying,
+    parts: Any,
+    dparts: Any,
+    known: _Known,
+    start: Any,
+) -> tuple[Array, ...]:
+    """What a block adds to the tangents of the measures."""
+    if any(m.value is None for m in measures):
+        known = known._replace(rows=tuple(r._replace(m=_platforms.renamed(r.m, r.log_sum)) for r in known.rows))
+    c, dxs, dfields = _classes(specs, parts, dparts, known, start)
+    total: Any = {
+        m: jnp.sum(_derivative(m.term, c, dfields), -1) if dfields else jnp.zeros(c.p.shape[:-1], c.p.dtype)
+        for m in measures
+    }
+    for (m, side), (of_f, rest) in zip(varying, known.totals, strict=True):
+        slope, p, of_f = m.slopes[side], (c.p, c.q)[side], beside(of_f, c.p)
+        coefficient = p * (slope.f(c) - of_f) if slope.over_p else slope.f(c) - p * of_f
+        if rest is not None:
+            others = replaced(jnp.broadcast_to(beside(known.rows[side].others, p), p.shape), 1 - p)
+            coefficient = jnp.where(p > MOST, others * of_f - beside(rest, p), coefficient)
+        total[m] += jnp.sum(coefficient * dxs[side].astype(p.dtype), -1)
+    return tuple(total[m] for m in measures)
 
 
 def log_probabilities(spec: Spec, inputs: Inputs) -> Array:
     """log p of all classes of an array, -inf where one isn't there."""
     # An array is widened, since its gradient is a sum of two, which is to be rounded once.
     inputs = inputs | {"array": inputs["array"].astype(spec.dtype)}
-    values, state = measure(spec, inputs, ("log_normalizer", "top"))
-    x, row = _mesh.vary((logits_of(spec, inputs), row_of(values, state)), _mesh.varying(inputs, values))
-    return jnp.where(there(x), log_probability(x, row), -np.inf)
+    values, (state,) = measure((spec,), (inputs,), (LOG_NORMALIZER, TOP))
+    x, row = _mesh.vary((logits_of(spec, inputs), row_of(state, *values)), _mesh.varying(inputs, values))
+    return jnp.where(beside(row.present, x), log_probability(x, row), -np.inf)

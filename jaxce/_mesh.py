@@ -12,6 +12,8 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 from jaxce import _checks
@@ -44,8 +46,13 @@ def check(function: str, argument: str, axis_name: AxisName, classes: Array) -> 
 
 def varying(*trees: Any) -> frozenset[str]:
     """The axes over which some leaf differs from device to device, as far as JAX keeps account (``check_vma=True``)."""
-    axes = (jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(trees))
-    return frozenset().union(*axes)
+
+    def of(leaf: Any) -> frozenset[str]:
+        # JAX asserts too much of the type of a struct in a shard_map over some axes of a mesh.
+        known = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+        return frozenset() if known.manual_axis_type is None else known.manual_axis_type.varying
+
+    return frozenset().union(*map(of, jax.tree.leaves(trees)))
 
 
 def vary(tree: _T, axes: frozenset[str]) -> _T:
@@ -92,24 +99,51 @@ def strips(classes: int) -> int:
 
 
 def gather_features(kernel: Array, class_axis: int) -> Array:
-    """A kernel whose features are whole on each device of a mesh in use that has automatic axis types.
+    """A kernel whose features are whole on each device, as `whole`."""
+    return whole(kernel, -1 - class_axis)
 
-    Where they are sharded XLA would add up over the network the logits of each block instead.
+
+def whole(x: Array, axis: int) -> Array:
+    """An array that isn't sharded along an axis, whatever mesh with automatic axis types it may lie on; so its gradient.
+
+    Where features are sharded XLA would add up over the network the logits of each block instead.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or AxisType.Auto not in mesh.axis_types or AxisType.Explicit in mesh.axis_types:
-        return kernel
-    parts: list[Any] = [PartitionSpec.UNCONSTRAINED, None]
-    spec = PartitionSpec(*(parts if class_axis == 0 else parts[::-1]))
-    return lax.with_sharding_constraint(kernel, NamedSharding(mesh, spec))
+    return x if devices(AxisType.Auto) == 1 else _whole.bind(x, axis=axis % x.ndim)
+
+
+# A sharding constraint that names no axis of a mesh: `lax.with_sharding_constraint` wants a mesh, which programs with
+# automatic axis types need not set.
+
+
+def _lower_whole(context: Any, x: Any, *, axis: int) -> Any:
+    if not jax.config.jax_use_shardy_partitioner:  # type: ignore[attr-defined]
+        return [x]
+    parts = ", ".join("{}" if a == axis else "{?}" for a in range(context.avals_in[0].ndim))
+    sharding = mlir.ir.Attribute.parse(f"#sdy.sharding<mesh<[]>, [{parts}]>")
+    return mlir.ir.Operation.create("sdy.sharding_constraint", [x.type], [x], {"sharding": sharding}).results
+
+
+def _batch_whole(args: Any, axes: Any, *, axis: int) -> Any:
+    return _whole.bind(*args, axis=axis + (axes[0] <= axis)), axes[0]
+
+
+_whole = Primitive("whole")
+_whole.def_impl(lambda x, axis: x)
+_whole.def_abstract_eval(lambda x, axis: x)
+ad.deflinear2(_whole, lambda cotangent, x, axis: [_whole.bind(cotangent, axis=axis)])
+batching.primitive_batchers[_whole] = _batch_whole
+mlir.register_lowering(_whole, _lower_whole)
 
 
 # Arrays on a mesh with explicit axis types show in their types how they are sharded. There each device runs a function of
 # logits on its own part, so that no rule for whole arrays (of a gather, a reshape, a loop over blocks) can refuse it.
 
 
-def on_each_device(result: str) -> Callable[[_F], _F]:
-    """A decorator for functions of logits; results have the shape of the "batch" or the "logits", or are a "total"."""
+def on_each_device(*results: str) -> Callable[[_F], _F]:
+    """A decorator for functions of logits; results have the shape of the "batch" or the "logits", or are a "total".
+
+    What each array of a result is, is said once; if there are several results they are a tuple.
+    """
 
     def decorate(function: _F) -> _F:
         signature = inspect.signature(function)
@@ -122,7 +156,7 @@ def on_each_device(result: str) -> Callable[[_F], _F]:
                 return function(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            return _run_on_each_device(function, bound.arguments, result)
+            return _run_on_each_device(function, bound.arguments, results)
 
         return cast(_F, spread)
 
@@ -137,7 +171,7 @@ def _spec(x: Any) -> tuple[Any, ...]:
     return spec + (None,) * (x.ndim - len(spec))
 
 
-def _run_on_each_device(function: Callable[..., Any], given: dict[str, Any], result: str) -> Any:
+def _run_on_each_device(function: Callable[..., Any], given: dict[str, Any], results: tuple[str, ...]) -> Any:
     arrays = {name: x for name, x in given.items() if isinstance(x, jax.Array | LinearLogits)}
     leaves, tree = jax.tree.flatten(arrays)
     logits = [x for name, x in arrays.items() if name.endswith("logits")]
@@ -176,11 +210,15 @@ def _run_on_each_device(function: Callable[..., Any], given: dict[str, Any], res
     def run(*leaves: Array) -> Any:
         here = given | jax.tree.unflatten(tree, leaves)
         value = function(**{n: part_of(x) if n.endswith("logits") else x for n, x in here.items()})
-        return lax.psum(value, tuple(rows)) if result == "total" and rows else value
+        values = value if len(results) > 1 else (value,)
+        pairs = zip(results, values, strict=True)
+        values = tuple(lax.psum(v, tuple(rows)) if result == "total" and rows else v for result, v in pairs)
+        return values if len(results) > 1 else values[0]
 
     rows = [n for a in batch for n in ([parts[a]] if isinstance(parts.get(a), str) else parts.get(a) or ())]
-    kept = {"batch": batch, "logits": range(len(shape)), "total": ()}[result]
-    out = PartitionSpec(*(parts.get(a) for a in kept))
+    kept = {"batch": batch, "logits": range(len(shape)), "total": ()}
+    outs = tuple(PartitionSpec(*(parts.get(a) for a in kept[result])) for result in results)
+    out = outs if len(results) > 1 else outs[0]
     explicit = all(t == AxisType.Explicit for t in mesh.axis_types)
     axis_names = set() if explicit else taken  # all of them, but those of an enclosing vmap
     return jax.shard_map(run, mesh=mesh, in_specs=tuple(specs), out_specs=out, axis_names=axis_names)(*leaves)

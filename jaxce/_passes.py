@@ -118,6 +118,13 @@ def block_of(spec: Spec, part: Inputs, start: Any, x: Array | None = None) -> Bl
     return Block(x, first, places, part.get("labels"), part.get("weights"), _targets(part, x, places))
 
 
+def reading(spec: Spec, part: Inputs, start: Any) -> tuple[Callable[[Inputs], Block], Inputs]:
+    """How a block is made of its inputs, and these: its products are not made again for some rows."""
+    if "array" not in part:
+        part = part | {"logits": logits_of(spec, part)}
+    return lambda part: block_of(spec, part, start, part.get("logits")), part
+
+
 def _targets(part: Inputs, x: Array, places: Array) -> Array | None:
     """The targets of a block: those given, or the shares of the classes chosen, which masks of classes can't take away."""
     given = part.get("targets", part.get("shares"))
@@ -172,8 +179,8 @@ def state_of(spec: Spec, inputs: Inputs) -> State:
     inputs = _mesh.vary(inputs, _axes((spec,), inputs))
 
     def part(start: Any, size: int, _: Any) -> State:
-        block = block_of(spec, _cut(spec, inputs, start, size), start)
-        return _platforms.over_classes(block, spec.ask, spec.dtype, spec.strips)
+        read, cut = reading(spec, _cut(spec, inputs, start, size), start)
+        return _platforms.over_classes(read, cut, OF_ROWS, spec.ask, spec.dtype, spec.strips)
 
     state = _fold(spec, part, meet, nothing)
     if spec.strips > 1:
@@ -266,12 +273,17 @@ def join_rows(x: Array, rows: int) -> Array:
     return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])[:rows]
 
 
-_OF_ROWS = {"array": 1, "hidden": 1, "rows": 0, "entries": 1, "labels": 0, "targets": 1, "chosen": 1, "shares": 1}
+OF_ROWS = {name: 1 for name in ("array", "logits", "hidden", "entries", "targets", "chosen", "shares")}
+OF_ROWS |= {"rows": 0, "labels": 0}
 """The inputs that have axes of rows, and how many axes they have beside those."""
 
 
 def by_rows(chunks: int, inputs: tuple[Inputs, ...], function: Callable[..., Any]) -> Any:
-    """function(*inputs), whose results have the axes of rows, by chunks of the rows."""
+    """function(*inputs), whose results have the axes of rows, by chunks of the rows.
+
+    Fewer classes a block would do without. But a TPU keeps a chunk's hidden states on the chip: for 131072 rows of 256
+    features and 32768 classes blocks of 512 classes take 1.3 of the cycles (values) and 1.4 (gradients).
+    """
     if chunks == 1:
         return function(*inputs)
     first = inputs[0]
@@ -279,10 +291,10 @@ def by_rows(chunks: int, inputs: tuple[Inputs, ...], function: Callable[..., Any
     rows = int(np.prod(batch))
 
     def split(name: str, x: Array) -> Array:
-        trailing = x.shape[x.ndim - _OF_ROWS[name] :]
+        trailing = x.shape[x.ndim - OF_ROWS[name] :]
         return split_rows(jnp.broadcast_to(x, (*batch, *trailing)).reshape(rows, *trailing), chunks)
 
-    chunked = tuple({n: split(n, x) for n, x in i.items() if n in _OF_ROWS} for i in inputs)
-    whole = tuple({n: x for n, x in i.items() if n not in _OF_ROWS} for i in inputs)
+    chunked = tuple({n: split(n, x) for n, x in i.items() if n in OF_ROWS} for i in inputs)
+    whole = tuple({n: x for n, x in i.items() if n not in OF_ROWS} for i in inputs)
     out = lax.map(lambda chunk: function(*(c | w for c, w in zip(chunk, whole, strict=True))), chunked)
     return jax.tree.map(lambda x: join_rows(x, rows).reshape(batch), out)

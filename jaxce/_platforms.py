@@ -21,50 +21,74 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 from jaxce import _mesh
-from jaxce._state import SHARE, Ask, Block, State, Targets, before, leaves, meet, meet_all, targets_of
+from jaxce._state import Ask, Block, State, before, leaves, meet, meet_all
 
-_FEW = 10
-"""Up to so many classes go through the reduction with several operands, which XLA:CPU unrolls for so few."""
+_PARTS = 8
+"""How many classes meet at once on a GPU, and one after the other on a CPU: of sixteen XLA:CPU makes no vectors."""
 
-_MANY = 4096
-"""From so many classes on rows are cut into blocks."""
+_LANES, _FEW = 8, 11
+"""How many classes a part of a row has at least on a CPU, and how many meet at last with the rows as lanes at most."""
 
-_LONG, _SHORT = 4096, 512
-"""Rows that are longer than the first are cut into blocks on a GPU, none shorter than the second."""
+_CACHE, _VECTOR = 1 << 18, 16
+"""About how many logits a chunk of rows has on a CPU; and a multiple of so many rows, if it has as many."""
 
+_SHORT = 512
+"""Shorter rows are one reduction on a GPU."""
 
-def over_classes(block: Block, ask: Ask, dtype: np.dtype, strips: int = 1) -> State:
-    """The state of the rows of a block of classes, its last axis: the way over a row."""
-
-    def reduction(block: Block) -> State:
-        return meet_all(leaves(block, ask, dtype))
-
-    if not _is_whole(block, strips):
-        return reduction(block)
-    cpu, gpu = (lambda block, way=way: way(block, ask, dtype) for way in (_from_sums, _in_blocks))
-    return lax.platform_dependent(block, cpu=cpu, cuda=gpu, rocm=gpu, default=reduction)
+Inputs = dict[str, Array]
+Read = Callable[[Inputs], Block]
 
 
-def rank(block: Block, label: Array, dtype: np.dtype, strips: int = 1) -> Array:
-    """How many classes of a block come before the label, whose logit is given."""
+def over_classes(
+    read: Read, inputs: Inputs, of_rows: dict[str, int], ask: Ask, dtype: np.dtype, strips: int = 1
+) -> State:
+    """The state of the rows of a block of classes, its last axis: the way over a row.
 
-    def count(block: Block, label: Array) -> Array:
-        return jnp.sum(before(block, label, dtype), -1, dtype=jnp.int32)
+    ``read`` makes the block of the inputs, so that it can make some of its rows of theirs: ``of_rows`` are the inputs that
+    have axes of rows, and how many other axes these have after them.
+    """
 
-    if not _is_whole(block, strips):
-        return count(block, label)
-    return lax.platform_dependent(
-        block, label, cpu=lambda block, label: _rank_from_sum(block, label, dtype), default=count
-    )
+    def reduction(inputs: Inputs) -> State:
+        return meet_all(leaves(read(inputs), ask, dtype))
+
+    def in_parts(inputs: Inputs) -> State:
+        return _in_parts(read(inputs), ask, dtype)
+
+    def in_lanes(inputs: Inputs) -> State:
+        return _by_rows(lambda some: _in_lanes(read(some), ask, dtype), inputs, of_rows, shape)
+
+    shape = jax.eval_shape(read, inputs).x.shape
+    if not _is_whole(shape, strips):
+        return reduction(inputs)
+    gpu = reduction if shape[-1] < _SHORT else in_parts
+    return lax.platform_dependent(inputs, cpu=in_lanes, cuda=gpu, rocm=gpu, default=reduction)
+
+
+def rank(read: Read, inputs: Inputs, label: Array, of_rows: dict[str, int], dtype: np.dtype, strips: int = 1) -> Array:
+    """How many classes of a block come before the label, whose logit is given; the block is read as in `over_classes`."""
+
+    def count(inputs: Inputs) -> Array:
+        return jnp.sum(before(read(inputs), inputs["label"], dtype), -1, dtype=jnp.int32)
+
+    inputs, of_rows = inputs | {"label": label}, of_rows | {"label": 0}
+    shape = jax.eval_shape(read, inputs).x.shape
+    if not _is_whole(shape, strips):
+        return count(inputs)
+    return lax.platform_dependent(inputs, cpu=lambda inputs: _by_rows(count, inputs, of_rows, shape), default=count)
+
+
+def _is_whole(shape: tuple[int, ...], strips: int) -> bool:
+    """Whether a device has all classes of a block of this shape in one piece, and there is anything."""
+    return strips == 1 and _mesh.devices() == 1 and math.prod(shape) > 0
 
 
 def entry(x: Array, labels: Array, otherwise: Callable[[Array, Array], Array]) -> Array:
@@ -76,12 +100,6 @@ def entry(x: Array, labels: Array, otherwise: Callable[[Array, Array], Array]) -
     if _mesh.devices() > 1 or x.size == 0:
         return otherwise(x, labels)
     return lax.platform_dependent(x, labels, cpu=gathered, cuda=gathered, rocm=gathered, default=otherwise)
-
-
-def _is_whole(block: Block, strips: int) -> bool:
-    """Whether a device has all of its classes in one piece, and more than a few."""
-    *batch, classes = block.x.shape
-    return classes > _FEW and strips == 1 and _mesh.devices() == 1 and math.prod(batch) > 0
 
 
 def sums(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -116,206 +134,111 @@ def dynamic_slice(x: Array, start: Any, size: int, axis: int) -> Array:
 # --- XLA:GPU ----------------------------------------------------------------------------------------------------------
 
 
-def _in_blocks(block: Block, ask: Ask, dtype: np.dtype) -> State:
-    """The reduction, of long rows in two steps or of four classes at a time, with the label gathered."""
+def _in_parts(block: Block, ask: Ask, dtype: np.dtype) -> State:
+    """Eight parts of the classes meet at once, class by class; then one reduction. The label is gathered."""
     classes = block.x.shape[-1]
-    states = leaves(block._replace(labels=None), ask, dtype)
-    alone = all(v is None for v in states[2:])
-    if alone and block.x.dtype.itemsize == 2 and classes >= _SHORT:
-        state = _in_fours(block.x, dtype)
-    else:
-        blocks = next((n for n in range(-(-classes // _LONG), classes // _SHORT + 1) if classes % n == 0), 1)
-        if blocks > 1:
-            states = meet_all(jax.tree.map(lambda x: x.reshape(*x.shape[:-1], blocks, -1), states))
-        state = meet_all(states)
+    size, left = divmod(classes, _PARTS)
+
+    def of(first: int, last: int, x: Array, targets: Array | None) -> State:
+        """The states of some of the classes."""
+        states = leaves(block._replace(x=x, targets=targets, labels=None), ask, dtype)
+        return jax.tree.map(lambda v: lax.slice_in_dim(v, first, last, axis=-1), states)
+
+    @jax.jit  # to be traced once
+    def parts(x: Array, targets: Array | None) -> State:
+        return meet(*(of(i * size, (i + 1) * size, x, targets) for i in range(_PARTS)))
+
+    given = block.x, block.targets
+    numbers, tree = jax.tree.flatten(jax.eval_shape(parts, *given))
+    numbers = [jax.tree.leaves(parts(*jax.tree.map(partial(_named, n), given)))[n] for n in range(len(numbers))]
+    state = meet_all(jax.tree.unflatten(tree, numbers))
+    if left:
+        state = meet(state, meet_all(of(_PARTS * size, classes, *given)))
     return state if block.labels is None else state._replace(**_at_label(block, dtype))
 
 
-def _in_fours(x: Array, dtype: np.dtype) -> State:
-    """The maximum and the sum of exponentials alone, of four classes at a time.
+def _named(n: int, x: Array) -> Array:
+    """The same numbers under another name: XLA:GPU would write out what is made of the same ones for several results.
 
-    That is half of the instructions. Wider logits than 16-bit floats take as long to read either way; and of those, or if
-    there were more to sum, XLA:GPU would write out what the four have in common.
+    No bit is set: what is left of a shift by as many bits less n + 1 has none from n + 1 on. LLVM knows that, XLA doesn't.
     """
-    size, rest = divmod(x.shape[-1], 4)
-    m, *others = (lax.slice_in_dim(x, i * size, (i + 1) * size, axis=-1).astype(dtype) for i in range(4))
-    lesser = []  # all but the maximum, in no order
-    for y in others:
-        lesser.append(jnp.minimum(m, y))
-        m = jnp.maximum(m, y)
-    most = float(jnp.finfo(dtype).max)
-    peak = jnp.clip(m, -most, most)
-    a, b, c = (_weight(y, peak) for y in lesser)
-    state = meet_all(State(m, a + b + c))
-    if not rest:
-        return state
-    last = lax.slice_in_dim(x, 4 * size, None, axis=-1).astype(dtype)
-    return meet(state, meet_all(State(last, jnp.zeros_like(last))))
+    if n == 0:
+        return x
+    width = 8 * x.dtype.itemsize
+    one = np.ones((), f"uint{width}")
+    bits = lax.bitcast_convert_type(x, one.dtype)
+    bits |= (bits >> (one * (width - 1 - n)).astype(one.dtype)) & (one << (one * (1 + n)).astype(one.dtype))
+    return lax.bitcast_convert_type(bits, x.dtype)
 
 
 # --- XLA:CPU ----------------------------------------------------------------------------------------------------------
 
 
-class _Sums:
-    """Sums over the last axis of arrays of two, each behind a barrier of its own."""
+def _by_rows(function: Callable[[Inputs], Any], inputs: Inputs, of_rows: dict[str, int], shape: tuple[int, ...]) -> Any:
+    """function(inputs), one number or several for each row of a shape, by chunks of rows that stay in the cache."""
+    *batch, classes = shape
+    rows, size = math.prod(batch), _rows_of_a_chunk(classes)
+    if size >= rows:
+        return function(inputs)
 
-    def __init__(self, peak: Array) -> None:
-        self.peak = self.last = peak
+    def flat(x: Array, trailing: int) -> Array:
+        axes = x.ndim - trailing
+        if math.prod(x.shape[:axes]) == 1:  # the same for all rows
+            return x.reshape(1, *x.shape[axes:])
+        return jnp.broadcast_to(x, (*batch, *x.shape[axes:])).reshape(rows, *x.shape[axes:])
 
-    def __call__(self, term: Callable[..., Array], *arrays: Array, constants: tuple[ArrayLike, ...] = ()) -> Array:
-        """The sums of term(values of the classes, peak, constants)."""
-        rows = self.peak, *(jnp.full_like(self.peak, c) for c in constants)
-        # With the last sum, so that no two of the barriers are the same.
-        arrays, rows, _ = lax.optimization_barrier((arrays, rows, self.last))
-        wide = (a.astype(self.peak.dtype) for a in arrays)
-        self.last = lax.optimization_barrier(jnp.sum(term(*wide, *(r[:, None] for r in rows)), -1))
-        return self.last
+    whole = {n: x for n, x in inputs.items() if n not in of_rows}
+    split = {n: flat(x, of_rows[n]) for n, x in inputs.items() if n in of_rows}
 
-
-# Terms of such sums. The peak comes first in each minimum, so that NaN stays.
-
-
-def _weight(x: Array, peak: Array) -> Array:
-    """exp(-g): 0 of what is absent, and 1 of +inf."""
-    return jnp.exp(jnp.minimum(peak, x) - peak)
-
-
-def _below(x: Array, peak: Array, steep: Array, one: Array, zero: Array) -> Array:
-    """1 where x is below the maximum, 0 where it attains it."""
-    return jnp.maximum(zero, jnp.minimum(one, steep * (peak - x)))
-
-
-def _lesser(x: Array, peak: Array, steep: Array, one: Array) -> Array:
-    """exp(-g) where x is below the maximum, 0 where it attains it, -inf at +inf."""
-    return jnp.exp(x - peak) * jnp.minimum(one, steep * (peak - x))
-
-
-def _weight_squared(x: Array, peak: Array) -> Array:
-    return jnp.square(_weight(x, peak))
-
-
-def _lesser_squared(x: Array, peak: Array, steep: Array, one: Array) -> Array:
-    return jnp.exp(x - peak) * _lesser(x, peak, steep, one)
-
-
-def _weighted_gap(x: Array, peak: Array, most: Array) -> Array:
-    """exp(-g) g, -inf at +inf."""
-    return jnp.exp(x - peak) * jnp.minimum(most, peak - x)
-
-
-def _target_gap(x: Array, t: Array, peak: Array, most: Array, one: Array) -> Array:
-    """t g: infinite where g is, unless t is 0."""
-    gap = peak - jnp.minimum(peak, x)
-    near = jnp.minimum(most, gap)
-    return t * near * (one + jnp.minimum(one, gap - near) * most)
-
-
-def _there(x: Array, _: Array, one: Array, least: Array, quarter: Array) -> Array:
-    """1 where a class is there, else 0; quarters tell the least finite number from -inf."""
-    return jnp.minimum(one, jnp.maximum(quarter * x, least) - least)
-
-
-def _gap_there(x: Array, peak: Array, one: Array, least: Array, quarter: Array, most: Array, share: Array) -> Array:
-    """t g of a uniform target t where a class is there, else 0."""
-    return share * jnp.minimum(most, peak - jnp.minimum(peak, x)) * _there(x, peak, one, least, quarter)
-
-
-def _before(
-    x: Array, label: Array, y: Array, steep: Array, one: Array, zero: Array, quarter: Array, most: Array
-) -> Array:
-    """1 of a class that comes before the label, else 0; quarters tell the largest numbers from the infinities."""
-    ahead = y - lax.broadcasted_iota(y.dtype, x.shape, 1)
-    lower, other = jnp.maximum(zero, jnp.minimum(one, ahead)), jnp.minimum(one, jnp.abs(ahead))
-    x, label = (jnp.maximum(zero - most, jnp.minimum(most, quarter * v)) for v in (x, label))
-    # The difference counts for at least 1, unless it is 0.
-    return jnp.maximum(zero, jnp.minimum(other, steep * (x - label) + lower))
-
-
-def _rank_from_sum(block: Block, label: Array, dtype: np.dtype) -> Array:
-    most, tiny = float(jnp.finfo(dtype).max), float(jnp.finfo(dtype).tiny)
-    y = (block.labels - block.first).astype(dtype).reshape(-1)
-    x = block.x.reshape(y.size, block.x.shape[-1])
-    count = _Sums(label.reshape(-1))(_before, x, constants=(y, 1 / tiny, 1.0, 0.0, 0.25, 0.3 * most))
-    return count.astype(jnp.int32).reshape(label.shape)
-
-
-def _from_sums(block: Block, ask: Ask, dtype: np.dtype) -> State:
-    *batch, classes = block.x.shape
-    most, tiny = float(jnp.finfo(dtype).max), float(jnp.finfo(dtype).tiny)
-    length = _length(classes)
-    rows, blocks = math.prod(batch), classes // length
-    x = block.x.reshape(rows * blocks, length)
-
-    maxima = lax.optimization_barrier(jnp.max(x, -1)).astype(dtype).reshape(rows, blocks)
-    m = jnp.max(maxima, -1)
-    peak = lax.optimization_barrier(jnp.clip(m, -most, most))
-    of_blocks, of_top = _Sums(jnp.broadcast_to(peak[:, None], (rows, blocks)).reshape(-1)), _Sums(peak)
-    top = jnp.argmax(maxima, -1)
-
-    def total(*args: Any, **constants: Any) -> Array:
-        return jnp.sum(of_blocks(*args, **constants).reshape(rows, blocks), -1)
-
-    def but_top(*args: Any) -> Array:
-        """The sum over all blocks but the one with the top; in that, the top has to be left out of the sum."""
-        if blocks == 1:
-            return jnp.zeros(())
-        return jnp.sum(
-            jnp.where(np.arange(blocks)[None] == top[:, None], 0, of_blocks(*args).reshape(rows, blocks)), -1
+    def chunk(start: Array) -> Any:
+        # The barrier is a quirk of XLA:CPU, see below.
+        here, at = lax.optimization_barrier((split, start))
+        return function(
+            whole | {n: x if x.shape[0] == 1 else lax.dynamic_slice_in_dim(x, at, size) for n, x in here.items()}
         )
 
-    def take_top(values: Array) -> Array:
-        return values if blocks == 1 else _take(values.reshape(rows, blocks, length), top[:, None, None], 1)[:, 0]
+    chunks = -(-rows // size)
+    starts = jnp.minimum(size * np.arange(chunks, dtype=np.int32), rows - size)  # the last ends with the last row
+    results = lax.map(chunk, starts)
 
-    x_top, step = take_top(x), (1 / tiny, 1.0, 0.0)
-    ties = length - of_top(_below, x_top, constants=step)
+    def join(x: Array) -> Array:
+        return jnp.concatenate([x[:-1].reshape(-1), x[-1, chunks * size - rows :]]).reshape(batch)
 
-    def all_but_one(lesser: Any, weight: Any) -> Array:
-        others = of_top(lesser, x_top, constants=step[:2])
-        others = jnp.where(jnp.isneginf(others), 0, others)
-        # A selection also keeps XLA from making one loop of the two sums, which would write out what they share.
-        return jnp.where(ties > 1, others + (ties - 1), others) + but_top(weight, x)
+    return jax.tree.map(join, results)
 
-    state = State(
-        m, all_but_one(_lesser, _weight), all_but_one(_lesser_squared, _weight_squared) if ask.squares else None
-    )
 
-    def infinite(gap: Array) -> Array:
-        """Gaps below an infinite maximum are infinite; they were measured from the largest number."""
-        return jnp.where(jnp.isposinf(m) & (gap != 0), gap * np.inf, gap)
+def _rows_of_a_chunk(classes: int) -> int:
+    """As many as are about `_CACHE` logits, in whole vectors."""
+    size = max(1, _CACHE // classes)
+    return size if size < _VECTOR else size // _VECTOR * _VECTOR
 
-    def targets(t: Array | None) -> Targets | None:
-        if t is None:
-            return None
-        t = t.reshape(rows * blocks, length)
-        rest = None
-        if ask.rest:
-            rest = of_top(lambda x, t, *rows: t * _below(x, *rows), x_top, take_top(t), constants=step)
-            rest += but_top(lambda t, _: t, t)
-        gap = total(_target_gap, x, t, constants=(most, 1.0))
-        return Targets(total(lambda t, _: t, t), infinite(gap), rest)
 
-    if ask.entropy:
-        h = total(_weighted_gap, x, constants=(most,))
-        state = state._replace(h=jnp.where(jnp.isneginf(h), 0, h))
-    given, uniform = targets_of(block, ask._replace(uniform=ask.uniform and block.weights is not None), dtype)
-    state = state._replace(given=targets(given), uniform=targets(uniform))
-    if ask.uniform:
-        constants = 1.0, -0.3 * most, 0.25
-        count = SHARE * total(_there, x, constants=constants)
-        if block.weights is None:
-            gap = total(_gap_there, x, constants=(*constants, most, SHARE))
-            state = state._replace(uniform=Targets(count, infinite(gap), count - SHARE if ask.rest else None))
-        else:
-            state = state._replace(count=count)
-    if ask.prediction:
-        places = np.arange(length, dtype=dtype)[None]
-        steps = (jnp.full((1, 1), c, dtype) for c in step)
-        first = jnp.min(places + length * _below(x_top.astype(dtype), peak[:, None], *steps), -1)
-        prediction = block.first + (top * length + jnp.clip(first, 0, length - 1).astype(top.dtype)).astype(jnp.int32)
-        state = state._replace(prediction=prediction)
-    state = state._replace(m=jnp.where(jnp.isnan(state.s), jnp.nan, m))
-    state = jax.tree.map(lambda v: v.reshape(batch), state)
+def _in_lanes(block: Block, ask: Ask, dtype: np.dtype) -> State:
+    """Eight parts of the classes meet, class by class, and so on; the last few of each row with the rows as lanes."""
+    states, rest = leaves(block._replace(labels=None), ask, dtype), []
+    while states.m.shape[-1] >= _PARTS * _LANES:
+        states, left = _fold(states, -1)
+        rest.append(left)
+    few = jax.tree.map(lambda *v: jnp.concatenate([jnp.moveaxis(u, -1, 0) for u in v]), states, *rest)
+    while few.m.shape[0] > _FEW:
+        few = jax.tree.map(lambda *v: jnp.concatenate(v), *_fold(few, 0))
+    state = meet_all(few, axis=0)
     return state if block.labels is None else state._replace(**_at_label(block, dtype))
+
+
+def _fold(states: State, axis: int) -> tuple[State, State]:
+    """The states of an axis after eight equal parts of it have met, and those that are left over."""
+    axis %= states.m.ndim
+    count = states.m.shape[axis]
+    size = count // _PARTS
+
+    def part(first: int, last: int) -> State:
+        return jax.tree.map(lambda v: lax.slice_in_dim(v, first, last, axis=axis), states)
+
+    parts = jax.tree.map(
+        lambda v: v.reshape(*v.shape[:axis], _PARTS, size, *v.shape[axis + 1 :]), part(0, _PARTS * size)
+    )
+    return meet_all(parts, axis), part(_PARTS * size, count)
 
 
 def _at_label(block: Block, dtype: np.dtype) -> dict[str, Array]:
@@ -332,14 +255,30 @@ def _at_label(block: Block, dtype: np.dtype) -> dict[str, Array]:
     return found
 
 
-def _length(classes: int) -> int:
-    """How many classes a block has: of many about the square root, if some such number divides them, else all."""
-    least = classes if classes < _MANY else math.isqrt(classes)
-    return next((n for n in range(least, classes // 2 + 1) if classes % n == 0), classes)
-
-
 def _take(x: Array, index: Array, axis: int = -1) -> Array:
     """take_along_axis; of 16-bit floats by their bits, or XLA:CPU would widen the whole array first."""
     bits = lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
     taken = jnp.take_along_axis(bits, index, axis, mode="clip")
     return lax.bitcast_convert_type(taken, x.dtype) if x.dtype.itemsize == 2 else taken
+
+
+def on_tpu(tpu: Callable[..., Any], otherwise: Callable[..., Any], *args: Any) -> Any:
+    """tpu(*args) on a TPU, and otherwise(*args) elsewhere."""
+    return lax.platform_dependent(*args, tpu=tpu, default=otherwise)
+
+
+def with_entries(x: Array, labels: Array, values: Array) -> Array:
+    """x [rows, classes] with another number where the label of each row is; on a GPU without another array."""
+    if _mesh.devices() > 1:
+        return _select_entries(x, labels, values)
+    ways = {"cuda": _scatter_entries, "rocm": _scatter_entries, "default": _select_entries}
+    return lax.platform_dependent(x, labels, values, **ways)
+
+
+def _select_entries(x: Array, labels: Array, values: Array) -> Array:
+    return jnp.where(lax.broadcasted_iota(labels.dtype, x.shape, 1) == labels[:, None], values[:, None], x)
+
+
+def _scatter_entries(x: Array, labels: Array, values: Array) -> Array:
+    places = jnp.where(labels < 0, x.shape[1], labels)  # a negative index would count from the end
+    return x.at[jnp.arange(x.shape[0]), places].set(values, mode="drop", unique_indices=True)

@@ -15,33 +15,56 @@ from jax.typing import ArrayLike
 
 from jaxce import _checks, _platforms
 from jaxce._checks import Axis, compiled
-from jaxce._rules import custom_jvp, scale
-from jaxce._terms import bregman, log_ratio, log_weighed, neg_log, neg_x_log_not_y, neg_x_log_y, total, weighed
+from jaxce._rules import custom_jvp, product
+from jaxce._terms import (
+    bregman_from,
+    log1p,
+    log_weighed,
+    neg_log,
+    neg_x_log_not_y,
+    neg_x_log_y,
+    ratio,
+    total,
+    weighed,
+)
 
 # --- terms: what one class adds ---------------------------------------------------------------------------------------
 
 
-def _slope_in_target(t: Array, log_q: Array, more: float) -> Array:
-    """log(t / q) + more: -inf at t = 0 < q; 0 at t = q = 0, a class that isn't there."""
-    absent = (t == 0) & (log_q == -jnp.inf)
-    return jnp.where(absent, 0, jnp.log(t) - jnp.where(absent, 0, log_q) + more)
+def _there(log_q: Array, t: Array) -> Array:
+    """1, and 0 for a class that isn't there: where both probabilities are 0."""
+    return jnp.where((t == 0) & (log_q == -jnp.inf), 0, 1).astype(t.dtype)
+
+
+@custom_jvp
+def _log_ratio(log_q: Array, t: Array) -> Array:
+    """log(t / q), 0 where both are 0. d/dlog q = -1, d/dt = 1 / t."""
+    there = _there(log_q, t)
+    log_q, t = jnp.where(there == 0, 0, log_q), t + (1 - there)
+    difference = jnp.log(t) - log_q
+    near = jnp.abs(difference) < 1
+    # t / q - 1, of a t and a q near 1 as well: t (1 / q - 1) + (t - 1).
+    return jnp.where(near, log1p(t * jnp.expm1(jnp.where(near, -log_q, 0)) + (t - 1)), difference)
+
+
+_log_ratio.defslopes(lambda log_q, t: (-jnp.ones_like(log_q), ratio(_there(log_q, t), t)))
 
 
 @custom_jvp
 def _kl_term(log_q: Array, t: Array) -> Array:
-    """t log(t / q), 0 at t = 0."""
+    """t log(t / q), 0 at t = 0. d/dlog q = -t, d/dt = log(t / q) + 1."""
     return t * (log_weighed(t, t) - weighed(t, log_q))
 
 
 @_kl_term.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     log_q, t = primals
-    return _kl_term(log_q, t), -t * tangents[0] + scale(_slope_in_target(t, log_q, 1.0), tangents[1])
+    return _kl_term(log_q, t), -t * tangents[0] + product(_log_ratio(log_q, t) + _there(log_q, t), tangents[1])
 
 
 @custom_jvp
 def _log_target_term(log_q: Array, log_t: Array) -> Array:
-    """t log(t / q), 0 at t = 0; infinite where only q is 0, also where t underflows."""
+    """t log(t / q), 0 at t = 0; infinite where only q is 0, also where t underflows. d/dlog t = t log(t / q) + t."""
     absent = (log_t == -jnp.inf) & (log_q < jnp.inf)
     term = jnp.exp(log_t) * (jnp.where(absent, 0, log_t) - jnp.where(absent, 0, log_q))
     return jnp.where((log_q == -jnp.inf) & (log_t > -jnp.inf), jnp.inf, term)
@@ -50,20 +73,20 @@ def _log_target_term(log_q: Array, log_t: Array) -> Array:
 @_log_target_term.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     term, t = _log_target_term(*primals), jnp.exp(primals[1])
-    return term, -t * tangents[0] + scale(term + t, tangents[1])
+    return term, -t * tangents[0] + product(term + t, tangents[1])
 
 
 @custom_jvp
 def _generalized_kl_term(log_q: Array, t: Array) -> Array:
-    """t log(t / q) - t + q >= 0, q at t = 0."""
-    return bregman(t, jnp.exp(log_q))
+    """t log(t / q) - t + q >= 0, q at t = 0. d/dlog q = q - t, d/dt = log(t / q)."""
+    return bregman_from(_log_ratio(log_q, t), t, jnp.exp(log_q))
 
 
 @_generalized_kl_term.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     log_q, t = primals
-    q = jnp.exp(log_q)
-    return _generalized_kl_term(log_q, t), (q - t) * tangents[0] + scale(log_ratio(t, q), tangents[1])
+    slope = jnp.exp(log_q) - t
+    return _generalized_kl_term(log_q, t), slope * tangents[0] + product(_log_ratio(log_q, t), tangents[1])
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxce import _checks
 from jaxce._checks import Axis, AxisName, compiled
+from jaxce._terms import ratio
 
 
 def _weights(losses: Array, weights: ArrayLike) -> Array:
@@ -26,8 +27,7 @@ def _weights(losses: Array, weights: ArrayLike) -> Array:
 
 def _ratio(numerator: Array, denominator: Array) -> Array:
     """numerator / denominator, and 0 with derivative 0 where the denominator is 0."""
-    empty = denominator == 0
-    return jnp.where(empty, 0, numerator / jnp.where(empty, 1, denominator))
+    return ratio(jnp.where(denominator == 0, 0, numerator), denominator)
 
 
 @compiled("axis", "axis_name")
@@ -44,9 +44,9 @@ def weighted_mean(
     .. math:: \frac{\sum_i w_i l_i}{\sum_i w_i}, \qquad 0 \text{ where the denominator is } 0
 
     with derivatives w_i / sum(w) by a loss and (l_i - mean) / sum(w) by a weight, all 0 where the denominator is 0.
-    What has weight 0 is selected away before anything is multiplied: a loss may be NaN or infinite there, and reaches
-    neither the mean nor the gradient by losses and weights (the weight of a loss that isn't finite has derivative 0,
-    too). Weights may be negative. No losses at all have the mean 0.
+    A loss of weight 0 may be NaN or infinite: it is selected away before anything is multiplied, and reaches neither the
+    mean nor the gradient by losses and weights (its own weight has derivative 0, too). Weights may be negative. No losses
+    at all have the mean 0.
 
     But what a NaN was computed from gets a gradient of NaN all the same: 0 times the NaN that is the loss's own
     derivative. Labels of -100 and missing targets make such losses: the mean is right, and the gradient by the logits
@@ -61,7 +61,7 @@ def weighted_mean(
     outside, or divide by it.
 
     Args:
-        losses: floating point, of any shape.
+        losses: floating point, integers or booleans (hits, whose mean is an accuracy), of any shape.
         weights: booleans, integers or floating point, in the shape of losses or one that broadcasts to it.
         axis: over what to take the mean: one axis or several, or None for all.
         normalizer: a total to divide by in place of sum(w), say that of all micro-batches: a number, or one for each
@@ -85,7 +85,7 @@ def weighted_mean(
     Source: Cauchy's weighted mean; Hardy, Littlewood and Polya, "Inequalities" (1934), chapter 2.
     """
     function = "weighted_mean"
-    x = _checks.floating(function, "losses", losses)
+    x = _checks.real(function, "losses", losses)
     axes = tuple(range(x.ndim)) if axis is None else _checks.axes(function, axis, x.ndim)
     total: Any
     if weights is None:
@@ -93,12 +93,11 @@ def weighted_mean(
         total = float(math.prod(x.shape[a] for a in axes))
     else:
         x, w = _checks.upcast(x, _weights(*_checks.upcast(x), weights))
-        # What has no weight is left out before anything is multiplied. A finite loss still tells its weight's gradient
-        # what it would cost to let it in; one that isn't finite tells it nothing.
-        out = w == 0
-        lost = out & ~jnp.isfinite(x)
+        # A loss without weight still tells its weight's gradient what it would cost to let it in. One that isn't finite
+        # is left out before anything is multiplied.
+        lost = (w == 0) & ~jnp.isfinite(x)
         w = jnp.where(lost, lax.stop_gradient(w), w)
-        x = w * jnp.where(out, lax.stop_gradient(jnp.where(lost, 0, x)), x)
+        x = w * jnp.where(lost, 0, x)
         total = jnp.sum(w, axis=axes)
     numerator = jnp.sum(x, axis=axes)
     if axis_name is not None:

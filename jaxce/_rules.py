@@ -42,12 +42,12 @@ class custom_jvp:  # named as JAX's, whose place it takes
     ) -> None:
         """Sets the derivative by each argument of an elementwise function; None by one that only says another more exactly.
 
-        They are multiplied with tangents by `scale`, unless ``times`` says otherwise.
+        They are multiplied with tangents by `product`, unless ``times`` says otherwise.
         """
 
         def rule(primals: Any, tangents: Any) -> Any:
             pairs = zip(slopes(*primals), tangents, strict=True)
-            terms = [(times or scale)(c, t) for c, t in pairs if c is not None and not _is_zero(t)]
+            terms = [(times or product)(c, t) for c, t in pairs if c is not None and not _is_zero(t)]
             out = self(*primals)
             return out, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(out)
 
@@ -137,9 +137,23 @@ def _out_axes(vmap: Any, function: Callable[..., Any], args: Any, axes: Any) -> 
     return [mapped.get(i) for i in range(len(out))]
 
 
+def _transpose(cotangents: Any, *args: Any, jaxpr: Any, rule: Any) -> list[Any]:
+    """That of a function that is linear in the arguments that aren't known."""
+    unknown = {i: x.aval for i, x in enumerate(args) if ad.is_undefined_primal(x)}
+
+    def plain(*varying: Any) -> list[Any]:
+        given = dict(zip(unknown, varying, strict=True))
+        return jaxpr_as_fun(jaxpr)(*(given.get(i, x) for i, x in enumerate(args)))
+
+    zeros = [ad.instantiate_zeros(ad.Zero(aval)) for aval in unknown.values()]
+    found = dict(zip(unknown, jax.vjp(plain, *zeros)[1]([ad.instantiate_zeros(t) for t in cotangents]), strict=True))
+    return [found.get(i) for i in range(len(args))]
+
+
 _ruled.def_impl(_evaluate)
 _ruled.def_abstract_eval(lambda *args, jaxpr, rule: jaxpr.out_avals)
 ad.primitive_jvps[_ruled] = _jvp
+ad.primitive_transposes[_ruled] = _transpose
 batching.fancy_primitive_batchers[_ruled] = _batch
 mlir.register_lowering(_ruled, mlir.lower_fun(_evaluate, multiple_results=True))
 
@@ -149,12 +163,49 @@ def largest(x: Array) -> float:
     return float(jnp.finfo(x.dtype).max)
 
 
-def scale(coefficient: Array, tangent: Array) -> Array:
-    """coefficient * tangent, for derivative rules: an infinite coefficient times a zero tangent is 0, not NaN.
+_product = Primitive("product")
 
-    Multiplied in two steps by finite numbers, so it stays linear in the tangent and its transpose has the same property.
+
+def product(x: Array, y: Array) -> Array:
+    """x * y, where 0 times anything is 0, infinity and NaN included, in derivatives of every order and both modes.
+
+    A plain product of two arrays makes NaN of 0 * inf, in the derivative as well: what has no weight has a cotangent of 0.
+    A selection of the result is no way out, as it isn't linear in the tangent. So it is a bilinear primitive.
     """
-    most = largest(coefficient)
-    return (tangent * jnp.clip(coefficient, -most, most)) * jnp.where(jnp.isinf(coefficient), most, 1).astype(
-        coefficient.dtype
+    x, y = jnp.broadcast_arrays(x, y)
+    if jax.typeof(x) != jax.typeof(y):  # varying over other axes of a mesh: a selection makes them alike
+        x, y = jnp.where(True, x, y), jnp.where(True, y, x)
+    return _product.bind(x, y)
+
+
+def _evaluate_product(x: Array, y: Array) -> Array:
+    return jnp.where((x == 0) | (y == 0), 0, x * y)
+
+
+def _batch_product(args: Any, axes: Any) -> tuple[Array, int]:
+    size = next(x.shape[a] for x, a in zip(args, axes, strict=True) if a is not None)
+    x, y = (
+        jnp.broadcast_to(x, (size, *x.shape)) if a is None else jnp.moveaxis(x, a, 0)
+        for x, a in zip(args, axes, strict=True)
     )
+    return product(x, y), 0
+
+
+_product.def_impl(jax.jit(_evaluate_product))
+_product.def_abstract_eval(lambda x, y: x)
+ad.defbilinear(_product, lambda ct, x, y: product(ct, y), lambda ct, x, y: product(x, ct))
+batching.primitive_batchers[_product] = _batch_product
+mlir.register_lowering(_product, mlir.lower_fun(_evaluate_product, multiple_results=False))
+
+
+@custom_jvp
+def weigh(weight: Array, loss: Array) -> Array:
+    """weight * loss, where a weight of 0 takes away an infinite loss too. Either has a derivative where the other is 0."""
+    return weight * _unless_weightless(weight, loss)
+
+
+def _unless_weightless(weight: Array, loss: Array) -> Array:
+    return jnp.where((weight == 0) & jnp.isinf(loss), 0, loss)
+
+
+weigh.defslopes(lambda weight, loss: (_unless_weightless(weight, loss), weight))

@@ -9,7 +9,7 @@ The plain loss is written without a comparison, as XLA:CPU then makes a single l
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,8 @@ from jax.typing import ArrayLike
 
 from jaxce import _checks, _platforms
 from jaxce._checks import NOT_NEGATIVE, SHARE, compiled
-from jaxce._rules import custom_jvp, largest, scale
+from jaxce._rules import custom_jvp, largest, product
+from jaxce._terms import neg_log, ratio
 
 
 def _atanh_coefficients(count: int) -> list[float]:
@@ -102,7 +103,7 @@ def _binary_cross_entropy_jvp(primals: tuple[Array, Array], tangents: tuple[Arra
     # Read and cast again: else XLA:CPU would store what the loss and its gradient have in common.
     x, t = _checks.upcast(*_platforms.reread(primals))
     dx, dt = _checks.upcast(*tangents)
-    return _binary_cross_entropy(*primals), _slope(x, t) * dx + scale(-x, dt)
+    return _binary_cross_entropy(*primals), _slope(x, t) * dx + product(-x, dt)
 
 
 # --- weighted and smoothed: each part by itself, so that neither loses digits to the other ---
@@ -136,27 +137,34 @@ def _weighted_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tu
     (x, t), (_, _, w, a) = _platforms.reread(primals[:2]), primals  # as in _binary_cross_entropy
     dx, dt, dw, da = tangents
     (yes, no), (p, not_p) = _smoothed(t, a), _sigmoids(x)
-    by_label = scale(_times(w, _cost(-x)) - _cost(x), (1 - a) * dt + (0.5 - t) * da)
-    return _weighted(*primals), (no * p - w * yes * not_p) * dx + by_label + scale(_cost(-x), yes * dw)
+    by_label = product(_times(w, _cost(-x)) - _cost(x), (1 - a) * dt + (0.5 - t) * da)
+    return _weighted(*primals), (no * p - w * yes * not_p) * dx + by_label + product(_cost(-x), yes * dw)
 
 
 # --- focal: the loss times (1 - p_t)^gamma, with p_t the probability of the label ---
+# What it and its derivatives by logit and label have in common is (1 - p_t)^gamma; the rest of each is formed of numbers
+# of which none is far smaller than the sum, so that no product underflows before the result does, in any order.
 
 
-@custom_jvp
-def _log_slope(x: Array, t: Array) -> Array:
-    """d log(1 - p_t) / dx: between -1 and 1, where (1 - p_t)' and 1 - p_t both may underflow."""
-    (p, not_p), miss = _sigmoids(x), _miss(x, t)
-    return (1 - 2 * t) * jnp.where(miss == 0, 1, p * not_p / jnp.where(miss == 0, 1, miss))
+class _Parts(NamedTuple):
+    """With m = 1 - p_t, which is about exp(-|x|) where the label is right, and c the cross-entropy, which then is too."""
 
-
-@_log_slope.defjvp
-def _log_slope_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    p, not_p = _sigmoids(primals[0])
-    slope = _log_slope(*primals)
-    by_x = slope * (not_p - p - slope)
-    by_t = -(2 * p * not_p + slope * (not_p - p)) * _power_where_positive(*primals, -1.0)
-    return slope, by_x * tangents[0] + scale(by_t, tangents[1])
+    m: Array
+    c: Array
+    x: Array
+    """The logit, cut to the largest number: 0 times that stands for 0 times infinity."""
+    turn: Array
+    """dm/dt = sigma(-x) - sigma(x)."""
+    spread: Array
+    """sigma(x) sigma(-x), the derivative of sigma."""
+    slope: Array
+    """dc/dx = sigma(x) - t."""
+    log_slope: Array
+    """d log m / dx, between -1 and 1."""
+    slope_to_m: Array
+    """dc/dx / m, between -1 and 1."""
+    c_to_m: Array
+    """c / m, at least 1."""
 
 
 def _miss(x: Array, t: Array) -> Array:
@@ -165,55 +173,96 @@ def _miss(x: Array, t: Array) -> Array:
     return (1 - t) * p + t * not_p
 
 
-@custom_jvp
-def _modulation(x: Array, t: Array, gamma: Array) -> Array:
-    """(1 - p_t)^gamma."""
-    return _miss(x, t) ** gamma
+def _parts(x: Array, t: Array) -> _Parts:
+    most = largest(x)
+    (p, not_p), m, c = _sigmoids(x), _miss(x, t), jnp.minimum(_binary_cross_entropy(x, t), most)
+    spread, slope, side = p * not_p, _slope(x, t), 1 - 2 * t
+    gone = m == 0
+    to_m = (jnp.where(gone, limit, ratio(a, m)) for a, limit in ((spread, 1), (slope, side), (c, 1)))
+    spread_to_m, slope_to_m, c_to_m = to_m
+    log_slope = side * spread_to_m
+    c_to_m = jnp.minimum(c_to_m, most)
+    return _Parts(m, c, jnp.clip(x, -most, most), not_p - p, spread, slope, log_slope, slope_to_m, c_to_m)
 
 
-_modulation.defslopes(
-    lambda x, t, gamma: (
-        gamma * _modulation(x, t, gamma) * _log_slope(x, t),
-        _modulation_by_label(x, t, gamma),
-        _modulation(x, t, gamma) * _log_miss(x, t),
-    ),
-)
-
-
-def _log_miss(x: Array, t: Array) -> Array:
-    """log(1 - p_t), and 0 where 1 - p_t is 0, since so is all that it is multiplied by."""
-    miss = _miss(x, t)
-    return jnp.log(jnp.where(miss == 0, 1, miss))
-
-
-def _power_where_positive(x: Array, t: Array, gamma: Array | float) -> Array:
-    """(1 - p_t)^gamma, and 0 also for negative gamma where 1 - p_t is 0."""
-    empty = _miss(x, t) == 0
-    return jnp.where(empty, 0, _modulation(jnp.where(empty, 0, x), t, jnp.broadcast_to(gamma, x.shape).astype(x.dtype)))
-
-
-def _modulation_by_label(x: Array, t: Array, gamma: Array) -> Array:
-    p, not_p = _sigmoids(x)
-    # A power below 1 has an infinite slope at 0, but the cross-entropy that it multiplies is 0 there: 0 is right.
-    return gamma * (not_p - p) * _power_where_positive(x, t, gamma - 1)
+def _times_power(x: Array, t: Array, exponent: Array, rest: Array) -> Array:
+    """(1 - p_t)^exponent * rest, also where 1 - p_t underflows, or the power does and the product doesn't."""
+    m = _miss(x, t)
+    root = jnp.where(m == 0, jnp.exp(-exponent / 2 * jnp.minimum(jnp.abs(x), largest(x))), m ** (exponent / 2))
+    return jnp.where((root == 0) | (rest == 0), 0, root * (root * rest))
 
 
 @custom_jvp
 def _focal(x: Array, t: Array, gamma: Array) -> Array:
-    return _modulation(x, t, gamma) * _binary_cross_entropy(x, t)
+    """m^gamma c."""
+    return _miss(x, t) ** gamma * _binary_cross_entropy(x, t)
+
+
+@custom_jvp
+def _focal_by_x(x: Array, t: Array, gamma: Array) -> Array:
+    """m^gamma (c' + gamma c (log m)')."""
+    z = _parts(x, t)
+    return z.m**gamma * (z.slope + gamma * z.log_slope * z.c)
+
+
+@custom_jvp
+def _focal_by_t(x: Array, t: Array, gamma: Array) -> Array:
+    """m^gamma (gamma (1 - 2 p) c / m - x)."""
+    z = _parts(x, t)
+    return _times_power(x, t, gamma, gamma * z.turn * z.c_to_m - x)
+
+
+def _focal_by_gamma(x: Array, t: Array, gamma: Array) -> Array:
+    """m^gamma c log m: log m is 0 where m is, as so is all that it is multiplied by."""
+    z = _parts(x, t)
+    return z.m**gamma * _log_miss(z) * z.c
+
+
+def _log_miss(z: _Parts) -> Array:
+    return -neg_log(jnp.where(z.m == 0, 1, z.m))
+
+
+def _focal_by_x_slopes(x: Array, t: Array, gamma: Array) -> tuple[Array, Array, Array]:
+    z = _parts(x, t)
+    g = gamma * z.log_slope
+    of_c = 2 * z.slope + z.c * ((gamma - 1) * z.log_slope + z.turn)
+    of_c_to_m = (gamma - 1) * z.log_slope * z.turn - 2 * z.spread
+    by_t = gamma * (z.turn * z.slope_to_m + z.c_to_m * of_c_to_m) - 1 - g * z.x
+    by_gamma = z.c * z.log_slope + _log_miss(z) * (z.slope + g * z.c)
+    return z.m**gamma * (z.spread + g * of_c), _times_power(x, t, gamma, by_t), z.m**gamma * by_gamma
+
+
+def _focal_by_t_slopes(x: Array, t: Array, gamma: Array) -> tuple[Array, Array, Array]:
+    z = _parts(x, t)
+    twice = gamma * z.turn * ((gamma - 1) * z.turn * z.c_to_m - 2 * z.x)
+    by_gamma = z.turn * z.c_to_m + _log_miss(z) * (gamma * z.turn * z.c_to_m - z.x)
+    by_x, by_t = _focal_by_x_slopes(x, t, gamma)[1], _times_power(x, t, gamma - 1, twice)
+    # Where the label is right and gamma at most 1 it is infinite, as the slope isn't, and NaN of a loss without weight.
+    return by_x, jnp.where(jnp.isinf(by_t), 0, by_t), _times_power(x, t, gamma, by_gamma)
 
 
 def _focal_slopes(x: Array, t: Array, gamma: Array) -> tuple[Array, Array, Array]:
-    most = largest(x)
-    factor, loss = _modulation(x, t, gamma), _binary_cross_entropy(x, t)
-    finite = jnp.minimum(loss, most)
-    # At infinite logits, where the factor has stopped changing, 0 times the largest number stands for 0 times infinity.
-    by_x = factor * (_slope(x, t) + gamma * _log_slope(x, t) * finite)
-    by_t = _modulation_by_label(x, t, gamma) * loss - factor * jnp.clip(x, -most, most)
-    return by_x, by_t, factor * _log_miss(x, t) * finite
+    return _focal_by_x(x, t, gamma), _focal_by_t(x, t, gamma), _focal_by_gamma(x, t, gamma)
 
 
 _focal.defslopes(_focal_slopes)
+_focal_by_x.defslopes(_focal_by_x_slopes)
+_focal_by_t.defslopes(_focal_by_t_slopes)
+
+
+@custom_jvp
+def _weighted_focal(x: Array, t: Array, gamma: Array, alpha: Array) -> Array:
+    """The same, weighted by alpha t + (1 - alpha) (1 - t)."""
+    return _times(alpha * t + (1 - alpha) * (1 - t), _focal(x, t, gamma))
+
+
+def _weighted_focal_slopes(x: Array, t: Array, gamma: Array, alpha: Array) -> tuple[Array, Array, Array, Array]:
+    by_x, by_t, by_gamma = (product(s, alpha * t + (1 - alpha) * (1 - t)) for s in _focal_slopes(x, t, gamma))
+    loss = _focal(x, t, gamma)
+    return by_x, by_t + product(loss, 2 * alpha - 1), by_gamma, product(loss, 2 * t - 1)
+
+
+_weighted_focal.defslopes(_weighted_focal_slopes)
 
 
 def _arguments(
@@ -295,7 +344,7 @@ def sigmoid_binary_cross_entropy(
     return _checks.only(keep, loss, 0)
 
 
-@compiled(alpha=SHARE._replace(neutral=None), gamma=NOT_NEGATIVE)
+@compiled(alpha=SHARE._replace(neutral=None, broadcasts=True), gamma=NOT_NEGATIVE._replace(broadcasts=True))
 def sigmoid_focal_loss(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -318,8 +367,9 @@ def sigmoid_focal_loss(
     Args:
         logits: floating point, of any shape.
         labels: probabilities of yes, floating point, integer or boolean, of the same shape or one that broadcasts to it.
-        alpha: weight of yes, in [0, 1], against 1 - alpha for no.
-        gamma: how strongly to look away, at least 0.
+        alpha: weight of yes, in [0, 1], against 1 - alpha for no: a number, or an array that broadcasts to logits, such as
+            one number for each question.
+        gamma: how strongly to look away, at least 0; a number or an array, as alpha.
         where: what takes part, as there.
 
     Returns:
@@ -336,14 +386,14 @@ def sigmoid_focal_loss(
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, https://arxiv.org/abs/1708.02002.
     """
-    keep, x, t = _arguments("sigmoid_focal_loss", logits, labels, where)
-    x, t = _checks.upcast(x, t)
-    if gamma is None:
-        loss = _binary_cross_entropy(x, t)
-    else:
-        loss = _focal(x, t, jnp.broadcast_to(gamma, x.shape).astype(x.dtype))
+    function = "sigmoid_focal_loss"
+    keep, x, t = _arguments(function, logits, labels, where)
+    given = {"alpha": 1 if alpha is None else alpha, "gamma": 0 if gamma is None else gamma}
+    dtype = _checks.compute_dtype(x, t)
+    arrays = (_checks.dense(function, name, value, x.shape, dtype, "logits") for name, value in given.items())
+    x, t, a, g = _checks.upcast(x, t, *(_checks.only(keep, array, 1) for array in arrays))
     if alpha is not None:
-        alpha = jnp.asarray(alpha).astype(x.dtype)
-        weight = alpha * t + (1 - alpha) * (1 - t)
-        loss = weight * jnp.where((weight == 0) & (loss == jnp.inf), 0, loss)
+        loss = _weighted_focal(x, t, g, a)
+    else:
+        loss = _binary_cross_entropy(x, t) if gamma is None else _focal(x, t, g)
     return _checks.only(keep, loss, 0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ from jax.typing import ArrayLike
 from jaxce import _checks
 from jaxce._checks import FINITE, NOT_NEGATIVE, SHARE, Axis, compiled
 from jaxce._logits import AnyLogits
-from jaxce._measures import replaced, sum_of_terms
+from jaxce._measures import GIVEN, LOG_NORMALIZER, NLL, UNIFORM, WEIGHT, Class, Measure, replaced, sum_of
 from jaxce._mesh import on_each_device
+from jaxce._rules import weigh
 from jaxce._statistics import Logits, read_logits
 
 
@@ -77,7 +78,7 @@ def softmax_cross_entropy_with_integer_labels(
     name = "softmax_cross_entropy_with_integer_labels"
     z = read_logits(name, "logits", logits, axis, where)
     z = z.with_labels(name, labels).with_weights(name, class_weights)
-    return _modified(z, "nll", label_smoothing, z_loss)
+    return _modified(z, NLL, label_smoothing, z_loss)
 
 
 @compiled("axis", label_smoothing=SHARE, z_loss=FINITE)
@@ -129,7 +130,7 @@ def softmax_cross_entropy(
     given = _checks.array(name, "labels", labels)
     z = read_logits(name, "logits", logits, axis, where, _wide(given))
     z = z.with_targets(name, given).with_weights(name, class_weights)
-    return _modified(z, "given", label_smoothing, z_loss)
+    return _modified(z, GIVEN, label_smoothing, z_loss)
 
 
 @compiled("axis", label_smoothing=SHARE, z_loss=FINITE)
@@ -151,8 +152,8 @@ def softmax_cross_entropy_with_sparse_labels(
     So the loss of several right answers, or of a teacher's top k classes with the rest of its probability left out,
     needs no array as large as the logits. Labels that are equal add up. Modifiers, masks, dtypes and accuracy are those
     of `softmax_cross_entropy_with_integer_labels`, with each label in place of the one; a label of weight 0 takes no
-    part, also if it is no class, so that rows may have fewer than k. Differentiable by the weights too: :math:`-\log
-    p_{y_j}`.
+    part, also if it is no class, so that rows may have fewer than k. Differentiable by the weights too:
+    :math:`-\log p_{y_j}`.
 
     One pass over the logits compares each with all k labels; for more than about sixteen, a sum of losses of some of
     the labels each, or dense labels, may take less time.
@@ -196,7 +197,7 @@ def _with_sparse_labels(
     weights = _checks.array(name, "weights", shares)
     z = read_logits(name, "logits", logits, axis, where, _wide(weights))
     z = z.with_shares(name, chosen, weights).with_weights(name, class_weights)
-    return _modified(z, "given", label_smoothing, z_loss)
+    return _modified(z, GIVEN, label_smoothing, z_loss)
 
 
 def _wide(numbers: Array) -> Array:
@@ -322,25 +323,23 @@ def smooth_labels(labels: ArrayLike, alpha: ArrayLike, *, axis: Axis = -1, where
     return jnp.where(keep, (1 - share) * t + share / jnp.maximum(count, 1), 0)
 
 
-def _modified(z: Logits, loss: str, label_smoothing: Any, z_loss: Any) -> Array:
+def _modified(z: Logits, loss: Measure, label_smoothing: Any, z_loss: Any) -> Array:
     """A loss with its modifiers, of which those that are None make no difference."""
-    weighted = loss == "nll" and "weights" in z.inputs
-    asked = {"weight": weighted, "uniform": label_smoothing is not None, "log_normalizer": z_loss is not None}
-    values, state = z.measure(loss, *(name for name, wanted in asked.items() if wanted))
+    weighted = loss is NLL and "weights" in z.inputs
+    asked = {WEIGHT: weighted, UNIFORM: label_smoothing is not None, LOG_NORMALIZER: z_loss is not None}
+    measures = loss, *(m for m, wanted in asked.items() if wanted)
+    found, state = z.measure(*measures)
+    values = dict(zip(measures, found, strict=True))
     total = values[loss]
     if weighted:
-        total = _times(values["weight"], total)
+        total = weigh(values[WEIGHT], total)
     if label_smoothing is not None:
         share = jnp.asarray(label_smoothing).astype(z.dtype)
-        total = _times(1 - share, total) + _times(share, values["uniform"])
+        total = weigh(1 - share, total) + weigh(share, values[UNIFORM])
     if z_loss is not None:
-        total += jnp.asarray(z_loss).astype(z.dtype) * jnp.where(state.present, values["log_normalizer"], 0) ** 2
+        log_normalizer = jnp.where(state.present, values[LOG_NORMALIZER], 0)
+        total += weigh(jnp.asarray(z_loss).astype(z.dtype), weigh(log_normalizer, log_normalizer))
     return total
-
-
-def _times(weight: Array, loss: Array) -> Array:
-    """weight * loss, where a weight of 0 takes away an infinite loss too."""
-    return weight * jnp.where((weight == 0) & jnp.isposinf(loss), 0, loss)
 
 
 Loss = Callable[[Array, Array], Array]
@@ -360,21 +359,27 @@ def _by_label_dtype(
     """sum_k w_k t_k loss(-log p_k), or the label's term where labels are classes; cross-entropy if the option is None."""
     given = _checks.array(function, "labels", labels)
     z = read_logits(function, "logits", logits, axis, where, _wide(given)).with_weights(function, class_weights)
+    option = None if option is None else jnp.asarray(option).astype(z.dtype)
     if jnp.issubdtype(given.dtype, jnp.integer) and given.shape != z.shape:
         z = z.with_labels(function, given)
-        values, _ = z.measure("nll", *(() if class_weights is None else ("weight",)))
-        value = values["nll"] if option is None else loss(values["nll"], jnp.asarray(option).astype(z.dtype))
-        return value if class_weights is None else _times(values["weight"], value)
+        (nll, *weight), _ = z.measure(NLL, *(() if class_weights is None else (WEIGHT,)))
+        value = nll if option is None else loss(nll, option)
+        return weigh(*weight, value) if weight else value
     z = z.with_targets(function, given)
     if option is None:
-        return z.measure("given")[0]["given"]
-    option = jnp.asarray(option).astype(z.dtype)
-    (total,), (present,) = sum_of_terms((partial(_of_targets, loss),), (z.spec,), (z.inputs,), option)
-    return jnp.where(present, total, 0)
+        return z.measure(GIVEN)[0][0]
+    return z.measure(_of_targets(loss), options=(option,))[0][0]
 
 
-def _of_targets(loss: Loss, log_p: Array, _: Array, t: Array, option: Array) -> Array:
-    return t * loss(jnp.where(t == 0, 0, -log_p), option)
+@functools.cache
+def _of_targets(loss: Loss) -> Measure:
+    """sum_k t_k loss(-log p_k)."""
+
+    def term(c: Class) -> Array:
+        there = jnp.isfinite(c.log_p)
+        return weigh(c.given, jnp.where(there, loss(jnp.where(there, -c.log_p, 1), *c.options), jnp.inf))
+
+    return sum_of(term)
 
 
 def _not_p(nll: Array) -> Array:

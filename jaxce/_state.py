@@ -13,6 +13,7 @@ A class that is absent (masked, or with the logit -inf) has the weight 0 beside 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,10 @@ from jaxce._checks import AxisName
 
 SHARE = 2.0**-24
 """A uniform target: so small that gaps of huge logits add up to a finite number, and exact."""
+
+
+_FAR = 1000.0
+"""A gap g whose exp(-g) is 0 in every dtype."""
 
 
 class Targets(NamedTuple):
@@ -43,7 +48,7 @@ class State(NamedTuple):
     h: Any = None  # the sum of exp(-g_k) g_k
     label: Any = None  # the label's logit
     label_weight: Any = None  # the label's class weight
-    prediction: Any = None  # the first class that attains the maximum
+    prediction: Any = None  # the first class that attains the maximum; any, if that is NaN
     count: Any = None  # the sum of `SHARE` over the classes that are there
     given: Targets | None = None
     uniform: Targets | None = None  # of t_k = `SHARE`, times the class weight, where class k is there
@@ -54,6 +59,11 @@ class State(NamedTuple):
         return there(self.m)
 
     @property
+    def predicted(self) -> Array:
+        """The first class that attains the maximum; 0 where that is NaN or no class is there."""
+        return jnp.where(self.m > -np.inf, self.prediction, 0)
+
+    @property
     def log_sum(self) -> Array:
         """L."""
         return lax.log1p(self.s, accuracy=lax.AccuracyMode.HIGHEST)
@@ -61,9 +71,8 @@ class State(NamedTuple):
 
 def lift(part: State, m: Array) -> State:
     """What a part of the classes adds to a row whose maximum m is elsewhere."""
-    rise = jnp.where(part.m == m, 0, m - part.m)
-    e = jnp.exp(-rise)
-    weight = part.s + 1
+    fall = jnp.where(part.m == m, 0, part.m - m)
+    e, rise, weight = jnp.exp(fall), -fall, part.s + 1
 
     def lifted(t: Targets | None) -> Targets | None:
         if t is None:
@@ -73,29 +82,33 @@ def lift(part: State, m: Array) -> State:
 
     return part._replace(
         s=weight * e,
-        squares=None if part.squares is None else (part.squares + 1) * (e * e),
-        h=None if part.h is None else part.h * e + weight * (jnp.minimum(rise, float(jnp.finfo(m.dtype).max)) * e),
+        # One factor after the other: XLA makes an exponential of its own of the product of two.
+        squares=None if part.squares is None else (part.squares + 1) * e * e,
+        h=None if part.h is None else (part.h + weight * jnp.minimum(rise, _FAR)) * e,
         given=lifted(part.given),
         uniform=lifted(part.uniform),
     )
 
 
-def meet(a: State, b: State) -> State:
-    """The state of the classes of both."""
-    first = a.m > b.m
-    if a.prediction is not None:
-        first |= (a.m == b.m) & (a.prediction < b.prediction)
-    high = jax.tree.map(lambda x, y: jnp.where(first, x, y), a, b)
-    low = jax.tree.map(lambda x, y: jnp.where(first, y, x), a, b)
-    m = jnp.maximum(a.m, b.m)  # NaN if either is
-    met = jax.tree.map(jnp.add, high, lift(low, m))
-    plain = jax.tree.map(jnp.add, a, b)  # takes no selection: compilers are slow to see that it is the same
+def meet(*states: State) -> State:
+    """The state of the classes of all: the numbers of one that has the maximum, and what all others add to them."""
+    high, lows = states[0], []
+    for state in states[1:]:
+        first = high.m > state.m
+        if high.prediction is not None:
+            first |= (high.m == state.m) & (high.prediction < state.prediction)
+        m = jnp.maximum(high.m, state.m)  # NaN if either is
+        low = jax.tree.map(lambda x, y, first=first: jnp.where(first, y, x), high, state)
+        lows.append(low._replace(m=jnp.minimum(high.m, state.m)))
+        high = jax.tree.map(lambda x, y, first=first: jnp.where(first, x, y), high, state)._replace(m=m)
+    met = _add(high, *(lift(low, high.m) for low in lows))
+    plain = _add(*states)  # takes no selection: compilers are slow to see that it is the same
 
     def targets(kind: str) -> Targets | None:
-        return None if getattr(a, kind) is None else getattr(met, kind)._replace(total=getattr(plain, kind).total)
+        return None if getattr(high, kind) is None else getattr(met, kind)._replace(total=getattr(plain, kind).total)
 
     return met._replace(
-        m=m,
+        m=high.m,
         label=plain.label,
         label_weight=plain.label_weight,
         prediction=high.prediction,
@@ -103,6 +116,10 @@ def meet(a: State, b: State) -> State:
         given=targets("given"),
         uniform=targets("uniform"),
     )
+
+
+def _add(*states: State) -> State:
+    return functools.reduce(functools.partial(jax.tree.map, jnp.add), states)
 
 
 def meet_all(states: State, axis: int = -1) -> State:

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxce import _checks, _mesh
 from jaxce._checks import Axis, compiled
 from jaxce._logits import AnyLogits, LinearLogits, NotArray, ShardedLogits
-from jaxce._measures import Values, log_probabilities, measure
+from jaxce._measures import ENTROPY, LOG_NORMALIZER, NLL, Measure, log_probabilities, measure
 from jaxce._mesh import on_each_device
 from jaxce._passes import Inputs, Spec
 from jaxce._state import Ask, State
@@ -22,8 +22,9 @@ from jaxce._state import Ask, State
 BLOCK = 1 << 26
 """About how many logits a block has at most."""
 
-CLASSES = 8192
-"""How many classes a block has, unless the logits say it. Rows too many for that come in chunks."""
+CLASSES = 2048, 8192
+"""How many classes a block has at least and at most, unless the logits say it; and between these an eighth of all, or of
+several strips a quarter of one. Rows too many for that come in chunks."""
 
 
 class Logits(NamedTuple):
@@ -94,9 +95,13 @@ class Logits(NamedTuple):
     def _with(self, **inputs: Array) -> Logits:
         return self._replace(inputs=self.inputs | inputs)
 
-    def measure(self, *names: str, prediction: bool = False) -> tuple[Values, State]:
-        """The measures of these names, and the state of the rows."""
-        return measure(self.spec._replace(ask=Ask(prediction=prediction)), self.inputs, names)
+    def measure(
+        self, *measures: Measure, options: tuple[Array, ...] = (), prediction: bool = False
+    ) -> tuple[tuple[Array, ...], State]:
+        """The measures, and the state of the rows."""
+        spec = self.spec._replace(ask=Ask(prediction=prediction))
+        values, (state,) = measure((spec,), (self.inputs,), measures, *options)
+        return values, state
 
 
 def read_logits(
@@ -133,11 +138,14 @@ def _read_linear(logits: LinearLogits, dtype: np.dtype, there: Array | None) -> 
         there = jnp.broadcast_to(there, logits.shape[:-1])
         inputs["hidden"] = jnp.where(there[..., None], inputs["hidden"], 0)
     inputs["kernel"] = _mesh.gather_features(inputs["kernel"], logits.class_axis)
+    inputs["hidden"] = _mesh.whole(inputs["hidden"], -1)
     strips = _mesh.strips(logits.classes)
     length = logits.classes // strips
     rows = max(1, math.prod(logits.shape[:-1]) // _mesh.devices(AxisType.Auto))
     if logits.block_size is None:
-        size = min(length, max(CLASSES // strips, 128, min(CLASSES, BLOCK // (rows * strips) // 128 * 128)))
+        least, most = CLASSES
+        part = max(least // strips, -(-length // (1024 if strips == 1 else 512)) * 128)
+        size = min(length, most, part, max(most // strips, 128, BLOCK // (rows * strips) // 128 * 128))
         chunks = -(-rows * strips * size // BLOCK)
     else:
         size, chunks = min(length, -(-logits.block_size // strips)), 1
@@ -157,7 +165,7 @@ class SoftmaxStatistics(NamedTuple, Generic[_Nll]):
     entropy: Array
     """The entropy of softmax(logits) in nats."""
     prediction: Array
-    """The class with the largest logit, the first of several (int32)."""
+    """The class with the largest logit, the first of several (int32); 0 if any is NaN or no class takes part."""
 
 
 @overload
@@ -203,13 +211,12 @@ def softmax_statistics(
       0.4076 3.4076 0.8324 2
     """
     z = read_logits("softmax_statistics", "logits", logits, axis, where)
-    names = ["log_normalizer", "entropy"]
+    measures = [LOG_NORMALIZER, ENTROPY]
     if labels is not None:
         z = z.with_labels("softmax_statistics", labels)
-        names.append("nll")
-    values, state = z.measure(*names, prediction=True)
-    prediction = jnp.where(state.present, state.prediction, 0)
-    return SoftmaxStatistics(values.get("nll"), values["log_normalizer"], values["entropy"], prediction)
+        measures.append(NLL)
+    (log_normalizer, entropy, *nll), state = z.measure(*measures, prediction=True)
+    return SoftmaxStatistics(nll[0] if nll else None, log_normalizer, entropy, state.predicted)
 
 
 @compiled("axis")
@@ -234,7 +241,7 @@ def logsumexp(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None
       >>> print(jaxce.logsumexp(jnp.array([0.0, -50.0])))
       1.92875e-22
     """
-    return read_logits("logsumexp", "logits", logits, axis, where).measure("log_normalizer")[0]["log_normalizer"]
+    return read_logits("logsumexp", "logits", logits, axis, where).measure(LOG_NORMALIZER)[0][0]
 
 
 @compiled("axis")
@@ -242,7 +249,9 @@ def logsumexp(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None
 def log_softmax(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
     r"""Logarithms of the softmax probabilities, :math:`\log p_k = -(g_k + L)`, never positive.
 
-    A class that is masked, or whose logit is -inf, has log-probability -inf, and gradient 0 if it is masked.
+    A class that is masked, or whose logit is -inf, has the log-probability -inf. The derivative of :math:`\log p_k` by
+    :math:`x_j` is :math:`[j = k] - p_j` there too, and 0 by a masked logit, so that it is minus that of the loss with this
+    label. A row with no class left has gradient 0.
 
     Args:
       logits: scores, of shape [..., classes]; `LinearLogits` are computed whole, as the result is as large.

@@ -6,8 +6,9 @@ divergence is
 
 .. math:: b(p, q) = p \log\frac pq - p + q \ge 0 .
 
-With :math:`\delta = \log p - \log q` it is :math:`p (e^{-\delta} + \delta - 1) = p \delta^2 \left(\frac12 - \frac\delta6 +
-\frac{\delta^2}{24} - \dots\right)`. With :math:`s = (p - q) / (p + q)` and :math:`r = \frac s3 + \frac{s^3}5 + \dots`,
+With :math:`\delta = \log p - \log q` it is
+:math:`p (e^{-\delta} + \delta - 1) = p \delta^2 \left(\frac12 - \frac\delta6 + \frac{\delta^2}{24} - \dots\right)`.
+With :math:`s = (p - q) / (p + q)` and :math:`r = \frac s3 + \frac{s^3}5 + \dots`,
 :math:`\delta = 2 \operatorname{atanh} s = 2 s (1 + s r)`, and it is :math:`(p - q) s (1 + (1 + s) r)`. So nearly equal
 probabilities lose nothing.
 """
@@ -19,14 +20,18 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
-from jaxce._rules import custom_jvp, largest
+from jaxce._rules import custom_jvp, largest, product
 
 
+@custom_jvp
 def log1p(x: Array) -> Array:
-    """log(1 + x). XLA:CPU's own is up to 128 ulp off for x < 0 in float64."""
+    """log(1 + x). XLA:CPU's own is up to 128 ulp off for x < 0 in float64. d/dx = 1 / (1 + x)."""
     return jnp.sign(x) * jnp.log1p(jnp.where(x < 0, -x / (1 + x), x))
+
+
+log1p.defslopes(lambda x: (ratio(jnp.ones_like(x), 1 + x),))
 
 
 def polynomial(coefficients: Sequence[float], x: Array) -> Array:
@@ -57,6 +62,39 @@ def weighed(weight: Array, log_x: Array) -> Array:
     return jnp.maximum(least, log_x)
 
 
+# ------------------------------------------------------------------------------------------------------------ quotients
+# All derivatives of a term are made of these, so those of second order and above have their digits and their zeros, too.
+# A quotient of a quotient is a product with an inverse here: XLA makes p / (q q) of p / q / q, which over- and underflows.
+
+
+def there(p: Array, q: Array) -> Array:
+    """1, and 0 for a class that isn't there: where both are 0."""
+    return jnp.where((p == 0) & (q == 0), 0, 1).astype(p.dtype)
+
+
+@custom_jvp
+def ratio(p: Array, q: Array) -> Array:
+    """p / q, 0 where both are 0. d/dp = 1 / q, d/dq = -(p / q) / q."""
+    return p / jnp.where((p == 0) & (q == 0), 1, q)
+
+
+def _ratio_slopes(p: Array, q: Array) -> tuple[Array, Array]:
+    inverse = ratio(there(p, q), q)
+    return inverse, -product(ratio(p, q), inverse)
+
+
+ratio.defslopes(_ratio_slopes)
+
+
+@custom_jvp
+def one_minus_ratio(p: Array, q: Array) -> Array:
+    """1 - p / q, 0 where both are 0. d/dp = -1 / q, d/dq = (p / q) / q."""
+    return (q - p) / jnp.where((p == 0) & (q == 0), 1, q)
+
+
+one_minus_ratio.defslopes(lambda p, q: tuple(-slope for slope in _ratio_slopes(p, q)))
+
+
 # --------------------------------------------------------------------------------------------------- of one distribution
 
 
@@ -66,7 +104,7 @@ def neg_log(p: Array) -> Array:
     return 0 - jnp.log(p)  # 0 of what is certain, and not -0
 
 
-neg_log.defslopes(lambda p: (-1 / p,))
+neg_log.defslopes(lambda p: (-ratio(jnp.ones_like(p), p),))
 
 
 def total(terms: Array) -> Array:
@@ -80,7 +118,7 @@ def neg_x_log_x(p: Array) -> Array:
     return -(p * log_weighed(p, p))  # not p (0 - log p): XLA:CPU would write out an array of that 0
 
 
-neg_x_log_x.defslopes(lambda p: (-(1 + jnp.log(p)),))
+neg_x_log_x.defslopes(lambda p: (neg_log(p) - 1,))
 
 
 @custom_jvp
@@ -89,12 +127,7 @@ def neg_x_log_y(p: Array, q: Array) -> Array:
     return -(p * log_weighed(p, q))
 
 
-def _neg_x_log_y_slopes(p: Array, q: Array) -> tuple[Array, Array]:
-    q = jnp.where((p == 0) & (q == 0), 1, q)
-    return -jnp.log(q), -p / q
-
-
-neg_x_log_y.defslopes(_neg_x_log_y_slopes)
+neg_x_log_y.defslopes(lambda p, q: (neg_log(jnp.where((p == 0) & (q == 0), 1, q)), -ratio(p, q)))
 
 
 @custom_jvp
@@ -103,20 +136,16 @@ def neg_x_log_not_y(w: Array, q: Array) -> Array:
     return w * (0 - log1p(-jnp.where((w == 0) & (q <= 1), 0, q)))
 
 
-def _neg_x_log_not_y_slopes(w: Array, q: Array) -> tuple[Array, Array]:
-    q = jnp.where((w == 0) & (q == 1), 0, q)
-    return -log1p(-q), w / (1 - q)
-
-
-neg_x_log_not_y.defslopes(_neg_x_log_not_y_slopes)
+neg_x_log_not_y.defslopes(lambda w, q: (-log1p(-jnp.where((w == 0) & (q == 1), 0, q)), ratio(w, 1 - q)))
 
 
 # ------------------------------------------------------------------------------------------ of two, from probabilities
 
 
 def _spread(p: Array, q: Array) -> Array:
-    """s = (p - q) / (p + q), 0 where both are 0."""
-    return (p - q) / jnp.maximum(p + q, _tiny(p))
+    """s = (p - q) / (p + q), 0 where both are 0; formed from their ratio, as p + q may overflow."""
+    larger = jnp.maximum(jnp.maximum(p, q), _tiny(p))
+    return (p - q) / larger * (1 / (1 + jnp.minimum(p, q) / larger))
 
 
 def _is_near(s: Array) -> Array:
@@ -129,24 +158,24 @@ def _atanh_rest(s: Array) -> Array:
     return s * polynomial([1 / (2 * k + 3) for k in range(10 if s.dtype.itemsize == 4 else 22)], s * s)
 
 
+def _log_of_near(s: Array) -> Array:
+    """log(p / q) where they are near."""
+    return 2 * s * (1 + s * _atanh_rest(s))
+
+
 def _log_of_ratio(p: Array, q: Array) -> Array:
-    """log(p / q) where they aren't near: a quotient of roots neither overflows nor underflows."""
-    return 2 * jnp.log(jnp.sqrt(p) / jnp.sqrt(q))
+    """log(p / q) where they aren't near: twice a quotient of roots neither overflows nor underflows."""
+    return 2 * (jnp.log(2 * jnp.sqrt(p) / jnp.sqrt(q)) - math.log(2))
 
 
 @custom_jvp
 def log_ratio(p: Array, q: Array) -> Array:
     """log(p / q), 0 where both are 0. d/dp = 1 / p, d/dq = -1 / q."""
     s = _spread(p, q)
-    return jnp.where(_is_near(s), 2 * s * (1 + s * _atanh_rest(s)), _log_of_ratio(p, q))
+    return jnp.where(_is_near(s), _log_of_near(s), _log_of_ratio(p, q))
 
 
-def _log_ratio_slopes(p: Array, q: Array) -> tuple[Array, Array]:
-    p, q = (jnp.where((p == 0) & (q == 0), jnp.inf, x) for x in (p, q))
-    return 1 / p, -1 / q
-
-
-log_ratio.defslopes(_log_ratio_slopes)
+log_ratio.defslopes(lambda p, q: (ratio(there(p, q), p), -ratio(there(p, q), q)))
 
 
 @custom_jvp
@@ -158,7 +187,52 @@ def bregman(p: Array, q: Array) -> Array:
 
 
 # The other way round, or XLA on a GPU would keep what the value and its derivative have in common.
-bregman.defslopes(lambda p, q: (-log_ratio(q, p), jnp.where(p == q, 0, (q - p) / q)))
+bregman.defslopes(lambda p, q: (-log_ratio(q, p), one_minus_ratio(p, q)))
+
+
+def _less_product(p: Array, x: Array, y: Array) -> Array:
+    """p - x y without the rounding of the product, which would be all that is left where p is near: by halves of digits."""
+    info = jnp.finfo(p.dtype)
+    x1, y1 = (lax.reduce_precision(z, info.nexp, info.nmant // 2) for z in (x, y))
+    return p - x1 * y1 - x1 * (y - y1) - (x - x1) * y1 - (x - x1) * (y - y1)
+
+
+def _parts_of_product(p: Array, x: Array, y: Array, total: Array) -> tuple[Array, Array, Array]:
+    """p - q and (p - q) / (p + q) with q = x y / total, which may underflow; and log(p / q) where they aren't near."""
+    share = ratio(x, total)
+    difference = _less_product(p, share, y)
+    s = difference / jnp.maximum(p + share * y, _tiny(p))
+    return difference, s, jnp.log(ratio(p, x) * ratio(total, y))
+
+
+@custom_jvp
+def log_ratio_to_product(p: Array, x: Array, y: Array, total: Array) -> Array:
+    """log(p/q) with q = x y / total, 0 where p and x or y are 0."""
+    _, s, far = _parts_of_product(p, x, y, total)
+    near = jnp.where(p == 0, jnp.minimum(x, y) == 0, _is_near(s))
+    return jnp.where(near, _log_of_near(s), far)
+
+
+def _log_ratio_to_product_slopes(p: Array, x: Array, y: Array, total: Array) -> tuple[Array, Array, Array, Array]:
+    one = there(p, jnp.minimum(x, y))
+    return ratio(one, p), -ratio(one, x), -ratio(one, y), ratio(one, total)
+
+
+log_ratio_to_product.defslopes(_log_ratio_to_product_slopes)
+
+
+def bregman_to_product(p: Array, x: Array, y: Array, total: Array) -> Array:
+    """p log(p/q) - p + q >= 0 with q = x y / total."""
+    difference, s, far = _parts_of_product(p, x, y, total)
+    near = difference * s * (1 + (1 + s) * _atanh_rest(s))
+    return jnp.where(_is_near(s), near, p * jnp.maximum(far, -largest(p)) - difference)
+
+
+def bregman_from(delta: Array, p: Array, q: Array) -> Array:
+    """p log(p/q) - p + q >= 0 from delta = log p - log q, which may be more exact than p and q."""
+    count = 10 if p.dtype.itemsize == 4 else 17
+    gap = delta * delta * polynomial([(-1) ** k / math.factorial(k + 2) for k in range(count)], delta)
+    return jnp.where(jnp.abs(delta) < 1, p * gap, p * jnp.maximum(delta, -largest(p)) - (p - q))
 
 
 def _entropy_gap(s: Array) -> Array:
@@ -167,24 +241,32 @@ def _entropy_gap(s: Array) -> Array:
     return s * s * polynomial([1 / (2 * k * (2 * k - 1)) for k in range(1, count + 1)], s * s)
 
 
-def _logs_to_mean(p: Array, q: Array) -> tuple[Array, Array]:
-    """log(p/m) and log(q/m) with m = (p + q) / 2; 0 where both are 0."""
-    s, m = _spread(p, q), (p + q) / 2
-    near = jnp.abs(s) < 0.5
-    small = jnp.where(near, s, 0)
-    a, b = (jnp.where(near, log1p(t), jnp.log(jnp.where(near, 1, x / m))) for t, x in ((small, p), (-small, q)))
-    return a, b
+@custom_jvp
+def log_to_mean(p: Array, q: Array) -> Array:
+    """log(p/m) with m = (p + q) / 2, 0 where both are 0. d/dp = q / (p (p + q)), d/dq = -1 / (p + q)."""
+    s = _spread(p, q)
+    return jnp.where(s < -0.5, _log_of_ratio(p, q) + jnp.log(1 - s), log1p(jnp.maximum(s, -0.5)))
+
+
+def _log_to_mean_slopes(p: Array, q: Array) -> tuple[Array, Array]:
+    one = there(p, q)
+    return product(ratio(q, p + q), ratio(one, p)), -ratio(one, p + q)
+
+
+log_to_mean.defslopes(_log_to_mean_slopes)
 
 
 @custom_jvp
 def jensen_shannon(p: Array, q: Array) -> Array:
     """(b(p, m) + b(q, m)) / 2 >= 0 with m = (p + q) / 2. d/dp = log(p/m) / 2, d/dq = log(q/m) / 2."""
-    s, m = _spread(p, q), (p + q) / 2
-    far = (x * jnp.maximum(jnp.log(x / m), -largest(x)) for x in (p, q))
-    return jnp.where(jnp.abs(s) < 0.5, m * _entropy_gap(s), sum(far) / 2)
+    s = _spread(p, q)
+    # log(p/m) = log(1 + s) and log(q/m) = log(1 - s). What is rounded off there is little, times the smaller of the two.
+    least = float(jnp.finfo(p.dtype).epsneg)
+    far = p * jnp.log(jnp.maximum(1 + s, least)) + q * jnp.log(jnp.maximum(1 - s, least))
+    return jnp.where(jnp.abs(s) < 0.5, (p / 2 + q / 2) * _entropy_gap(s), far / 2)
 
 
-jensen_shannon.defslopes(lambda p, q: tuple(log / 2 for log in _logs_to_mean(p, q)))
+jensen_shannon.defslopes(lambda p, q: (log_to_mean(p, q) / 2, log_to_mean(q, p) / 2))
 
 
 # -------------------------------------------------------------------------------------- of two, from log-probabilities
@@ -202,27 +284,22 @@ def bregman_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array
 
 
 @custom_jvp
-def _change_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
-    """q - p. d/dlog p = -p, d/dlog q = q."""
-    return -(p + q) * jnp.tanh(delta / 2)
+def difference_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
+    """p - q. d/dlog p = p, d/dlog q = -q."""
+    return (p + q) * jnp.tanh(delta / 2)
 
 
-_change_of_logs.defslopes(lambda log_p, p, log_q, q, delta: (-p, None, q, None, None), jnp.multiply)
+difference_of_logs.defslopes(lambda log_p, p, log_q, q, delta: (p, None, -q, None, None), jnp.multiply)
 
 
 def _bregman_of_logs_slopes(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> tuple[Array | None, ...]:
-    return p * delta, None, _change_of_logs(log_p, p, log_q, q, delta), None, None
+    return p * delta, None, -difference_of_logs(log_p, p, log_q, q, delta), None, None
 
 
 bregman_of_logs.defslopes(_bregman_of_logs_slopes, jnp.multiply)
 
 
-def drift_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
-    """p log(p/q), whose sum is the divergence and a number by which all of log p - log q may be off."""
-    return p * delta
-
-
-def _logs_to_mean_of(delta: Array) -> tuple[Array, Array]:
+def logs_to_mean(delta: Array) -> tuple[Array, Array]:
     """log(p/m) and log(q/m), with m = (p + q) / 2, from log p - log q."""
     size = jnp.where(delta >= 0, delta, -delta)  # jnp.abs has no derivative at 0
     larger = -log1p(jnp.expm1(-size) / 2)
@@ -234,14 +311,14 @@ def jensen_shannon_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta
     """(b(p, m) + b(q, m)) / 2 >= 0 with m = (p + q) / 2. d/dlog p = p log(p/m) / 2, d/dlog q = q log(q/m) / 2."""
     s = jnp.tanh(delta / 2)
     near = jnp.abs(s) < 0.5
-    a, b = _logs_to_mean_of(delta)
+    a, b = logs_to_mean(delta)
     return jnp.where(near, (p + q) / 2 * _entropy_gap(jnp.where(near, s, 0)), (p * a + q * b) / 2)
 
 
 def _jensen_shannon_of_logs_slopes(
     log_p: Array, p: Array, log_q: Array, q: Array, delta: Array
 ) -> tuple[Array | None, ...]:
-    a, b = _logs_to_mean_of(delta)
+    a, b = logs_to_mean(delta)
     return p * a / 2, None, q * b / 2, None, None
 
 
@@ -250,8 +327,10 @@ jensen_shannon_of_logs.defslopes(_jensen_shannon_of_logs_slopes, jnp.multiply)
 
 @custom_jvp
 def neg_x_log_y_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
-    """-p log q, 0 where p isn't there. d/dlog p = -p log q, d/dlog q = -p."""
-    return -(p * weighed(p, log_q))
+    """-p log q: 0 where p isn't there, +inf where q alone isn't. d/dlog p = -p log q, d/dlog q = -p."""
+    absent = log_q == -np.inf
+    term = p * jnp.where(absent, 0, -log_q)
+    return jnp.where(absent & (log_p != -np.inf), jnp.inf, term)
 
 
 neg_x_log_y_of_logs.defslopes(lambda *logs: (neg_x_log_y_of_logs(*logs), None, -logs[1], None, None), jnp.multiply)

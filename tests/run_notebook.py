@@ -47,22 +47,27 @@ def _run(source: str, namespace: dict[str, Any], number: int) -> list[dict[str, 
     return outputs + [
         {
             "data": {"image/png": image, "text/plain": ["<Figure>"]},
-            "metadata": {},
+            "metadata": {"image/png": size},
             "output_type": "display_data",
         }
-        for image in _figures()
+        for image, size in _figures()
     ]
 
 
-def _figures() -> list[str]:
+def _figures() -> list[tuple[str, dict[str, int]]]:
+    """Open figures as PNG, in 256 colours, and the size to show them in, which is that of their inches at 100 per inch."""
     pyplot = sys.modules.get("matplotlib.pyplot")
     if pyplot is None:
         return []
+    from PIL import Image  # which matplotlib needs, too
+
     images = []
     for figure in map(pyplot.figure, pyplot.get_fignums()):
-        file = io.BytesIO()
-        figure.savefig(file, format="png", metadata={"Software": None})
-        images.append(base64.b64encode(file.getvalue()).decode())
+        full, small = io.BytesIO(), io.BytesIO()
+        figure.savefig(full, format="png")
+        Image.open(full).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+        width, height = (round(100 * inches) for inches in figure.get_size_inches())
+        images.append((base64.b64encode(small.getvalue()).decode(), {"width": width, "height": height}))
     pyplot.close("all")
     return images
 

@@ -220,3 +220,160 @@ def test_a_mask_is_what_is_there(name: str) -> None:
     assert_same(got, expected)
     slopes = jax.grad(lambda x, y: function(x, y, where=keep).sum(), (0, 1))(jnp.where(keep, x, jnp.nan), y)
     assert all(np.all(np.isfinite(s)) and not np.any(np.asarray(s)[~keep]) for s in slopes)
+
+
+# --- at random --------------------------------------------------------------------------------------------------------
+
+Wide = np.longdouble  # 64 bits: the oracle for many rows at once
+
+
+def random_pairs(classes: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of rows: spreads of 0.1 to 30, noise of 1e-4 to 60 on all or few classes, offsets, either cut to its top k."""
+    rng = np.random.default_rng(classes)
+    rows = []
+    for i in range(count):
+        x = 10 ** rng.uniform(-1, 1.5) * rng.normal(size=classes) + rng.choice([0, 0, 1e2, 1e4])
+        some = rng.uniform(size=classes) < rng.choice([0.2, 1])
+        y = x + 10 ** rng.uniform(-4, 1.78) * rng.normal(size=classes) * some
+        pair = [x.astype(np.float32), y.astype(np.float32)]
+        if cut := i % 4:
+            source = pair[cut - 1 if cut < 3 else 1]
+            top = np.argsort(np.argsort(-source)) < rng.integers(1, classes + 1)
+            pair[0 if cut == 2 else 1] = np.where(top, source, np.float32(-INF))
+        rows.append(pair)
+    x, y = zip(*rows, strict=True)
+    return np.stack(x), np.stack(y)
+
+
+def exact_by_log(name: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """The values, the derivatives f_k / p_k by the log-probabilities of either, and the probabilities."""
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        d = x.astype(Wide) - x.max(-1, keepdims=True)
+        return d - np.log(np.exp(d).sum(-1, keepdims=True))
+
+    log_p, log_q = log_softmax(x), log_softmax(y)
+    p, q = np.exp(log_p), np.exp(log_q)
+    with np.errstate(all="ignore"):
+        delta = log_p - log_q
+        if name == "Jensen-Shannon":
+            by_p, by_q = (np.where(w > 0, -np.log1p(np.expm1(d) / 2) / 2, 0) for w, d in ((p, -delta), (q, delta)))
+            return (p * by_p + q * by_q).sum(-1), [by_p, by_q], [p, q]
+        by_p = np.where(p > 0, delta if name == "relative entropy" else -log_q, 0)
+        return np.where(p > 0, p * by_p, 0).sum(-1), [by_p, np.where(q > 0, -p / q, 0)], [p, q]
+
+
+@every_function
+@pytest.mark.parametrize("classes", [2, 3, 10, pytest.param(100, marks=pytest.mark.slow), 1000])
+def test_random_pairs(name: str, classes: int) -> None:
+    x, y = random_pairs(classes, 4000 if classes <= 10 else 400)
+    value, by_log, probabilities = exact_by_log(name, x, y)
+    log_sums = -sum(np.log(p.max(-1)) for p in probabilities)
+    (_, got), slopes = both(name, "array")(x, y)
+    np.testing.assert_array_equal(np.isinf(got), np.isinf(value))
+    counts = np.isfinite(value)
+    small = value[counts].astype(np.float64)
+    # 32 ulp, or 1e-4 of results down to 1e-12
+    assert np.all(np.abs(np.asarray(got, np.float64)[counts] - small) <= np.maximum(1e-4 * small, 1e-16))
+    for slope, f, p in zip(slopes, by_log, probabilities, strict=True):
+        slope, f, p = np.asarray(slope, np.float64)[counts], f[counts], p[counts]
+        total = np.where(p > 0, p * f, 0).sum(-1, keepdims=True)
+        right = np.where(p > 0, p * (f - total), 0)
+        rows, top = np.arange(len(p)), p.argmax(-1)
+        # What an entry is made of: p times f and F, and the log-sums and gaps of which log p - log q is a difference.
+        gaps = -np.log(np.maximum(p / p.max(-1, keepdims=True), 1e-300))
+        size = p * (np.abs(f) + np.abs(total) + log_sums[counts][:, None] + gaps / 16)
+        others = right.copy()
+        others[rows, top] = size[rows, top] = 0
+        right[rows, top] = -others.sum(-1)
+        size[rows, top] = size.sum(-1)  # the entry of the top class is the sum of the others
+        # 16 ulp of those numbers, 8 and half an ulp per nat of either probability, and what XLA:CPU flushes to 0.
+        nats = -np.log(np.maximum(np.abs(right), 1e-45))
+        limit = 2.0**-23 * (16 * size + (8 + nats) * np.abs(right)) + 1e-35
+        worst = np.unravel_index(np.argmax(np.abs(slope - right) / limit), p.shape)
+        assert abs(slope - right)[worst] <= limit[worst], (worst, slope[worst[0]], right[worst[0]], p[worst[0]])
+
+
+# --- second derivatives -----------------------------------------------------------------------------------------------
+
+
+def second_rows() -> dict[str, tuple[list[float], list[float]]]:
+    """Rows that agree in all, some or one of their classes, and rows with gaps, in either or in both."""
+    rows = {
+        "agree": ([1.0, 0, -1, 0.5], [1.0, 0, -1, 0.5]),
+        "agree but for an offset": ([1.0, 0, -1, 0.5], [3.0, 2, 1, 2.5]),
+        "agree in two": ([1.0, 0.25, -1, 0.5], [0.25, 1, -1, 0.5]),
+        "agree in one": ([0.0, 1, 2, 0], [0.0, 2, 1, -30]),
+        "uniform": ([0.0, 0, 0, 0], [0.0, 0, 0, 0]),
+        "one absent in both": ([1.0, 0, -INF, 0.5], [0.5, 1, -INF, 0]),
+        "agree, one absent": ([1.0, 0, -INF, 0.5], [1.0, 0, -INF, 0.5]),
+        "absent in p": ([1.0, 0, -INF, 0.5], [0.5, 1, 2, 0]),
+    }
+    for gap in (5.0, 10.0, 20.0, 30.0, 60.0):
+        rows[f"p by {gap:g}"] = ([gap, 0, 1, -3], [1.0, 2, 0, 0])
+        rows[f"q by {gap:g}"] = ([1.0, 2, 0, 0], [gap, 0, 1, -3])
+        rows[f"both by {gap:g}"] = ([gap, 0, 1, -3], [gap, 1, 0.5, -3])
+        rows[f"both by {gap:g}, not of one class"] = ([gap, 0, 1, -3], [1.0, 2, gap, 0])
+    return rows
+
+
+def exact_hessian(name: str, x: list[float], y: list[float]) -> np.ndarray:
+    """By differences of 1e-25 in 100 digits; 0 by what is absent."""
+    z = [mpf(v) if v > -INF else None for v in x + y]
+    at = [i for i, v in enumerate(z) if v is not None]
+    h = mpf(10) ** -25
+
+    def value(i: int, a: int, j: int, b: int) -> Any:
+        moved = [None if v is None else v + h * (a * (k == i) + b * (k == j)) for k, v in enumerate(z)]
+        weights = [mpf(0) if v is None else mpmath.exp(v) for v in moved]
+        pair = Exact.__new__(Exact)
+        pair.p, pair.q = ([w / mpmath.fsum(half) for w in half] for half in (weights[: len(x)], weights[len(x) :]))
+        pair.pairs = list(zip(pair.p, pair.q, strict=True))
+        return pair.value(name)
+
+    out = np.zeros((len(z), len(z)))
+    for i in at:
+        for j in at[: at.index(i) + 1]:
+            change = value(i, 1, j, 1) - value(i, 1, j, -1) - value(i, -1, j, 1) + value(i, -1, j, -1)
+            out[i, j] = out[j, i] = float(change / (4 * h * h))
+    return out
+
+
+@every_function
+@pytest.mark.parametrize("make", [as_array, pytest.param(as_linear, marks=pytest.mark.slow)])
+def test_second_derivatives(name: str, make: Callable[..., Any]) -> None:
+    """All four blocks: the Fisher matrix where two rows agree, and the top class as exact as the others."""
+    rows = second_rows()
+    z = np.array([x + y for x, y in rows.values()], np.float32)
+
+    def total(z: jax.Array) -> jax.Array:
+        return FUNCTIONS[name](make(z[None, :4]), make(z[None, 4:]))[0]
+
+    options = {"xla_backend_optimization_level": 0}
+    got = jax.jit(jax.vmap(jax.hessian(total)), compiler_options=options)(z)
+    for i, (title, (x, y)) in enumerate(rows.items()):
+        with mpmath.workdps(100):
+            exact, of_row = exact_hessian(name, x, y), Exact(np.array(x), np.array(y))
+            p = np.array([float(v) for v in of_row.p + of_row.q])
+            less = [
+                float(mpmath.fsum(w for j, w in enumerate(side) if j != k))
+                for side in (of_row.p, of_row.q)
+                for k in range(4)
+            ]
+        size = np.minimum(p, less)  # of a probability or of all others: what entries of a row are multiples of
+        far = 1 + max(abs(a - b) for a, b in zip(x, y, strict=True) if max(a, b) > -INF and min(a, b) > -INF)
+        # An entry of two classes is a multiple of both; but of one by p and the other by q only after a difference of q's.
+        most = np.tile(np.maximum(p[:4], p[4:]), 2)
+        scale = p[:, None] * p
+        scale[:4, 4:] = size[:4, None] * most[4:]
+        scale[4:, :4] = size[4:, None] * most[:4]
+        same = np.arange(8) % 4
+        scale = np.where(same[:, None] == same, np.maximum(size[:, None], size), np.maximum(scale, scale.T))
+        for j, side in enumerate((p[:4], p[4:])):  # an entry of the top class is minus the sum of the others'
+            k = int(side.argmax()) + 4 * j
+            column = np.delete(np.abs(exact), k, 0)[4 * j : 4 * j + 3].sum(0)
+            scale[k], scale[:, k] = np.maximum(scale[k], column), np.maximum(scale[:, k], column)
+        # 16 ulp of the numbers that an entry is made of, and half an ulp for each nat of two of them.
+        limit = 2.0**-23 * (16 + 2 * far) * (far * scale + np.abs(exact)) + 1e-35
+        error = np.abs(got[i] - exact)
+        assert np.all(error <= limit), f"{title}:\n{got[i]}\n{exact}\n{np.round(error / limit, 1)}"

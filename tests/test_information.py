@@ -111,9 +111,8 @@ def exact_mutual_information(joint: np.ndarray) -> Any:
     table = [numbers(row) for row in joint]
     total = mpmath.fsum(v for row in table for v in row)
     rows, columns = [mpmath.fsum(row) for row in table], [mpmath.fsum(column) for column in zip(*table, strict=True)]
-    terms = (
-        v * mpmath.log(v * total / (rows[i] * columns[k])) for i, row in enumerate(table) for k, v in enumerate(row)
-    )
+    cells = ((v, rows[i] * columns[k]) for i, row in enumerate(table) for k, v in enumerate(row))
+    terms = (v * mpmath.log(v * total / product) for v, product in cells if v)
     return mpmath.fsum(terms) / total
 
 
@@ -159,3 +158,101 @@ def test_mixed_second_derivative_of_cross_entropy_is_finite_at_zero() -> None:
     p, q = jnp.array([0.0, 0.5, 0.5]), jnp.array([0.25, 0.25, 0.5])
     mixed = jax.jacfwd(jax.grad(jaxce.cross_entropy, 1), 0)(p, q)
     np.testing.assert_array_equal(mixed, np.diag([-4.0, -4.0, -2.0]))
+
+
+def exact_differential_entropy(x: np.ndarray, m: int, method: str) -> Any:
+    """The estimators' definitions in 60 digits."""
+    x, n = sorted(numbers(x)), len(x)
+
+    def at(i: int) -> Any:
+        return x[min(max(i, 0), n - 1)]
+
+    if method == "van es":
+        logs = [mpmath.log((n + 1) / mpmath.mpf(m) * (x[i + m] - x[i])) for i in range(n - m)]
+        constant = mpmath.fsum(1 / mpmath.mpf(k) for k in range(m, n + 1)) + mpmath.log(m) - mpmath.log(n + 1)
+        return mpmath.fsum(logs) / (n - m) + constant
+    if method == "correa":
+        logs = []
+        for i in range(n):
+            window = [at(k) for k in range(i - m, i + m + 1)]
+            mean = mpmath.fsum(window) / (2 * m + 1)
+            rise = mpmath.fsum((v - mean) * (k - m) for k, v in enumerate(window))
+            logs.append(-mpmath.log(rise / (n * mpmath.fsum((v - mean) ** 2 for v in window))))
+        return mpmath.fsum(logs) / n
+    c = [2 if method == "vasicek" else 1 + mpmath.mpf(min(i, n - 1 - i, m)) / m for i in range(n)]
+    return mpmath.fsum(mpmath.log(n * (at(i + m) - at(i - m)) / (c[i] * m)) for i in range(n)) / n
+
+
+@pytest.mark.parametrize("method", ["vasicek", "van es", "ebrahimi", "correa"])
+def test_differential_entropy_at_all_scales(method: str) -> None:
+    """Of samples of any size, near 0 and beside one that is far away; and in a window whose length NumPy gives."""
+    rng = np.random.default_rng(3)
+    some = np.sort(rng.normal(size=20))
+    rows = [some * scale for scale in (1e-33, 1e-20, 1, 1e20, 1e35, 3e38 / np.abs(some).max())]
+    rows += [np.arange(20) ** 2 * 1e-30, np.append(some[:-1] * 1e-30, 1), np.append(some[:-1] * 1e-20, 1e38)]
+    x = np.stack(rows).astype("float32")
+    got = jaxce.differential_entropy(x, window_length=np.int64(3), method=method)
+    slope = np.asarray(
+        jax.jit(jax.grad(lambda x: jaxce.differential_entropy(x, method=method, window_length=3).sum()))(x)
+    )
+    with mpmath.workdps(60):
+        exact = np.array([float(exact_differential_entropy(row, 3, method)) for row in x])
+    # A mean of logarithms of up to 88, each right to an ulp of itself and of 1.
+    np.testing.assert_allclose(got, exact, rtol=1e-6, atol=2e-6)
+    # H(a X) = H(X) + log a, so along the samples themselves the derivative is 1: a sum of numbers of about that size, if
+    # one over a spacing can be written.
+    writable = np.abs(x).max(1) < 1e33
+    np.testing.assert_allclose((slope.astype(float) * x).sum(1)[writable], 1, rtol=1e-4)
+
+
+def test_mutual_information_at_all_scales() -> None:
+    """It doesn't know in what a table is counted; and its marginals may be as small as numbers get."""
+    rng = np.random.default_rng(4)
+    tables = [
+        rng.uniform(0.1, 1, size=(3, 4)),
+        rng.uniform(size=(3, 4)) * [[1], [1e-12], [1e-18]] * [1, 1e-15, 1, 1e-12],
+    ]
+    tables.append(np.float32([[1, 0, 0, 0], [0, 1e-18, 0, 0], [0, 0, 1e-18, 1e-19]]))
+    joint = np.stack([(t * s).astype("float32") for t in tables for s in (1e-2, 1e-1, 1, 1e18, 1e37)])
+    joint = np.concatenate([joint, (tables[0] * np.float32([[[1.2e-37]], [[3.3e38]]])).astype("float32")])
+    value, slope = jax.jit(jax.vmap(jax.value_and_grad(jaxce.mutual_information)))(joint)
+    with mpmath.workdps(60):
+        exact = [exact_mutual_information(row) for row in joint]
+        close = np.abs(np.array([float(v - e) for v, e in zip(value.tolist(), exact, strict=True)])) <= 1e-13
+        assert (close | (ulp_error(value, exact) <= 16)).all()
+        for row, got, right in zip(joint, np.asarray(slope), exact, strict=True):
+            x, y, total = row.astype(float).sum(1), row.astype(float).sum(0), row.astype(float).sum()
+            with np.errstate(divide="ignore"):
+                logs = np.log(row.astype(float) / x[:, None]) - np.log(y / total)
+            # Logarithms of up to 88, and their mean.
+            expected = (logs - float(right)) / total
+            keep = (np.abs(expected) < 3e38) & (np.abs(expected) > 2e-38) & np.isfinite(logs)
+            np.testing.assert_allclose(got[keep], expected[keep], rtol=2e-6, atol=1e-6 / total)
+            np.testing.assert_array_equal(got[logs == -np.inf], -np.inf)
+    counts = np.array([[3, 1], [2, 5]])
+    assert jaxce.mutual_information(counts) == jaxce.mutual_information(counts.astype("float32"))
+
+
+def test_second_derivatives_of_mutual_information() -> None:
+    """(delta_xx' delta_yy' / p_xy - delta_xx' / p_x - delta_yy' / p_y + 1) / T, less the slopes over T, for each pair."""
+    joint = np.random.default_rng(5).uniform(size=(2, 3)).astype("float32")
+    product = joint.sum(1, keepdims=True) * joint.sum(0) / joint.sum()
+    for table in (joint, product.astype("float32"), joint * np.float32(1e-15), joint * np.float32([[1], [0]])):
+        got = np.asarray(jax.jit(jax.hessian(jaxce.mutual_information))(table)).astype(float)
+        p = table.astype(float)
+        x, y, total = p.sum(1), p.sum(0), p.sum()
+        with np.errstate(all="ignore"):
+            slope = (np.log(p * total / (x[:, None] * y)) - float(exact_mutual_information(table))) / total
+            of_entry = np.einsum("ac,bd,ab->abcd", np.eye(2), np.eye(3), 1 / p)
+            of_rows, of_columns = np.einsum("ac,a->ac", np.eye(2), 1 / x), np.einsum("bd,b->bd", np.eye(3), 1 / y)
+            right = of_entry - of_rows[:, None, :, None] - of_columns[None, :, None, :] + 1 / total
+            right = (right - slope[:, :, None, None] - slope[None, None]) / total
+        assert np.isfinite(got).all()
+        keep = np.isfinite(right)
+        np.testing.assert_allclose(got[keep], right[keep], rtol=1e-5, atol=1e-5 / total**2)  # differences of quotients
+
+
+def test_numbers_may_be_integers() -> None:
+    for given in (1, np.int32(1), np.int64(1), jnp.int32(1)):
+        assert jaxce.surprisal(given) == 0
+    assert jaxce.binary_cross_entropy(1, 1) == 0 and jaxce.binary_cross_entropy(0, 1) == jnp.inf

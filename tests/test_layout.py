@@ -19,9 +19,9 @@ PUBLIC = sorted(jaxce.__all__)
 
 
 def reading_order() -> list[str]:
-    """The files in the order in which README's picture lists them, without ``__init__.py``."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    picture = readme[readme.index("jaxce/\n") :].split("```")[0]
+    """The files in the order in which the page on the layout lists them, without ``__init__.py``."""
+    page = (ROOT / "notebooks" / "layout.md").read_text(encoding="utf-8")
+    picture = page[page.index("jaxce/\n") :].split("```")[0]
     return [name for name in re.findall(r"^\s+(\w+\.py)\b", picture, re.M) if name != "__init__.py"]
 
 
@@ -44,7 +44,7 @@ def imports(tree: ast.AST) -> set[str]:
     return found
 
 
-def test_readme_lists_every_file() -> None:
+def test_layout_lists_every_file() -> None:
     order = reading_order()
     assert len(order) == len(set(order))
     assert set(order) == {path.name for path in FILES} - {"__init__.py"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from helpers import ulp_error
 import jaxce
 from jaxce import _likelihood
 
-M = mpmath.mpf
+mp: Any = mpmath  # its numbers may be complex, for all that pyright knows
+M = mp.mpf
 INF, NAN = math.inf, math.nan
 ULP = 8 * 2.0**-23  # the contract: 8 ulp of float32
 
@@ -58,6 +60,8 @@ def gap_and_logarithm(k: Any, gap: Any) -> list[Any]:
 
 def binet(x: Any) -> Any:
     """log Gamma(x) without its three largest terms."""
+    if x > 1e30:
+        return 1 / (12 * x)
     return mpmath.loggamma(x) - (x - 0.5) * mpmath.log(x) + x - mpmath.log(2 * mpmath.pi) / 2
 
 
@@ -287,13 +291,258 @@ def test_what_stirling_leaves(size: int) -> None:
         values = [mpmath.sqrt(1 / u - c) * binet(mpmath.sqrt(1 / u - c)) for u in at]
         exact = mpmath.lu_solve(mpmath.matrix([[u**n for n in range(count)] for u in at]), mpmath.matrix(values))
         np.testing.assert_allclose(coefficients, [float(a) for a in exact], rtol=1e-14)
-        x = np.geomspace(1e-9, 1e9, 181).astype(f"float{8 * size}")
-        mu, slope = jax.vmap(jax.value_and_grad(_likelihood._binet))(jnp.asarray(x))
+        x = np.geomspace(1, 1e9, 91).astype(f"float{8 * size}")
+        mu, slope = jax.vmap(jax.value_and_grad(lambda x: _likelihood._binet(1 / x)))(jnp.asarray(x))
     mus = [binet(M(float(v))) for v in x]
-    # Beside 1 + mu below 1, from which the 1 is subtracted, and beside log(2 pi) / 2 above, to which it is added.
-    assert ulp_error(mu, mus, [1 + m if v < 1 else 0.9 for v, m in zip(x, mus, strict=True)]).max() <= 2
+    # beside log(2 pi) / 2, to which it is added
+    assert ulp_error(mu, mus, [0.9] * len(x)).max() <= 2
     slopes = [v * mpmath.diff(binet, v, h=M(10) ** -20 * v) for v in map(M, map(float, x))]
     assert ulp_error(x * np.asarray(slope), slopes, [0.5] * len(x)).max() <= 4  # it is added to a half
+
+
+# --- extreme parameters -----------------------------------------------------------------------------------------------
+
+
+class Derivatives(NamedTuple):
+    """A value, gradient and Hessian (its upper triangle, by rows) as the terms that each entry is the sum of."""
+
+    value: list[Any]
+    gradient: list[list[Any]]
+    hessian: list[list[Any]]
+
+
+def gaussian_at(m: Any, s: Any, x: Any) -> Derivatives:
+    h = mp.exp(-s)
+    z = (x - m) * h
+    value = [z * z / 2, s, mp.log(2 * mp.pi) / 2]
+    return Derivatives(
+        value, [[-z * h], [1, -z * z], [z * h]], [[h * h], [2 * z * h], [-h * h], [2 * z * z], [-2 * z * h], [h * h]]
+    )
+
+
+def laplace_at(m: Any, s: Any, x: Any) -> Derivatives:
+    h, sign = mp.exp(-s), mp.sign(x - m)
+    z = abs(x - m) * h
+    return Derivatives(
+        [z, s, mp.log(2)],
+        [[-sign * h], [1, -z], [sign * h]],
+        [[0], [sign * h], [0], [z], [-sign * h], [0]],
+    )
+
+
+def exponential_at(log_rate: Any, x: Any) -> Derivatives:
+    rate = mp.exp(log_rate)
+    return Derivatives([rate * x, -log_rate], [[rate * x, -1], [rate]], [[rate * x], [rate], [0]])
+
+
+def gaussian_kl_at(m: Any, s: Any, q_m: Any, q_s: Any) -> Derivatives:
+    h, delta = mp.exp(-q_s), 2 * (s - q_s)
+    z, ratio = (m - q_m) * h, mp.exp(delta)
+    excess = mp.expm1(delta)
+    return Derivatives(
+        [z * z / 2, (excess - delta) / 2],
+        [[z * h], [excess], [-z * h], [-excess, -z * z]],
+        [
+            *([h * h], [0], [-h * h], [-2 * z * h]),
+            *([2 * ratio], [0], [-2 * ratio]),
+            *([h * h], [2 * z * h]),
+            [2 * ratio, 2 * z * z],
+        ],
+    )
+
+
+def student_t_at(m: Any, s: Any, log_df: Any, x: Any) -> Derivatives:
+    df, d, psi = mp.exp(log_df), x - m, mp.psi
+    c2 = df * mp.exp(2 * s)
+    both, share = c2 + d * d, d * d / (c2 + d * d)
+    log_total = mp.log1p(d * d / c2)
+    constant = student_t(M(0), M(0), log_df, M(0))[2]
+    first = df / 2 * (psi(0, df / 2) - psi(0, (df + 1) / 2))
+    second = first + df * df / 4 * (psi(1, df / 2) - psi(1, (df + 1) / 2))
+    if df > 1e30:  # asymptotically
+        constant, first, second = mp.log(2 * mp.pi) / 2 + 1 / (4 * df), -M(0.5) - 1 / (4 * df), 1 / (4 * df)
+    curved = df / 2 * log1p_gap(d * d / c2)
+    large = [curved] if d * d <= c2 else [df / 2 * log_total, -df / 2 * share]
+    by_d, by_ds = [(df + 1) * d / both], [-2 * (df + 1) * d * c2 / both**2]
+    by_dd = [(df + 1) * c2 / both**2, -(df + 1) * d * d / both**2]
+    by_dl = [df * share * d / both, -c2 / both * d / both]
+    by_sl = [share * c2 / both, -df * share * share]
+    # what the constant's own terms add up to is of this size
+    size = min(df, 1 / df)
+    return Derivatives(
+        [(df + 1) / 2 * log_total, s, constant],
+        [
+            negative(by_d),
+            [1, -(df + 1) * share],
+            [*large, -share / 2, first + M(0.5), size, -size],
+            by_d,
+        ],
+        [
+            *(by_dd, negative(by_ds), negative(by_dl), negative(by_dd)),
+            *([2 * (df + 1) * share * c2 / both], by_sl, by_ds),
+            *([*large, -df * share * share / 2, share * c2 / both / 2, second, size, -size], by_dl),
+            by_dd,
+        ],
+    )
+
+
+def log1p_gap(v: Any) -> Any:
+    """log(1 + v) - v / (1 + v)."""
+    return mp.log1p(v) - v / (1 + v) if abs(v) > 1e-30 else v * v / 2
+
+
+def negative(terms: list[Any]) -> list[Any]:
+    return [-t for t in terms]
+
+
+def gamma_at(log_a: Any, log_rate: Any, x: Any) -> Derivatives:
+    a, y, psi = mp.exp(log_a), mp.exp(log_rate) * x, mp.psi
+    if a >= 1:
+        # the error of the ratio is that of 1, where its logarithm is small
+        ratio, rest = -a * mp.log(y / a), a * (psi(0, a) - log_a)
+        curvature = a * a * psi(1, a) + rest
+        if a > 1e30:  # asymptotically
+            rest, curvature = -M(0.5) - 1 / (12 * a), a + 1 / (12 * a)
+        by_a, by_aa = [ratio, rest, a, -a], [ratio, curvature, a, -a]
+    else:
+        ratio, rest = -a * mp.log(y), a * psi(0, 1 + a)
+        by_a, by_aa = [ratio, rest, -1], [ratio, rest, a * a * psi(1, 1 + a)]
+    return Derivatives(
+        gamma(log_a, log_rate, x),
+        [by_a, [y, -a], [y / x, -a / x, 1 / x]],
+        [by_aa, [-a], [-a / x], [y], [y / x], [a / x**2, -1 / x**2]],
+    )
+
+
+def poisson_at(log_rate: Any, k: Any) -> Derivatives:
+    rate = mp.exp(log_rate)
+    return Derivatives(poisson(log_rate, k), [[rate, -k]], [[rate]])
+
+
+def negative_binomial_at(log_mean: Any, log_r: Any, k: Any) -> Derivatives:
+    m, r, psi = mp.exp(log_mean), mp.exp(log_r), mp.psi
+    p_m, p_r = m / (m + r), r / (m + r)
+    gap, w, n = k * p_r - m * p_r, m * p_r, k + r
+    failures = r * mp.log1p(m / r)
+    if r >= 1:
+        excess = gap - r * mp.log1p(gap / r) if abs(gap / r) > 1e-30 else gap * gap / (2 * r)
+        first = [r * (psi(0, r) - log_r), -r * (psi(0, n) - mp.log(n))] if k else []
+        second = [r * (r * psi(1, r) - 1), -r * r * (psi(1, n) - 1 / n)] if k else []
+        if r > 1e30 and k:  # asymptotically
+            first = [-k / (2 * n) - 1 / (12 * r) + r / (12 * n * n)]
+            second = [k * (n + r) / (2 * n * n) + 1 / (6 * r) - r * r / (6 * n**3)]
+        near = [excess] if abs(gap) < r / 2 else [failures, gap]
+        by_r, by_rr = [*near, sum(first)], [*near, -gap * gap / n, sum(first + second)]
+        if abs(gap) >= r / 2:
+            by_r.append(excess - failures - gap)
+            by_rr.append(excess - failures - gap)
+        size = k * r / n**2 / 2 + (1 / r if k else 0)
+        by_r, by_rr = [*by_r, size, -size], [*by_rr, size, -size]
+    else:
+        some = 1 if k else 0
+        rest = [r * psi(0, 1 + r), -r * psi(0, 1 + n)] if k else []
+        more = [r * r * psi(1, 1 + r), -r * r * psi(1, 1 + n), r * k / n**2] if k else []
+        by_r = [failures, gap, *rest, -M(some), some * r / n]
+        by_rr = [failures, -w, p_m * gap, *rest, *more]
+    return Derivatives(
+        negative_binomial(log_mean, log_r, k),
+        [[w, -k * p_r], by_r],
+        [[p_r * k * p_m, p_r * w], [p_m * w, -p_m * k * p_r], by_rr],
+    )
+
+
+# Logarithms from -180 to 180 (float64: ten or seven times that), dense where exponentials, their squares and roots
+# overflow and where formulas meet.
+LOGS = [-180, -178, -133, -120, -89, -88, -87, -60, -45, -44, -20, -5, -1, -0.25, 0, 0.25, 1, 1.01, 3]
+LOGS += [12, 20, 44, 45, 64, 70, 80, 81, 88, 89, 100, 133, 178, 180]
+
+
+def extremes(name: str, dtype: str, count: int = 500) -> list[np.ndarray]:
+    """Points at random of a grid: each argument of each size, and half of them close to what is expected."""
+    rng = np.random.default_rng(len(name))
+    single = dtype == "float32"
+    logs = np.array(LOGS) * (1 if single else 7.75)
+    s, t = rng.choice(logs, count), rng.choice(logs, count)
+    t = np.where(rng.uniform(size=count) < 0.3, s + rng.choice([-3, -0.5, -1e-3, 0, 1e-3, 0.5, 3], count), t)
+    distance = rng.choice([0, 0.5, -3.0, 1e-3, -1e3], count)
+    largest = 10
+    distance = np.where(
+        rng.uniform(size=count) < 0.3, np.exp(np.clip(s, -largest, largest)) * rng.choice([1, 0.1, -7], count), distance
+    )
+    observed = rng.choice([0.0, 1e-3, 0.5, 1, 3, 1e3], count)
+    counts = rng.choice([0, 1, 2, 3, 17, 1000, 0.25], count)
+    zero = np.zeros(count)
+    match name:
+        case "gaussian_nll" | "laplace_nll":
+            return [zero, s, distance]
+        case "gaussian_relative_entropy":
+            return [distance, s, zero, t]
+        case "student_t_nll":
+            near_df = np.where(rng.uniform(size=count) < 0.3, np.exp(np.clip(s + t / 2, -largest, largest)), distance)
+            return [zero, s, t, near_df]
+        case "exponential_nll":
+            return [s, observed]
+        case "gamma_nll":
+            x = np.where(observed == 0, 1, observed)
+            return [s, t, np.where(rng.uniform(size=count) < 0.3, np.exp(np.clip(s - t, -largest, largest)), x)]
+        case "poisson_nll":
+            return [s, counts]
+    return [s, t, counts]
+
+
+EXTREME = {
+    "gaussian_nll": gaussian_at,
+    "gaussian_relative_entropy": gaussian_kl_at,
+    "laplace_nll": laplace_at,
+    "student_t_nll": student_t_at,
+    "exponential_nll": exponential_at,
+    "gamma_nll": gamma_at,
+    "poisson_nll": poisson_at,
+    "negative_binomial_nll": negative_binomial_at,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", EXTREME)
+def test_extreme_parameters(name: str, dtype: str) -> None:
+    """Value, gradient and Hessian, each where it and the value can be written in the dtype."""
+    rows = np.stack(extremes(name, dtype), -1).astype(dtype)
+    varying = tuple(range(rows.shape[1] - ("counts" in inspect.signature(getattr(jaxce, name)).parameters)))
+    with jax.enable_x64(dtype == "float64"):
+        function = getattr(jaxce, name)
+
+        @jax.jit
+        @jax.vmap
+        def all_of(row: Any) -> Any:
+            args = list(row)
+            return function(*args), jax.grad(function, varying)(*args), jax.hessian(function, varying)(*args)
+
+        value, gradient, hessian = jax.tree.map(np.asarray, all_of(jnp.asarray(rows)))
+    upper = [(i, j) for i in varying for j in varying if i <= j]
+    got = np.stack([value, *gradient, *(hessian[i][j] for i, j in upper)], -1)
+    names = ["value", *(f"d{i}" for i in varying), *(f"d{i}d{j}" for i, j in upper)]
+    most, tiny = M(float(np.finfo(dtype).max)), M(float(np.finfo(dtype).tiny))
+    with mpmath.workdps(120):
+        exact = []
+        for row in rows:
+            at = EXTREME[name](*(M(float(v)) for v in row))
+            exact.append([(sum(t), max(map(abs, t))) for t in (at.value, *at.gradient, *at.hessian)])
+        for j, entry in enumerate(names):
+            sums, sizes = zip(*(row[j] for row in exact), strict=True)
+            inside = np.array([abs(row[0][0]) < most and abs(s) < most for row, s in zip(exact, sums, strict=True)])
+            assert (np.abs(got[:, 0]) > float(most) / 2)[[abs(row[0][0]) >= most for row in exact]].all()
+            sums, sizes = ([v for v, i in zip(c, inside, strict=True) if i] for c in (sums, sizes))
+            error = ulp_error(got[inside, j], sums, sizes)
+            # what is below the smallest normal number is flushed to 0, also if it is then multiplied by a count or distance
+            error[[abs(float(g) - s) < 2**17 * tiny for g, s in zip(got[inside, j], sums, strict=True)]] = 0
+            worst = int(error.argmax())
+            # the contract; a second derivative has the errors of a slope's factors and those of their derivatives
+            assert error[worst] <= (12 if "d" in entry[1:] else 8), (
+                entry,
+                rows[inside][worst],
+                got[inside, j][worst],
+                error[worst],
+            )
 
 
 # --- libraries --------------------------------------------------------------------------------------------------------
@@ -426,6 +675,68 @@ def test_a_component_that_is_not_there(absent: str) -> None:
     expected = jaxce.mixture_nll(w[:, ::2], nll[:, ::2])
     np.testing.assert_allclose(value, expected[0], rtol=1e-6)
     assert all(jnp.all(jnp.isfinite(g)) and g[0, 1] == 0 for g in gradient)
+
+
+COLLAPSED = {
+    # parameters of a component far from the observation, which comes last
+    "bernoulli_nll": [(-1e30, 1), (INF, 0)],
+    "gaussian_nll": [(1.0, -50.0, 0.5), (1.0, -100.0, 0.5), (1.0, -180.0, 0.5), (1e30, -30.0, 0.5)],
+    "laplace_nll": [(1.0, -88.0, 0.5), (1.0, -100.0, 0.5), (1.0, -180.0, 0.5)],
+    "student_t_nll": [(1.0, -100.0, 80.0, 0.5), (1.0, -100.0, 180.0, 0.5), (1.0, -180.0, 90.0, 0.5)],
+    "exponential_nll": [(88.0, 3.0), (100.0, 3.0), (180.0, 3.0)],
+    "gamma_nll": [(0.0, 100.0, 3.0), (-100.0, 100.0, 3.0), (180.0, 0.0, 3.0), (90.0, 90.0, 3.0)],
+    "poisson_nll": [(88.0, 3), (100.0, 3), (180.0, 3)],
+    "negative_binomial_nll": [(100.0, 100.0, 3), (180.0, 90.0, 3), (90.0, 180.0, 3)],
+}
+ORDINARY = {
+    "bernoulli_nll": (0.3,),
+    "gaussian_nll": (0.3, 0.1),
+    "laplace_nll": (0.3, 0.1),
+    "student_t_nll": (0.3, 0.1, 0.2),
+    "exponential_nll": (0.3,),
+    "gamma_nll": (0.3, 0.1),
+    "poisson_nll": (0.3,),
+    "negative_binomial_nll": (0.3, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", COLLAPSED)
+def test_a_collapsed_component_adds_nothing(name: str) -> None:
+    """Its derivatives may be infinite, but its weight is 0: the gradient and Hessian are those of the other component."""
+    function, bad = getattr(jaxce, name), np.array(COLLAPSED[name], "float32")
+    count = len(ORDINARY[name])
+
+    @jax.jit
+    @jax.vmap
+    def derivatives(row: Any) -> Any:
+        def loss(components: Any) -> Any:
+            return jaxce.mixture_nll(jnp.zeros(2), function(*components, row[-1]))
+
+        def alone(parameters: Any) -> Any:
+            return function(*parameters, row[-1]) + math.log(2)
+
+        components = [jnp.stack([jnp.float32(o), p]) for o, p in zip(ORDINARY[name], row[:-1], strict=True)]
+        ordinary = [jnp.float32(o) for o in ORDINARY[name]]
+        found = loss(components), jax.grad(loss)(components), jax.hessian(loss)(components)
+        return found, (alone(ordinary), jax.grad(alone)(ordinary), jax.hessian(alone)(ordinary))
+
+    (value, gradient, hessian), (one, slope, curvature) = derivatives(bad)
+    np.testing.assert_allclose(value, one, rtol=1e-6)
+    for i in range(count):
+        np.testing.assert_array_equal(gradient[i][:, 1], 0)
+        np.testing.assert_allclose(gradient[i][:, 0], slope[i], rtol=1e-6)
+        for j in range(count):
+            np.testing.assert_array_equal(np.asarray(hessian[i][j])[:, [0, 1, 1], [1, 0, 1]], 0)
+            np.testing.assert_allclose(hessian[i][j][:, 0, 0], curvature[i][j], rtol=1e-5, atol=1e-6)
+
+
+def test_weights_that_may_be_zero() -> None:
+    """With the line of the docstring, the gradient at a weight of 0 is that of the formula."""
+    nll = jnp.array([0.3, 1.0, 2.0])
+    gradient = jax.grad(lambda w: jaxce.mixture_nll(jnp.log(w + 1e-30), nll))(jnp.array([0.5, 0.5, 0.0]))
+    p = np.exp(-np.asarray(nll, float))
+    # the last bit of log(1e-30) is 64 ulp of 1e-30
+    np.testing.assert_allclose(gradient, 1 - p / (p[:2].sum() / 2), rtol=64 * 2.0**-24)
 
 
 def test_mixture_of_nothing() -> None:
@@ -561,14 +872,63 @@ def test_a_bad_scale_spoils_its_own_vector() -> None:
 
 
 def test_arguments_broadcast() -> None:
-    a, b = jnp.zeros((3, 1)), jnp.ones(4)
+    a, b = jnp.zeros((3, 1)), jnp.ones((1, 4))
     for name in ("bernoulli_nll", "gaussian_nll"):  # the others share the door
         count = len(BAD[name][0])
         value = getattr(jaxce, name)(a, *[0.0] * (count - 2), b)
         assert value.shape == (3, 4)
-        assert getattr(jaxce, name)(a, *[0.0] * (count - 2), jnp.ones((3, 4), "int32")).dtype == "float32"
-        with pytest.raises(ValueError, match=f"^{name}: .* must broadcast with what precedes it, .*, got"):
-            getattr(jaxce, name)(jnp.zeros(3), *[0.0] * (count - 2), b)
+        assert getattr(jaxce, name)(a, *[0] * (count - 2), jnp.ones((3, 4), "int32")).dtype == "float32"
+        with pytest.raises(ValueError, match=f"^{name}: x must broadcast with .*, .*, got float32"):
+            getattr(jaxce, name)(jnp.zeros(3), *[0.0] * (count - 2), jnp.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "result"),
+    [  # of location, log_scale and x; None is an error
+        (((5, 1), (), (5,)), None),  # predictions of a network with one output
+        (((5,), (5,), (5, 1)), None),
+        (((5, 1), (5,), (5, 1)), None),
+        (((5, 1), (5, 1), (4,)), None),
+        (((2, 1, 3), (), (2, 3)), None),
+        (((5, 1), (), (1, 5)), (5, 5)),  # written on purpose
+        (((1, 4), (1, 4), (5, 1)), (5, 4)),
+        (((5, 4), (4,), (5, 1)), (5, 4)),  # a mixture: x[:, None]
+        (((4,), (), (5, 4)), (5, 4)),
+        (((1,), (1,), (5, 1)), (5, 1)),
+        (((), (), (5,)), (5,)),
+    ],
+)
+def test_no_silent_outer_product(shapes: Any, result: Any) -> None:
+    """No result is larger than each argument, but where arrays of all axes say so by axes of length 1."""
+    args = [jnp.zeros(shape) for shape in shapes]
+    if result is not None:
+        assert jaxce.gaussian_nll(*args).shape == result
+        return
+    with pytest.raises(
+        ValueError, match=r"^gaussian_nll: (location|log_scale|x) must have \d axes, as .* give "
+    ) as error:
+        jaxce.gaussian_nll(*args)
+    if shapes[0] == (5, 1) and shapes[2] == (5,):
+        assert "give x.reshape((5, 1)) to pair it with location, or x[None] for all combinations" in str(error.value)
+
+
+def test_no_silent_outer_product_of_vectors_and_components() -> None:
+    m, x = jnp.zeros((5, 1, 2)), jnp.zeros((5, 2))
+    with pytest.raises(ValueError, match="^multivariate_normal_nll: x must have"):
+        jaxce.multivariate_normal_nll(m, jnp.eye(2), x)
+    assert jaxce.multivariate_normal_nll(m, jnp.eye(2), x[None]).shape == (5, 5)
+    with pytest.raises(ValueError, match="^mixture_nll: log_weights must have"):
+        jaxce.mixture_nll(jnp.zeros(5), jnp.zeros((5, 1)))
+
+
+def test_numbers_may_be_integers() -> None:
+    """Python's and NumPy's, as parameters too."""
+    for one in (1, np.int64(1), np.int32(1), jnp.int32(1)):
+        assert jaxce.gaussian_nll(0, one, one) == jaxce.gaussian_nll(0.0, 1.0, 1.0)
+        assert jaxce.poisson_nll(one, one) == jaxce.poisson_nll(1.0, 1.0)
+        assert jaxce.gaussian_relative_entropy(one, one, one, one) == 0
+    with jax.enable_x64(True):  # a Python number takes the dtype of the arrays
+        assert jaxce.gaussian_nll(0.0, 1, jnp.zeros(2, "float32")).dtype == "float32"
 
 
 # --- where ------------------------------------------------------------------------------------------------------------
@@ -577,6 +937,7 @@ WHERE = {  # the number of arguments, of which the last is observed
     "sigmoid_binary_cross_entropy": 2,
     "sigmoid_focal_loss": 2,
     "binary_cross_entropy": 2,
+    "gaussian_relative_entropy": 4,
     **{name: len(args[0]) for name, args in BAD.items()},
 }
 

@@ -485,6 +485,7 @@ def sizes(jaxpr: Any) -> Iterator[int]:
 
 
 ROWS, FEATURES, CLASSES, BLOCK = 512, 8, 4099, 64  # 4099 is prime
+MIXED = "bfloat16", "float32"
 
 
 @pytest.mark.parametrize(
@@ -525,6 +526,88 @@ def test_no_array_of_all_logits(mode: str, class_axis: int) -> None:
     assert max(sizes(jax.make_jaxpr(program)(*args).jaxpr)) <= 2 * ROWS * BLOCK
     temporary = jax.jit(program).lower(*args).compile().memory_analysis().temp_size_in_bytes
     assert temporary <= 4 * ROWS * CLASSES * (0.3 if mode.startswith("hvp") else 0.15)
+
+
+OPTIONS = jax.checkpoint_policies
+POLICIES = {
+    "dots_saveable": OPTIONS.dots_saveable,
+    "dots_with_no_batch_dims_saveable": OPTIONS.dots_with_no_batch_dims_saveable,
+    "offload_dot_with_no_batch_dims": OPTIONS.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "save_only_these_names": OPTIONS.save_only_these_names("some"),
+    "save_any_names_but_these": OPTIONS.save_any_names_but_these("some"),
+    "save_from_both_policies": OPTIONS.save_from_both_policies(
+        OPTIONS.dots_saveable, OPTIONS.save_only_these_names("some")
+    ),
+}
+"""Those of `jax.checkpoint_policies` that keep products or what has a name; the others keep nothing, or everything."""
+CONTEXTS: dict[str, Function] = {  # of a mean, and where it is then called
+    "plain": lambda f: f,
+    "scan": lambda f: lambda h, w: jax.lax.scan(lambda c, h: (c + f(h, w), None), 0.0, jnp.stack([h, h]))[0],
+    "vmap": lambda f: lambda h, w: jnp.sum(jax.vmap(f, (0, None))(jnp.stack([h, h]), w)),
+}
+
+
+@pytest.mark.parametrize(
+    ("policy", "context", "dtypes"),
+    [
+        ("dots_saveable", "scan", ("float32", "float32")),
+        *(pytest.param(p, "vmap", ("float32", "float32"), marks=pytest.mark.slow) for p in POLICIES),
+        *(pytest.param("dots_saveable", "plain", d, marks=pytest.mark.slow) for d in (("bfloat16",) * 2, MIXED)),
+    ],
+)
+def test_a_policy_of_checkpoint_changes_nothing(policy: str, context: str, dtypes: tuple[str, str]) -> None:
+    """It finds no product and no name to keep: the programs are those without one, so are their temporaries."""
+    hidden, kernel = jnp.ones((ROWS, FEATURES), dtypes[0]), jnp.ones((FEATURES, CLASSES), dtypes[1])
+
+    def program(policy: Any) -> str:
+        def loss(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+            return jnp.sum(integer(jaxce.LinearLogits(hidden, kernel, block_size=BLOCK), jnp.zeros(ROWS, "int32")))
+
+        f = CONTEXTS[context](jax.checkpoint(loss, policy=policy))
+
+        def orders(*args: jax.Array) -> Any:
+            along = jax.value_and_grad(lambda *args: jax.jvp(f, args, args)[1], (0, 1))
+            return jax.jvp(jax.value_and_grad(f, (0, 1)), args, args), along(*args)
+
+        return jax.jit(orders).lower(hidden, kernel).as_text()
+
+    assert program(POLICIES[policy]) == program(None)
+
+
+@pytest.mark.parametrize(
+    ("mode", "class_axis", "dtypes"),
+    [
+        ("jvp", 0, ("float32", "float32")),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (
+                *((m, 0, ("float32", "float32")) for m in ("value", "gradient", "hvp")),
+                *((m, -1, d) for m in ("value", "gradient", "jvp", "hvp") for d in (("bfloat16",) * 2, MIXED)),
+            )
+        ),
+    ],
+)
+def test_temporaries_of_the_default_blocks(mode: str, class_axis: int, dtypes: tuple[str, str]) -> None:
+    """In parts of the logits: a block has an eighth of them, and its tangent or its derivative is another block.
+
+    XLA:CPU multiplies bfloat16 as float32: there it holds copies, too.
+    """
+    rows, features, classes = 2048, 64, 16384
+    hidden = jnp.ones((rows, features), dtypes[0])
+    kernel = jnp.ones((features, classes) if class_axis == -1 else (classes, features), dtypes[1])
+
+    def loss(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.sum(integer(jaxce.LinearLogits(hidden, kernel, class_axis=class_axis), jnp.zeros(rows, "int32")))
+
+    gradient = jax.grad(loss, (0, 1))
+    program, limit = {
+        "value": (loss, 0.2),
+        "gradient": (gradient, 0.25),
+        "jvp": (lambda *args: jax.jvp(loss, args, args)[1], 0.35),
+        "hvp": (lambda *args: jax.jvp(gradient, args, args)[1], 0.7),
+    }[mode]
+    memory = jax.jit(program).lower(hidden, kernel).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 4 * rows * classes * limit
 
 
 def test_losses_of_classes_that_fit_nowhere() -> None:

@@ -89,7 +89,7 @@ def test_a_program_is_that_of_the_platform_it_is_for(name: str, make: Callable[.
         assert ["gather" in text for text in texts[1:]] == [False, labelled]
         fewer = [int(a) - int(b) for a, b in zip(numbers[1], numbers[2], strict=True)]
         assert fewer == [int(labelled), *[0] * (passes - 1)]
-        assert set(numbers[0]) == {"2"}  # an argmax
+        assert numbers[0] and set(numbers[0]) <= set(numbers[2])  # the same numbers meet on a CPU
 
 
 def test_a_program_for_all_platforms_holds_the_choice() -> None:

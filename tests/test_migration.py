@@ -1,4 +1,4 @@
-"""README's tables of migration: in each row both calls are evaluated as they are written, and give the same numbers."""
+"""The tables of the page on migration: in each row both calls are evaluated as they stand, and give the same numbers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ import scipy.special
 
 import jaxce
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[1] / "notebooks" / "migration.md").read_text(encoding="utf-8")
 ROW = re.compile(r"^\| `([^|]+)` \| `([^|]+)` \|", re.M)
 
 
+def section(library: str) -> str:
+    return PAGE.partition(f"\n## {library}\n")[2].partition("\n## ")[0]
+
+
 def rows(library: str) -> list[Any]:
-    table = README.partition(f"<summary><b>{library}</b></summary>")[2].partition("</details>")[0]
-    return [pytest.param(*row, id=row[0]) for row in ROW.findall(table)]
+    return [pytest.param(*row, id=row[0]) for row in ROW.findall(section(library))]
 
 
 def example() -> dict[str, Any]:
@@ -60,7 +63,7 @@ def example() -> dict[str, Any]:
 def ours(call: str) -> np.ndarray:
     names = {name: getattr(jaxce, name) for name in jaxce.__all__}
     arrays = {name: jnp.asarray(value) for name, value in example().items()}
-    return np.asarray(eval(call, names | arrays | {"jnp": jnp}))
+    return np.asarray(eval(call, names | arrays | {"jnp": jnp, "K": 7}))
 
 
 def close(got: np.ndarray, expected: Any) -> None:
@@ -73,7 +76,7 @@ def close(got: np.ndarray, expected: Any) -> None:
 def test_optax(theirs: str, call: str) -> None:
     arrays = {name: jnp.asarray(value) for name, value in example().items()}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        expected = eval(theirs, {"optax": optax, "jax": jax} | arrays)
+        expected = eval(theirs, {"optax": optax, "jax": jax, "K": 7} | arrays)
     close(ours(call), expected)
 
 
@@ -102,8 +105,7 @@ def test_keras(keras: Any, theirs: str, call: str) -> None:
 
 @pytest.mark.parametrize("library", ["Optax", "PyTorch", "Keras"])
 def test_every_row_is_read(library: str) -> None:
-    table = README.partition(f"<summary><b>{library}</b></summary>")[2].partition("</details>")[0]
-    assert len(rows(library)) == len(re.findall(r"^\|", table, re.M)) - 2 > 10
+    assert len(rows(library)) == len(re.findall(r"^\|", section(library), re.M)) - 2 > 10
 
 
 def test_formulas() -> None:
@@ -117,6 +119,10 @@ def test_formulas() -> None:
     smooth = b * (1 - 0.1) + 0.5 * 0.1
     expected = -(smooth * scipy.special.log_expit(z) + (1 - smooth) * scipy.special.log_expit(-z))
     close(ours("sigmoid_binary_cross_entropy(z, b, label_smoothing=0.1)"), expected)
+    # KLDivergence: sum of y log(y / q), also where the rows of q don't sum to 1
+    (call,) = (row.values[1] for row in rows("Keras") if "KLDivergence" in str(row.values[0]))
+    expected = scipy.special.xlogy(t, t / (2 * arrays["q"])).sum(-1).mean()
+    close(ours(str(call).replace("(q)", "(2 * q)")), expected)
 
 
 def test_the_trap_of_padded_labels() -> None:

@@ -1,4 +1,4 @@
-"""Optax' own tests with jaxce's functions in the place of Optax', and the differences that README lists.
+"""Optax' own tests with jaxce's functions in the place of Optax', and the differences that the page on migration lists.
 
 Optax' wheel brings its tests along. They are run as they are, in a copy of their module in which the losses are ours, and
 all pass but those of functions that jaxce doesn't have. Its docstrings' examples are run alike.
@@ -88,7 +88,7 @@ UNIFORM = np.full((3, 3), 1 / 3, np.float32)
 CLASSES = np.array([True, True, False])
 LOG_2, LOG_3 = np.log(2.0), np.log(3.0)
 
-# The first words of README's item: calls, what Optax gives, and what jaxce gives, an error if it is one.
+# The first words of the page's item: calls, what Optax gives, and what jaxce gives, an error if it is one.
 DIFFERENCES: dict[str, list[tuple[Any, Any, Any]]] = {
     "Confident rows": [
         (lambda f: integer(f)(jnp.array([50.0, 0.0, 1.0]), 0), 0.0, np.log1p(np.exp(-50.0) + np.exp(-49.0))),
@@ -146,13 +146,13 @@ DIFFERENCES: dict[str, list[tuple[Any, Any, Any]]] = {
 
 
 def bullets() -> list[str]:
-    """README's list of differences, without the items that are about what one of the two doesn't have."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("## How it differs from Optax")[2].partition("\n## ")[0]
+    """The page's list of differences, without the items that are about what one of the two doesn't have."""
+    page = (Path(__file__).parents[1] / "notebooks" / "migration.md").read_text(encoding="utf-8")
+    section = page.partition("## Differences from Optax")[2].partition("\n## ")[0]
     return re.findall(r"^- (.*)$", section, re.M)
 
 
-def test_readme_lists_the_differences() -> None:
+def test_the_page_lists_the_differences() -> None:
     listed = bullets()
     assert len(listed) == len(DIFFERENCES)
     for item, words in zip(listed, DIFFERENCES, strict=True):

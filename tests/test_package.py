@@ -39,6 +39,7 @@ def test_what_is_installed() -> None:
     files = {
         str(path) for path in distribution.files or [] if ".dist-info" not in path.parts[0] and path.suffix != ".pyc"
     }
+    assert not re.findall(r"\]\((?!https?://)", str(distribution.metadata["Description"])), "a link that leads nowhere"
     assert files == {f"jaxce/{path.name}" for path in (ROOT / "jaxce").iterdir() if path.suffix in (".py", ".typed")}
 
 

@@ -1,4 +1,4 @@
-"""README's recipes, the functions as they stand there, against the same formulas in NumPy and float64."""
+"""The recipes, the functions as they stand on their pages, against the same formulas in NumPy and float64."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+import scipy.stats
 
 import jaxce
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+PAGES = {name: (NOTEBOOKS / f"{name}.md").read_text(encoding="utf-8") for name in ("recipes", "migration")}
 TOLERANCE = dict(rtol=2e-5, atol=2e-6)  # float32 matrix products and sums of a few terms near 1
 N, D, K = 6, 4, 3
 X, KERNEL, DIRECTION = (np.random.default_rng(i).normal(size=size) for i, size in enumerate(((N, D), (D, K), (D, K))))
@@ -24,12 +26,12 @@ LABELS = np.array([0, 1, -100, 2, -100, -100])
 
 @pytest.fixture(scope="module")
 def recipes() -> dict[str, Any]:
-    """What the recipes define; that they run, and print what they say, is a test of README itself."""
-    section = README.partition("\n## Recipes\n")[2].partition("\n## ")[0]
-    names: dict[str, Any] = {"jax": jax, "jnp": jnp, "jaxce": jaxce}
-    for example in doctest.DocTestParser().get_examples(section):
-        if example.source.startswith(("from", "def", "@", "keys =", "hidden, head =")):
-            exec(compile(example.source, "<README>", "exec"), names)
+    """What the pages define; that their examples print what they say is a test of the pages themselves."""
+    names: dict[str, Any] = {}
+    for name, page in PAGES.items():
+        for example in doctest.DocTestParser().get_examples(page):
+            if example.source.startswith(("import", "from", "def", "@", "optimizer", "keys =", "hidden, head =")):
+                exec(compile(example.source, f"<{name}>", "exec"), names)
     return names
 
 
@@ -122,12 +124,16 @@ def test_dpo(recipes: dict[str, Any], head: np.ndarray, rng: np.random.Generator
             log_p(h @ head, tokens).sum(-1)
             for h, tokens in zip([*policy, *states[2:]], 2 * (chosen, rejected), strict=True)
         ]
-        return np.logaddexp(0, -0.1 * (of[0] - of[2] - of[1] + of[3])).mean()
+        margin = 0.1 * (of[0] - of[2] - of[1] + of[3])
+        return ((1 - smoothing) * np.logaddexp(0, -margin) + smoothing * np.logaddexp(0, margin)).mean()
 
     policy, reference = f32(states[:2], states[2:])
-    value, slope = jax.value_and_grad(recipes["dpo_loss"])(policy, reference, *f32(chosen, rejected))
-    close(value, loss(states[:2]))
-    close(slope, gradient(loss, states[:2]))
+    for smoothing in (0.0, 0.2):
+        value, slope = jax.value_and_grad(recipes["dpo_loss"])(
+            policy, reference, *f32(chosen, rejected), label_smoothing=smoothing
+        )
+        close(value, loss(states[:2]))
+        close(slope, gradient(loss, states[:2]))
 
 
 def test_policy(recipes: dict[str, Any], head: np.ndarray, rng: np.random.Generator) -> None:
@@ -184,6 +190,83 @@ def test_evaluation(recipes: dict[str, Any]) -> None:
     close(got.accuracy[:2], (logits.argmax(-1) == LABELS[counts])[:2].mean(-1))
 
 
+def test_loss_and_metrics(recipes: dict[str, Any], head: np.ndarray, rng: np.random.Generator) -> None:
+    """The loss with its metrics, and the argmax in the right place."""
+    hidden, labels = rng.normal(size=(5, len(head))), rng.integers(head.shape[1], size=5)
+    labels[:2] = (hidden[:2] @ head).argmax(-1)
+    labels[4] = -100
+    loss, metrics = recipes["loss_and_metrics"](*f32(hidden, head, labels))
+    log_q = scipy.special.log_softmax(hidden @ head, -1)[:4]
+    close(loss, -log_p(hidden @ head, labels)[:4].mean())
+    close(metrics["entropy"], scipy.special.entr(np.exp(log_q)).sum(-1).mean())
+    close(metrics["accuracy"], (log_q.argmax(-1) == labels[:4]).mean())
+
+
+def test_tied_embedding(recipes: dict[str, Any], head: np.ndarray, rng: np.random.Generator) -> None:
+    """Casting the embedding rounds it to bfloat16, and nothing else."""
+    hidden, embedding = (x.astype(jnp.bfloat16) for x in f32(rng.normal(size=(5, len(head))), head.T))
+    value, slope = jax.value_and_grad(recipes["tied_loss"], 1)(hidden, embedding.astype(jnp.float32), jnp.arange(5))
+    close(value, -log_p(np.asarray(hidden, float) @ np.asarray(embedding, float).T, np.arange(5)).mean())
+    assert slope.dtype == jnp.float32
+
+
+def test_clip(recipes: dict[str, Any], rng: np.random.Generator) -> None:
+    images, texts = rng.normal(size=(2, 5, 4))
+
+    def loss(images: np.ndarray, log_scale: float = 1.5) -> float:
+        a, b = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (images, texts))
+        logits = np.exp(log_scale) * a @ b.T
+        return -(log_p(logits, np.arange(5)) + log_p(logits.T, np.arange(5))).mean() / 2
+
+    value, slopes = jax.value_and_grad(recipes["clip_loss"], (0, 2))(*f32(images, texts, np.array(1.5)))
+    close(value, loss(images))
+    close(slopes[0], gradient(loss, images))
+    close(slopes[1], (loss(images, 1.5 + 1e-5) - loss(images, 1.5 - 1e-5)) / 2e-5)
+
+
+def test_heteroscedastic_and_mixture_density(recipes: dict[str, Any], rng: np.random.Generator) -> None:
+    log_weights, location, log_scale = rng.normal(size=(3, 5, 3))
+    y = rng.normal(size=5)
+    log_p_of = scipy.stats.norm.logpdf(y[:, None], location, np.exp(log_scale))
+    got = recipes["heteroscedastic_loss"](*f32(np.stack([location[:, 0], log_scale[:, 0]], -1), y))
+    close(got, -log_p_of[:, 0].mean())
+    expected = -scipy.special.logsumexp(scipy.special.log_softmax(log_weights, -1) + log_p_of, -1).mean()
+    close(recipes["mixture_density_loss"](*f32(log_weights, location, log_scale, y)), expected)
+
+
+def test_zero_inflated(recipes: dict[str, Any], rng: np.random.Generator) -> None:
+    zero_logits, log_rate = rng.normal(size=(2, 5))
+    counts = np.array([0.0, 3.0, 0.0, 1.0, 7.0])
+
+    def loss(zero_logits: np.ndarray) -> float:
+        zero = scipy.special.expit(zero_logits)
+        p = (1 - zero) * scipy.stats.poisson.pmf(counts, np.exp(log_rate))
+        return -np.log(np.where(counts == 0, zero, 0) + p).mean()
+
+    value, slope = jax.value_and_grad(recipes["zero_inflated_loss"])(*f32(zero_logits, log_rate, counts))
+    close(value, loss(zero_logits))
+    close(slope, gradient(loss, zero_logits))
+
+
+def test_negative_elbo(recipes: dict[str, Any], rng: np.random.Generator) -> None:
+    logits, pixels = rng.normal(size=(3, 4)), rng.integers(2, size=(3, 4)) * 1.0
+    location, log_scale = rng.normal(size=(2, 3, 2))
+    nll = -scipy.stats.bernoulli.logpmf(pixels, scipy.special.expit(logits)).sum(-1)
+    divergence = (0.5 * (np.exp(2 * log_scale) + location**2 - 1) - log_scale).sum(-1)
+    close(recipes["negative_elbo"](*f32(logits, pixels, location, log_scale)), (nll + divergence).mean())
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_disagreement(recipes: dict[str, Any], rng: np.random.Generator, size: float) -> None:
+    """Of models that agree but for a thousandth the difference of entropies in float32 has no digits left."""
+    (p,) = f32(scipy.special.softmax(size * rng.normal(size=(5, 6, 4)), -1))
+    joint = np.moveaxis(np.asarray(p, float), 0, 1)
+    joint /= joint.sum((-2, -1), keepdims=True)
+    marginals = joint.sum(-1, keepdims=True), joint.sum(-2, keepdims=True)
+    expected = scipy.special.rel_entr(joint, marginals[0] * marginals[1]).sum((-2, -1))
+    np.testing.assert_allclose(recipes["disagreement"](p), expected, rtol=1e-5)  # float32, and terms of second order
+
+
 # Losses of other trainers, written from their sources: T5X' `losses.compute_weighted_cross_entropy` and that of Flax'
 # lm1b example, and MaxText's `cross_entropy_with_logits`, which is T5X' too.
 
@@ -200,17 +283,17 @@ def of_t5x(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray, smoothin
 
 
 def test_t5x_and_flax(rng: np.random.Generator) -> None:
-    """README's rows: s for the other classes together is our s K / (K - 1), and they subtract the labels' entropy."""
+    """The page's rows: s for the other classes together is our s K / (K - 1), and they subtract the labels' entropy."""
     logits, labels, weights = (
         rng.normal(size=(4, 5, 7)) * 3,
         rng.integers(7, size=(4, 5)),
         rng.integers(2, size=(4, 5)) * 1.0,
     )
     expected = of_t5x(logits, labels, weights, 0.1, 0.01)
-    calls = re.findall(r"^\| `\(x, y, s, .+?\)\[(\d)\]` \| `([^|]+)` \|", README, re.M)
+    calls = re.findall(r"^\| `\(x, y, s, .+?\)\[(\d)\]` \| `([^|]+)` \|", PAGES["migration"], re.M)
     assert [int(i) for i, _ in calls] == [0, 1, 2]
     names = {name: getattr(jaxce, name) for name in jaxce.__all__}
-    names |= dict(zip("xys", f32(logits, labels, weights), strict=True)) | {"jnp": jnp}
+    names |= dict(zip("xys", f32(logits, labels, weights), strict=True)) | {"jnp": jnp, "K": 7}
     for i, call in calls:
         np.testing.assert_allclose(eval(call, names), expected[int(i)], rtol=2e-5)  # a sum of 20 terms in float32
 
@@ -224,3 +307,31 @@ def test_maxtext(rng: np.random.Generator) -> None:
         expected = of_t5x(logits[row], labels[row], np.ones(()), 1e-30, 1e-2)
         close((statistics.nll + z_term).ravel()[i], expected[0])
         close(z_term.ravel()[i], expected[1])
+
+
+def test_maxtext_tiles(recipes: dict[str, Any], rng: np.random.Generator) -> None:
+    """The sum over the tokens of all segments, and its z-term."""
+    hidden, kernel = rng.normal(size=(2, 5, 4)), rng.normal(size=(4, K))
+    labels, segments = rng.integers(K, size=(2, 5)), rng.integers(3, size=(2, 5))
+    total, z_term = recipes["maxtext_loss"](*f32(hidden, kernel, labels, segments), z_loss=0.1)
+    expected = of_t5x(hidden @ kernel, labels, segments != 0, 1e-30, 0.1)
+    close(total, expected[0])
+    close(z_term, expected[1])
+
+
+def test_easylm(recipes: dict[str, Any], rng: np.random.Generator) -> None:
+    """The mean of each sequence, then of the sequences, of which one has no token that counts."""
+    logits, labels = 2 * rng.normal(size=(3, 5, K)), rng.integers(K, size=(3, 5))
+    valid = np.array([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]], float)
+    length = np.maximum(valid.sum(-1), 1e-10)
+    loss, accuracy = recipes["easylm_loss"](*f32(logits, labels, valid))
+    close(loss, -((log_p(logits, labels) * valid).sum(-1) / length).mean())
+    close(accuracy, (((logits.argmax(-1) == labels) * valid).sum(-1) / length).mean())
+
+
+def test_tunix(recipes: dict[str, Any], rng: np.random.Generator) -> None:
+    hidden, kernel, labels = rng.normal(size=(2, 5, 4)), rng.normal(size=(4, K)), rng.integers(K, size=(2, 5))
+    got = recipes["tunix_logps"](*f32(hidden, kernel, labels), temperature=0.5)
+    logits = hidden @ kernel / 0.5
+    close(got[0], log_p(logits, labels))
+    close(got[1], scipy.special.entr(scipy.special.softmax(logits, -1)).sum(-1))

@@ -58,11 +58,6 @@ def test_what_has_no_weight_leaves_no_trace(bad: float) -> None:
         for argnum, expected in enumerate((by_loss, by_weight)):
             np.testing.assert_allclose(jax.jacfwd(weighted_mean, argnum)(losses, weights), expected, rtol=1e-6)
         np.testing.assert_array_equal(weighted_mean(losses, weights, axis=1), [1.75, 0])
-    # A derivative that is NaN where the loss is finite: the root at 0, which has no weight.
-    root = jax.jvp(
-        lambda x: weighted_mean(jnp.sqrt(x), jnp.array([0.0, 1.0])), (jnp.array([0.0, 4.0]),), (jnp.ones(2),)
-    )
-    assert root[1] == 0.25
 
 
 def test_nothing_left_is_0() -> None:
@@ -85,6 +80,57 @@ def test_derivatives() -> None:
         # A quotient of sums: central differences of order 2 tell 6 digits of it.
         check_grads(weighted_mean, (losses, weights), order=2, atol=1e-6, rtol=1e-6)
         check_grads(lambda x, n: weighted_mean(x, weights, normalizer=n), (losses, 3.0), order=1, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-35, 1e-20, 1e-15, 1e15, 1e20, 1e33])
+def test_weights_of_any_size(size: float) -> None:
+    """A mean doesn't know in what its weights are measured; its derivatives by them are that much larger."""
+    losses, weights = data((2, 4))
+    weights[0, 1] = 0
+
+    @jax.jit
+    def derivatives(x: Any, w: Any) -> Any:
+        def mean(x: Any, w: Any) -> Any:
+            return weighted_mean(x, w, axis=1).sum()
+
+        along = jax.jvp(jax.grad(mean), (x, w), (jnp.zeros_like(x), w))[1]
+        return weighted_mean(x, w, axis=1), *jax.grad(mean, (0, 1))(x, w), along
+
+    w = (weights * np.float32(4 * size)).astype("float32")
+    value, by_loss, by_weight, along = derivatives(losses, w)
+    exact, x = w.astype(float), losses.astype(float)
+    total = exact.sum(1, keepdims=True)
+    mean = (exact * x).sum(1, keepdims=True) / total
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-6)  # sums of 4 numbers, and differences of about 1
+    close(value, mean[:, 0])
+    close(by_loss, exact / total, atol=1e-12)
+    close(np.asarray(by_weight) * total, x - mean, atol=1e-6)
+    if 1e-18 < size < 1e18:  # else 1 / sum(w)^2 can't be written
+        # Along the weights themselves it doesn't change: a difference of equal numbers.
+        np.testing.assert_allclose(along, np.zeros_like(along), atol=1e-6)
+
+
+def test_derivative_by_loss_and_weight_where_the_weight_is_0() -> None:
+    """1 / sum(w) by a loss and its own weight, also at 0, where learning to reweight starts; less w_i / sum(w)^2."""
+    losses, weights = jnp.array([3.0, 1.0, 5.0, INF]), jnp.array([0.0, 2.0, 2.0, 0.0])
+    right = np.eye(4)[:, :3] / 4 - np.asarray(weights)[:, None] / 16
+    right[3] = 0
+    for mixed in (
+        jax.jit(jax.jacfwd(jax.grad(weighted_mean), 1))(losses, weights),
+        jax.jit(jax.jacrev(jax.grad(weighted_mean), 1))(losses, weights),
+        jax.jit(jax.jacfwd(jax.grad(weighted_mean, 1)))(losses, weights).T,
+    ):
+        np.testing.assert_allclose(mixed, np.append(right, np.zeros((4, 1)), 1), atol=1e-7)
+
+
+def test_mean_of_hits() -> None:
+    """Booleans and integers have a mean, too: an accuracy."""
+    hits = np.array([True, False, True, True])
+    for given in (hits, jnp.asarray(hits), hits.astype("int32"), hits.tolist()):
+        mean = weighted_mean(given)
+        assert mean == 0.75 and mean.dtype == jnp.float32
+    assert weighted_mean(hits, [1, 1, 0, 2]) == 0.75
+    assert weighted_mean(jnp.asarray(hits), jnp.asarray([1.0, 1, 0, 2], "bfloat16")) == 0.75
 
 
 def test_normalizer_makes_micro_batches_add_up() -> None:
@@ -152,6 +198,7 @@ def test_bits_per() -> None:
         np.testing.assert_allclose(bits_per(nats, counts), [2.5 / np.log(2), 0, 0, INF], rtol=2e-7)  # 2 ulp
         slope = jax.grad(lambda x: bits_per(x, counts[:3]).sum())(nats[:3])
         np.testing.assert_allclose(slope, [0.25 / np.log(2), 1 / 7 / np.log(2), 0], rtol=2e-7)
+    assert bits_per(512, 8) == bits_per(512.0, np.int64(8)) and perplexity(3, base=2) == 8
     np.testing.assert_allclose(bits_per(nats, 5.0), nats / 5 / np.log(2), rtol=2e-7)
 
 
@@ -175,7 +222,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="weighted_mean: axis must"):
         weighted_mean(x, axis=2)
     with pytest.raises(TypeError, match="weighted_mean: losses must"):
-        weighted_mean(jnp.ones(3, jnp.int32))
+        weighted_mean(jnp.ones(3, jnp.complex64))
     with pytest.raises(TypeError, match="weighted_mean: weights must"):
         weighted_mean(x, jnp.ones(3, jnp.complex64))
     with pytest.raises(TypeError, match="perplexity: nll must"):

@@ -192,6 +192,57 @@ def test_focal_derivatives(gamma: float) -> None:
         close(mixed[soft], exactly((1, 1), soft))
 
 
+def exact_focal(x: float, t: float, gamma: float) -> list[list[Any]]:
+    """The parts of the derivatives by x, t, x twice, x and t, t twice; m is 1 - p_t and c the cross-entropy."""
+    b, g = mpmath.mpf(t), mpmath.mpf(gamma)
+    p, not_p = 1 / (1 + mpmath.exp(-mpmath.mpf(x))), 1 / (1 + mpmath.exp(mpmath.mpf(x)))
+    c = b * mpmath.log1p(mpmath.exp(-mpmath.mpf(x))) + (1 - b) * mpmath.log1p(mpmath.exp(mpmath.mpf(x)))
+    m, m_x, m_t = (1 - b) * p + b * not_p, (1 - 2 * b) * p * not_p, not_p - p
+    m_xx, m_xt = m_x * m_t, -2 * p * not_p
+    c_x, c_t, c_xx = (1 - b) * p - b * not_p, -mpmath.mpf(x), p * not_p
+    f = m**g
+    d, dd = g * f / m, g * (g - 1) * f / m / m
+    return [
+        [d * m_x * c, f * c_x],
+        [d * m_t * c, f * c_t],
+        [dd * m_x * m_x * c, d * m_xx * c, 2 * d * m_x * c_x, f * c_xx],
+        [dd * m_x * m_t * c, d * m_xt * c, d * m_x * c_t, d * m_t * c_x, -f],
+        [dd * m_t * m_t * c, 2 * d * m_t * c_t],
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
+def test_focal_derivatives_in_the_tails(dtype: str) -> None:
+    """As far as they can be written, which is beyond where p can; by hard labels, too, and in both modes."""
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def derivatives(x: Any, t: Any, g: Any) -> Any:
+        first = jax.grad(lambda x, t: sigmoid_focal_loss(x, t, gamma=g).sum(), (0, 1))
+        one, zero = jnp.ones_like(x), jnp.zeros_like(x)
+        (xx, tx), (xt, tt) = (jax.jvp(first, (x, t), v)[1] for v in ((one, zero), (zero, one)))
+        reverse = [jax.grad(lambda x, t, i=i: first(x, t)[i].sum(), (0, 1))(x, t) for i in (0, 1)]
+        return [*first(x, t), xx, xt, tx, tt, *reverse[0], *reverse[1]]
+
+    with jax.enable_x64(dtype == "float64"):
+        far = 87 if dtype == "float32" else 708  # e^far is about the largest number
+        sizes = far * np.array([0.003, 0.03, 0.1, 0.2, 0.33, 0.36, 0.4, 0.5, 0.502, 0.51, 0.63, 0.7, 0.9, 0.98, 1.2, 3])
+        grid = list(itertools.product([*sizes, *-sizes], (0, 1, 0.25, 0.75), (*GAMMAS, 0)))
+        x, t, g = (np.array(column, dtype) for column in zip(*grid, strict=True))
+        # 1 - p_t is good to 3 ulp, and to a power gamma times; beyond what p can be, half an ulp for each nat of the power.
+        limit = 12 + 6 * g + np.where(abs(x) > far, abs(x) * (g + 1) / 2, 0)
+        with mpmath.workdps(60 if dtype == "float32" else 700):
+            exact = [exact_focal(*point) for point in zip(x.tolist(), t.tolist(), g.tolist(), strict=True)]
+            most = float(jnp.finfo(dtype).max)
+            for got, i in zip(derivatives(x, t, g), (0, 1, 2, 3, 3, 4, 2, 3, 3, 4), strict=True):
+                right, size = ([f(parts[i]) for parts in exact] for f in (mpmath.fsum, lambda v: sum(map(abs, v))))
+                right = [
+                    mpmath.mpf(0) if i == 4 and abs(r) > most else r for r in right
+                ]  # an infinite one tells nothing
+                error = ulp_error(got, right, size) / limit
+                worst = int(error.argmax())
+                assert error[worst] <= 1, (i, grid[worst], got[worst], float(right[worst]))
+
+
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_focal_tails(gamma: float) -> None:
     x = jnp.array([INF, -INF, INF, -INF, INF, 95, 88, 60, 40, -95, -60, 3e38, -3e38, 95, -3e38])
@@ -231,6 +282,32 @@ def test_focal_alpha_ignores_infinities_without_weight() -> None:
     assert sigmoid_focal_loss(x, t, alpha=1.0)[0] == 0
     assert sigmoid_focal_loss(x, t, alpha=0.0)[1] == 0
     assert jax.grad(lambda a: sigmoid_focal_loss(a, t, alpha=1.0).sum())(x)[0] == 0
+
+
+def test_focal_options_of_each_question() -> None:
+    """alpha and gamma may be arrays that broadcast to the logits: as many calls of numbers; with derivatives."""
+    rng = np.random.default_rng(7)
+    x, t = (jnp.asarray(a, jnp.float32) for a in (rng.normal(size=(4, 3)), rng.uniform(size=(4, 3))))
+    alpha: Any = [0.25, 0.5, 1.0]
+    gamma = np.float32([0, 1.5, 2])
+    got = sigmoid_focal_loss(x, t, alpha=alpha, gamma=gamma)
+    for k in range(3):
+        one = sigmoid_focal_loss(x[:, k], t[:, k], alpha=alpha[k], gamma=float(gamma[k]))
+        np.testing.assert_allclose(got[:, k], one, rtol=1e-6)  # of constants XLA makes other products
+    np.testing.assert_array_equal(
+        sigmoid_focal_loss(x, t, alpha=jnp.full((4, 1), 0.5)), sigmoid_focal_loss(x, t, alpha=0.5)
+    )
+    slopes = jax.grad(lambda a, g: sigmoid_focal_loss(x, t, alpha=a, gamma=g).sum(), (0, 1))(jnp.asarray(alpha), gamma)
+    p = 1 / (1 + np.exp(-np.float64(x)))
+    label, plain = np.float64(t), np.float64(sigmoid_focal_loss(x, t, gamma=gamma))
+    by_gamma = np.float64(got) * np.log((1 - label) * p + label * (1 - p))
+    for slope, right in zip(slopes, ((2 * label - 1) * plain, by_gamma), strict=True):
+        np.testing.assert_allclose(slope, right.sum(0), rtol=1e-5, atol=1e-6)  # sums of 4
+    wrong: Any
+    for wrong in ([0.25, 0.5], np.ones((1, 4, 3)), ["a", "b", "c"]):
+        for option in ("alpha", "gamma"):
+            with pytest.raises((TypeError, ValueError), match=f"sigmoid_focal_loss: {option} must"):
+                sigmoid_focal_loss(x, t, **{option: wrong})
 
 
 def test_dtypes() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxce import _platforms
+from jaxce import _passes, _platforms
 from jaxce._state import SHARE, Ask, Block, State, leaves, meet, meet_all, meet_devices, nothing
 
 F32 = np.dtype(np.float32)
@@ -35,8 +35,11 @@ class Rows(NamedTuple):
     weights: np.ndarray
 
 
-def rows(classes: int) -> Rows:
-    """Rows at which a merge could go wrong. Targets and weights are multiples of 1/64, so that their sums are exact."""
+def rows(classes: int, dtype: Any = F32) -> Rows:
+    """Rows at which a merge could go wrong. Targets and weights are multiples of 1/64, so that their sums are exact.
+
+    Logits are float32, but those that another dtype can write.
+    """
     rng = np.random.default_rng(classes)
     normal = 3 * rng.normal(size=(20, classes))
     some = rng.uniform(size=classes) < 0.4
@@ -45,6 +48,9 @@ def rows(classes: int) -> Rows:
         "ascending": np.linspace(-40, 3, classes),
         "descending": np.linspace(3, -40, classes),
         "equal": np.full(classes, 1.5),
+        "zero": np.zeros(classes),
+        "tiny": 1e-24 * normal[9],
+        "very negative": normal[9] - 1e4,
         "ties at the top": np.minimum(normal[1], 0.5),
         "confident": np.where(np.arange(classes) == classes // 2, 30, normal[2]),
         "offset 1e8": normal[3] * 8 + 1e8,
@@ -56,13 +62,14 @@ def rows(classes: int) -> Rows:
         "one there": np.where(np.arange(classes) == 1, 7, -INF),
         "all absent": np.full(classes, -INF),
         "infinite": np.where(np.arange(classes) == classes - 1, INF, normal[7]),
-        "infinite twice": np.where(np.arange(classes) % (classes - 1) == 0, INF, normal[8]),
+        "infinite twice": np.where(np.isin(np.arange(classes), [0, classes - 1]), INF, normal[8]),
         "infinite and absent": np.where(np.arange(classes) == 0, INF, -INF),
         "NaN": np.where(np.arange(classes) == classes - 2, NAN, normal[9]),
         "NaN and absent": np.where(np.arange(classes) == 0, NAN, -INF),
         "NaN and infinite": np.where(np.arange(classes) == 0, NAN, np.where(some, INF, 0)),
     }
-    x = np.stack(list(made.values())).astype(F32)
+    with np.errstate(over="ignore"):
+        x = np.stack(list(made.values())).astype(F32).astype(dtype).astype(F32)
     labels = rng.integers(classes, size=len(x))
     targets = rng.integers(0, 5, size=x.shape) * rng.integers(0, 2, size=x.shape) / 64
     weights = rng.integers(0, 65, size=classes) / 64
@@ -160,6 +167,8 @@ def check(state: State, r: Rows, weighted: bool, meetings: int, names: tuple[str
             assert same, f"{name} of {r.names[row]}: {value[row]} instead of {wanted[row]}"
     assert np.all(np.isnan(got["m"]) == nan) and np.all(np.isnan(got["s"]) == nan)
     assert np.array_equal(state.present, nan | there)
+    if "prediction" in got:
+        assert np.array_equal(state.predicted, np.where(nan | ~there, 0, expected["prediction"]))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -215,50 +224,63 @@ def test_laws(weighted: bool) -> None:
         check(state, r, weighted, 3)
 
 
+def over_classes(b: Block, ask: Ask) -> State:
+    """As `_passes.state_of` asks for it."""
+    inputs = {"array": b.x, "labels": b.labels, "targets": b.targets, "weights": b.weights}
+    inputs = {name: x for name, x in inputs.items() if x is not None}
+
+    def read(part: dict[str, jax.Array]) -> Block:
+        places = b.first + jax.lax.broadcasted_iota(jnp.int32, part["array"].shape, 1)
+        return Block(part["array"], b.first, places, *(part.get(n) for n in ("labels", "weights", "targets")))
+
+    return _platforms.over_classes(read, inputs, _passes.OF_ROWS, ask, F32)
+
+
 def test_what_is_not_asked_for_is_not_carried() -> None:
-    r = rows(5)
+    r = rows(12)
     bare = Block(jnp.asarray(r.x), 0, jax.lax.broadcasted_iota(jnp.int32, r.x.shape, 1))
     asks = {"h": Ask(entropy=True), "squares": Ask(squares=True), "prediction": Ask(prediction=True)}
     for name, ask in {"": Ask(), **asks, "uniform": Ask(uniform=True)}.items():
-        for state in leaves(bare, ask, F32), _platforms.over_classes(bare, ask, F32):
+        for state in leaves(bare, ask, F32), over_classes(bare, ask):
             carried = {n for n, v in state._asdict().items() if v is not None}
             assert carried == {"m", "s"} | ({name} if name else set())
     labelled = leaves(bare._replace(labels=jnp.asarray(r.labels)), Ask(), F32)
     assert {n for n, v in labelled._asdict().items() if v is not None} == {"m", "s", "label"}
 
 
-# --- the ways over a row ----------------------------------------------------------------------------------------------
+# --- the orders in which the classes of a row meet --------------------------------------------------------------------
 
 
-WAYS = {
-    "reduction": lambda b: meet_all(leaves(b, EVERYTHING, F32)),
-    "sums": lambda b: _platforms._from_sums(b, EVERYTHING, F32),
-    "blocks": lambda b: _platforms._in_blocks(b, EVERYTHING, F32),
+ORDERS = {
+    "one after the other": lambda b: meet_all(leaves(b, EVERYTHING, F32)),
+    "as on this platform": lambda b: over_classes(b, EVERYTHING),
+    "as on a GPU": lambda b: _platforms._in_parts(b, EVERYTHING, F32),
 }
+CLASSES = [2, 10, 11, 100, 1000, 4095, 4096, 5003]  # too few to cut, even and uneven parts, a prime number
+DEFAULT = {(11, "float32"), (100, "bfloat16"), (1000, "float16"), (4095, "float32")}
 
 
-# Short rows; rows in one piece; in blocks (4400 = 80 * 55 on a CPU, 2 * 2200 on a GPU); and a prime number of classes,
-# which can't be cut.
-@pytest.mark.parametrize("classes", [3, 40, 4400, pytest.param(4421, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("weighted", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("way", WAYS)
-def test_ways_over_a_row(way: str, weighted: bool, classes: int) -> None:
-    r = rows(classes)
-    compiled = jax.jit(WAYS[way], compiler_options={"xla_backend_optimization_level": 0})
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize(
+    ("classes", "dtype"),
+    [
+        pytest.param(k, d, marks=() if (k, d) in DEFAULT else pytest.mark.slow)
+        for k in CLASSES
+        for d in ("float32", "bfloat16", "float16")
+    ],
+)
+@pytest.mark.parametrize("order", ORDERS)
+def test_any_order(order: str, classes: int, dtype: str, x64: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks of rows, too, of which the last has fewer; and with 64-bit numbers allowed, of which none is wanted."""
+    r = rows(classes, jnp.dtype(dtype))
+    weighted = x64  # as well as not
+    monkeypatch.setattr(_platforms, "_CACHE", 7 * classes)
+    with jax.enable_x64(x64):
+        compiled = jax.jit(ORDERS[order], compiler_options={"xla_backend_optimization_level": 0})
+        b = block(r, weighted)
+        state = compiled(b._replace(x=b.x.astype(dtype)))
     # Even one class after the other, as many roundings add up as steps at random do: to the root of their number.
-    check(compiled(block(r, weighted)), r, weighted, math.isqrt(classes) + 1)
-
-
-@pytest.mark.parametrize("classes", [512, 4421])
-def test_fours(classes: int) -> None:
-    """Of the maximum and the sum alone a GPU makes states of four classes; of bfloat16 logits in the test, as there."""
-    r = rows(classes)
-    r = r._replace(x=r.x.astype(jnp.bfloat16).astype(F32))
-    bare = Block(jnp.asarray(r.x, jnp.bfloat16), 0, jax.lax.broadcasted_iota(jnp.int32, r.x.shape, 1))
-    state = jax.jit(lambda b: _platforms._in_blocks(b, Ask(), F32))(bare)
-    check(state, r, False, math.isqrt(classes) + 1, ("m", "s"))
-    wide = jax.jit(lambda b: _platforms._in_blocks(b, Ask(), F32))(bare._replace(x=jnp.asarray(r.x)))
-    check(wide, r, False, math.isqrt(classes) + 1, ("m", "s"))
+    check(state, r, weighted, math.isqrt(classes) + 1)
 
 
 def test_devices_meet() -> None:

@@ -1,6 +1,7 @@
-"""Sharded logits on eight simulated devices: what test_sharded.py runs in a process that has them.
+"""Losses on meshes of eight simulated devices, their values and what they cost: test_sharded.py runs this in a process that
+has them.
 
-By hand: ``XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m pytest tests/eight_devices.py``.
+By hand: ``XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m pytest tests/losses_on_a_mesh.py``.
 """
 
 from __future__ import annotations
@@ -279,34 +280,46 @@ def test_mean_loss_of_a_part_of_the_batch() -> None:
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)  # float32, sums in another order
 
 
-@pytest.mark.parametrize("way", ["shard_map", "Explicit", "Auto", pytest.param("no account", marks=pytest.mark.slow)])
-def test_mean_loss(way: str) -> None:
-    """In chunks of rows: its value, gradient and second derivative are those of the formula on an array."""
+WAYS = ["shard_map", "Explicit", "Auto", "no account"]
+DEFAULT = [("z_loss", way) for way in WAYS[:3]]
+MORE = [("z_loss", WAYS[3]), *(("label_smoothing", way) for way in WAYS)]
+
+
+@pytest.mark.parametrize(("option", "way"), DEFAULT + [pytest.param(*p, marks=pytest.mark.slow) for p in MORE])
+def test_mean_loss(option: str, way: str) -> None:
+    """In chunks of rows: its value, gradient, second derivative and what it tells of each row are the formula's."""
 
     def mean(a: Arrays, axis_name: Any = None, whole: Any = None) -> Any:
         weights = jnp.where(a["labels"] == 4, 0, a["rows"])
-        options = {"label_smoothing": 0.1, "class_weights": a["weights"], "normalizer": 3.0}
+        options = {option: 0.1, "class_weights": a["weights"], "normalizer": 3.0}
         logits = logits_of("linear", a, axis_name)
         if whole is None:
-            total = jaxce.linear_cross_entropy(logits, a["labels"], weights, chunk_size=1, **options)
-            return total if axis_name is None else jax.lax.psum(total, "data")
-        targets = 0.9 * jax.nn.one_hot(a["labels"], V, dtype=weights.dtype) + 0.1 / V
-        log_p = jax.nn.log_softmax(logits.materialize())
-        return jnp.sum(weights * -jnp.sum(a["weights"][None] * targets * log_p, -1)) / 3
+            total, aux = jaxce.linear_cross_entropy(logits, a["labels"], weights, chunk_size=1, has_aux=True, **options)
+            return (total if axis_name is None else jax.lax.psum(total, "data")), aux
+        x = logits.materialize()
+        smoothing, z_loss = (0.1 * (option == name) for name in ("label_smoothing", "z_loss"))
+        targets = (1 - smoothing) * jax.nn.one_hot(a["labels"], V, dtype=weights.dtype) + smoothing / V
+        log_normalizers = jax.nn.logsumexp(x, -1)
+        losses = -jnp.sum(a["weights"][None] * targets * jax.nn.log_softmax(x), -1) + z_loss * log_normalizers**2
+        aux = tuple(jnp.where(weights == 0, 0, v) for v in (losses, log_normalizers))
+        return jnp.sum(weights * losses) / 3, jax.lax.stop_gradient(aux)
 
     def orders(f: Callable[[Arrays], Any], floats: Arrays, labels: Arrays) -> Any:
         directions = jax.tree.map(lambda x: jnp.cos(x).astype(x.dtype), floats)
-        slopes = jax.value_and_grad(lambda x: f(x | labels))
+        slopes = jax.value_and_grad(lambda x: f(x | labels), has_aux=True)
         return jax.jvp(slopes, (floats,), (directions,))
 
     with jax.enable_x64(True):
         names = "hidden", "kernel", "bias", "weights", "labels"
         a = {n: v for n, v in arrays().items() if n in names} | {"rows": jnp.array([1.0, 5.0, 0.5, 2.0])}
+        for name in ("hidden", "rows", "labels"):  # enough for several chunks of the rows of eight devices
+            a[name] = jnp.concatenate([jnp.roll(a[name], i, 0) for i in range(4)])
         specs = {n: SPECS.get(n, P("data")) for n in a}
         f: Any = mean
         if way in ("shard_map", "no account"):
             part = functools.partial(mean, axis_name="model")
-            f = jax.shard_map(part, mesh=mesh(), in_specs=(specs,), out_specs=P(), check_vma=way == "shard_map")
+            out_specs = P(), P("data")
+            f = jax.shard_map(part, mesh=mesh(), in_specs=(specs,), out_specs=out_specs, check_vma=way == "shard_map")
         placed = dict(a)
         if way in ("Auto", "Explicit"):
             placed = {n: jax.device_put(v, NamedSharding(mesh(AxisType[way]), specs[n])) for n, v in a.items()}
@@ -609,6 +622,94 @@ def test_nothing_large_is_gathered_with_automatic_axes(kind: str) -> None:
     assert {c.kind for c in found} == {"all-reduce", "all-gather"}
     # The maximum, the sum and the label's logit, of each part of the classes; and the mean.
     assert 0 < sum(c.bytes * c.times for c in found) - gradients <= 3 * MODEL * row + 4
+
+
+PLACES: dict[str, tuple[P, P]] = {  # of hidden states [rows, features] and of a kernel [features, classes]
+    "rows": (P("data"), P()),
+    "all axes for rows": (P(("data", "model")), P()),
+    "classes": (P("data"), P(None, "model")),
+    "all axes for classes": (P(), P(None, ("data", "model"))),
+    "one axis for rows and classes": (P("data"), P(None, "data")),
+    "features of the kernel": (P("data"), P("model")),
+    "features of the kernel over all axes": (P(("data", "model")), P(("data", "model"))),
+    "features of both": (P("data", "model"), P("model")),
+    "features and classes": (P("data"), P("data", "model")),
+}
+USES: dict[str, Callable[[Any], Any]] = {
+    "no mesh": lambda m: contextlib.nullcontext(),
+    "jax.set_mesh": jax.set_mesh,
+    "with mesh": lambda m: m,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*with mesh:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("place", "use"),
+    [
+        pytest.param(
+            place,
+            use,
+            marks=()
+            if (place, use) in (("features of both", "no mesh"), ("features and classes", "with mesh"))
+            else pytest.mark.slow,
+        )
+        for place in PLACES
+        for use in USES
+        # How a mesh in use shards the classes isn't known while tracing: along one axis, it is taken.
+        if (place, use) != ("all axes for classes", "jax.set_mesh")
+    ],
+)
+def test_blocks_cost_a_device_no_more_than_the_array(place: str, use: str) -> None:
+    """Of memory and of the network: the kernel and its gradient cross it once each, and nothing as large as the logits."""
+    rows, features, classes = 2048, 32, 8192
+    m = mesh()
+    hidden, kernel = (
+        jax.ShapeDtypeStruct(shape, "float32", sharding=NamedSharding(m, spec))
+        for shape, spec in zip(((rows, features), (features, classes)), PLACES[place], strict=True)
+    )
+
+    def program(loss: Callable[..., Any]) -> Any:
+        gradient = jax.value_and_grad(lambda h, w: jnp.mean(integer(loss(h, w), jnp.arange(rows))), (0, 1))
+        outputs = NamedSharding(m, P()), (hidden.sharding, kernel.sharding)
+        return jax.jit(gradient, out_shardings=outputs).lower(hidden, kernel).compile()
+
+    array = program(jnp.matmul)
+    with USES[use](m):
+        blocks = program(jaxce.LinearLogits)
+    assert blocks.memory_analysis().temp_size_in_bytes <= array.memory_analysis().temp_size_in_bytes
+    found = programs.collectives(blocks.as_text())
+    inputs = 4 * features * (rows + classes)
+    assert sum(c.bytes * c.times for c in found) <= 2 * inputs + 4 * rows * MODEL * 4  # and parts of the rows' states
+
+
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_shard_map_over_some_axes(check_vma: bool) -> None:
+    """The features of the kernel lie along the other axis, which XLA partitions; gradients taken inside and outside."""
+    a = arrays("float32")
+    m = mesh()
+    hidden = jax.device_put(jnp.pad(a["hidden"], ((0, 0), (0, 1))), NamedSharding(m, P("data")))
+    kernel = jax.device_put(jnp.pad(a["kernel"], ((0, 1), (0, 0))), NamedSharding(m, P("model")))
+
+    def total(hidden: Any, kernel: Any, labels: Any) -> Any:
+        return jnp.sum(integer(jaxce.LinearLogits(hidden, kernel, block_size=5), labels))
+
+    def part(hidden: Any, kernel: Any, labels: Any) -> Any:
+        losses, pull = jax.vjp(lambda h: integer(jaxce.LinearLogits(h, kernel, block_size=5), labels), hidden)
+        return losses, pull(jnp.ones_like(losses))[0]
+
+    of_rows = jax.shard_map(
+        part,
+        mesh=m,
+        in_specs=(P("data"), P(), P("data")),
+        out_specs=(P("data"), P("data")),
+        axis_names={"data"},
+        check_vma=check_vma,
+    )
+    inside = jax.jit(of_rows)(hidden, kernel, a["labels"])[1]
+    outside = jax.jit(jax.grad(lambda h, w: jnp.sum(of_rows(h, w, a["labels"])[0]), (0, 1)))(hidden, kernel)
+    right = jax.grad(total, (0, 1))(*jax.device_get((hidden, kernel)), a["labels"])
+    for got, expected in ((inside, right[0]), *zip(outside, right, strict=True)):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)  # sums of a dozen terms of both signs
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
