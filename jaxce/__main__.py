@@ -354,8 +354,9 @@ def plot(file: str, losses: list[float], unigram: float, held_out: float) -> Non
     axes.axhline(unigram, color="C2", linestyle="--", label="held-out text, token frequencies alone")
     title = "Cross-entropy of a small language model of Python's manual"
     axes.set(xlabel="training step", ylabel="mean loss (nats per token)", title=title)
+    axes.margins(y=0.1)
     axes.legend()
-    figure.savefig(file)
+    figure.savefig(file, dpi=200)
 
 
 # The command line

@@ -1,7 +1,7 @@
-"""What a function may be given: conversions and errors at the door.
+"""Checks and conversions of the arguments of public functions.
 
 Every public function converts and checks its arguments here, once, and is plain array code from then on. All errors have
-one form, ``function: argument must be ..., got ...``, and are raised while the function is traced. Checks say what is
+one form, ``function: argument must be ..., got ...``, and are raised while the function is traced. A check says what is
 wrong with an argument; `compiled` and `named` put the function's name before it, once.
 """
 
@@ -37,7 +37,7 @@ class _ArgumentError(Exception):
     """What is wrong with an argument, in one line without the function's name, and hints of what to write instead.
 
     A hint has arguments in braces, as in ``"give {where}="``, and fits a function that has them all; ``{where:.0}``
-    demands one without showing it. The first hint that fits is shown. `named` says what else braces may hold.
+    demands one without showing it. The first hint that fits is shown. `named._fill` says what else braces may hold.
     """
 
     def __init__(self, message: str, *hints: str) -> None:
@@ -60,7 +60,7 @@ class ArgumentValueError(_ArgumentError, ValueError):
     __module__, __qualname__ = "builtins", "ValueError"
 
 
-class named:  # noqa: N801  (used like a function)
+class named:
     """A context that puts a function's name before errors about its arguments.
 
     Of nested functions the outermost, which the user called, has the last word. The last line that a traceback shows is
@@ -93,9 +93,17 @@ class named:  # noqa: N801  (used like a function)
             getattr(error, "__notes__", []).clear()  # JAX says there which of its frames it has left out
 
     def _fill(self, hint: str) -> str:
-        """The hint for this function, or nothing."""
+        """The hint for this function, or nothing if that lacks something that is in its braces.
+
+        There may be arguments; ``call``, this function with the arguments that it demands, and ``second``, the second of
+        these; ``weighted_mean``, for losses and entropies; ``example_weights``, this function's; ``LinearLogits``, where
+        they are taken; ``dense_function`` and ``integer_function``, its twin for the other kind of labels.
+        """
         words = {name: name for name in self.names} | {"call": f"{self.call}({', '.join(self.required)})"}
-        if "losses" not in self.names:
+        is_loss = len(self.required) > 1 or {"labels", "base"} & {
+            *self.names
+        }  # of something with something, or an entropy
+        if is_loss and not {"losses", "alpha"} & {*self.required}:
             words["weighted_mean"] = "jaxce.weighted_mean(losses, weights)"
         if "weights" in self.names and "weights" not in self.required:
             words["example_weights"] = "weights"
@@ -178,7 +186,7 @@ _PREDICTIONS = (
     "it takes log-probabilities; logits are for softmax_cross_entropy_with_integer_labels{log_probs:.0}",
 )
 _SOFT_CAP = ("give it to {LinearLogits}", "give {soft_cap}=")
-_SCALE = ("give {log_scale}=, its logarithm",)
+_NATS = tuple(f"divide the result, in nats, by jnp.log(base){{{n}:.0}}" for n in ("logits", "probs", "log_probs", "x"))
 _ORDER = ("write {call}",)
 _ELSEWHERE = {
     "reduction": _MEAN,
@@ -204,25 +212,29 @@ _ELSEWHERE = {
     "log_target": ("logarithms of targets are for kl_divergence_with_log_targets{log_predictions:.0}{targets:.0}",),
     "dim": ("give {axis}=",),
     "axes": ("give {axis}=",),
-    "axis": ("each entry has a result of its own; sum these over the axis{second:.0}",),
+    "axis": (
+        "give {class_axis}=",
+        "vectors are on the last axis{scale_tril:.0}",
+        "each entry has a result of its own; sum these over the axis{where:.0}{second:.0}",
+    ),
     "keepdims": ("write jnp.expand_dims(result, {axis})",),
     "keepdim": ("write jnp.expand_dims(result, {axis})",),
     "axis_name": ("inside of jax.shard_map give jaxce.ShardedLogits(logits, axis_name){LinearLogits:.0}{axis:.0}",),
     "smoothing": ("give {label_smoothing}=",),
-    "label_smoothing": ("smooth the labels first: jaxce.smooth_labels(labels, alpha){labels:.0}{axis:.0}{second:.0}",),
+    "label_smoothing": ("smooth the labels first: jaxce.smooth_labels(labels, alpha){integer_function:.0}",),
     "z_loss_weight": ("give {z_loss}=",),
     "z_loss_multiplier": ("give {z_loss}=",),
     "logsumexp_weight": ("give {z_loss}=",),
     "temperature": (
         "divide the logits by it, or give it to {LinearLogits}{logits:.0}",
         "divide the logits by it{logits:.0}",
-        "divide the logits by it{p_logits:.0}",
+        "divide the logits by it, or give it to {LinearLogits}{p_logits:.0}",
     ),
     "soft_cap": _SOFT_CAP,
     "softcap": _SOFT_CAP,
     "logit_soft_cap": _SOFT_CAP,
     "logits_soft_cap": _SOFT_CAP,
-    "base": ("divide the result, in nats, by jnp.log(base){second:.0}",),
+    "base": _NATS,
     "input": _ORDER,
     "target": _ORDER,
     "targets": _ORDER,
@@ -235,10 +247,10 @@ _ELSEWHERE = {
     "qk": _ORDER,
     "loc": ("give {location}=", "give {log_mean}=, its logarithm"),
     "mean": ("give {location}=", "give {log_mean}=, its logarithm"),
-    "scale": _SCALE,
-    "std": _SCALE,
-    "var": ("give {log_scale}=jnp.log(var) / 2",),
-    "variance": ("give {log_scale}=jnp.log(variance) / 2",),
+    "scale": ("give {log_scale}=, its logarithm",),
+    "std": ("give {log_scale}=, its logarithm{full:.0}",),  # only of a normal distribution it is the scale
+    "var": ("give {log_scale}=jnp.log(var) / 2{full:.0}",),
+    "variance": ("give {log_scale}=jnp.log(variance) / 2{full:.0}",),
     "rate": ("give {log_rate}=, its logarithm",),
     "df": ("give {log_df}=, its logarithm",),
     "concentration": ("give {log_concentration}=, its logarithm",),
@@ -447,7 +459,7 @@ def compute_dtype(*arrays: Any) -> np.dtype:
 
 
 def upcast(*arrays: Array) -> tuple[Array, ...]:
-    """All arrays in their common `compute_dtype`, cast one by one so that strict promotion has nothing to object to."""
+    """All arrays in their common `compute_dtype`, cast one by one, as strict dtype promotion demands."""
     dtype = compute_dtype(*arrays)
     return tuple(a.astype(dtype) for a in arrays)
 
@@ -479,13 +491,13 @@ def axis_name(function: str, names: Any) -> AxisName:
 
 
 def same_shape(function: str, argument: str, array: Array, shape: tuple[int, ...], of: str, *hints: str) -> None:
-    """Demand exactly ``shape``, which is ``of`` something that the message can name: nothing is broadcast."""
+    """An error unless the array has exactly this shape; ``of`` says in the message whose shape it is."""
     if array.shape != shape:
         raise ArgumentValueError(f"{function}: {argument} must have {of}, {shape}, got {describe(array)}", *hints)
 
 
 def scalar_or(function: str, argument: str, array: Array, shape: tuple[int, ...], of: str) -> None:
-    """Demand a scalar or exactly ``shape``."""
+    """An error unless the array is a scalar or has exactly this shape, which is described by ``of``."""
     if array.shape not in ((), shape):
         expected = f"a scalar or have {of}, {shape}"
         raise ArgumentValueError(f"{function}: {argument} must be {expected}, got {describe(array)}")
@@ -625,7 +637,7 @@ def where_elements(function: str, where: ArrayLike | None, shape: tuple[int, ...
 def only(mask: Array | None, array: Array, otherwise: float) -> Array:
     """The array where the mask is True (None: everywhere), and elsewhere another number.
 
-    Of what goes into a formula as of what comes out: only then are all derivatives of what was left out 0.
+    Apply it both to the inputs and to the result of a formula: then all derivatives by what is left out are 0.
     """
     return array if mask is None else jnp.where(mask, array, otherwise)
 

@@ -318,6 +318,26 @@ def test_likely_mistakes(names: list[str], args: tuple[Any, ...], options: dict[
         assert hint in message_of(call, name)
 
 
+@pytest.mark.parametrize(
+    ("name", "foreign"),
+    [
+        ("laplace_nll", "var"),
+        ("student_t_nll", "std"),
+        ("smooth_labels", "label_smoothing"),
+        ("smooth_labels", "base"),
+        ("smooth_labels", "weights"),
+        ("log_softmax", "reduction"),
+        ("logsumexp", "weights"),
+        ("nll", "label_smoothing"),
+        ("sigmoid_focal_loss", "soft_cap"),
+        ("bits_per", "axis"),
+    ],
+)
+def test_no_hint_where_none_is_right(name: str, foreign: str) -> None:
+    message = message_of(lambda: getattr(jaxce, name)(*VALID[name][0], **{foreign: X}), name, TypeError)
+    assert message.endswith(f": unexpected keyword {foreign!r}")
+
+
 @pytest.mark.parametrize("name", VALID)
 def test_no_hint_names_an_argument_that_the_function_lacks(name: str) -> None:
     """Every name that arguments have elsewhere, and a mistyped name of each argument."""
