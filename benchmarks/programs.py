@@ -172,6 +172,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONTROL = {"while", "conditional", "call", "async-start"}
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all", "partition-id"}
 _FREE |= {"replica-id", "opt-barrier", "add-dependency"} | _CONTROL
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # of their first operand, in place: which one has the new numbers
 _SLICES = {"slice", "dynamic-slice", "gather"}
 
 
@@ -256,7 +257,7 @@ def _read(program: Program, i: Instruction, n: int) -> int:
     """The bytes that an instruction reads of an operand."""
     size = _bytes(i.types[n])
     op = i.op.removesuffix("-start")
-    if n == 0 and op == "dynamic-update-slice":
+    if n == 0 and op in _UPDATES:
         return 0
     if n == 0 and op in _SLICES:
         return min(size, _bytes(i.result, anywhere=True))
@@ -276,7 +277,7 @@ def _written(program: Program, i: Instruction) -> int:
     outputs = _outputs(program, i)
     if len(outputs) != len(sizes):
         return sum(sizes)
-    updates = [_bytes(o.types[1], anywhere=True) if o.op == "dynamic-update-slice" else math.inf for o in outputs]
+    updates = [_bytes(o.types[_UPDATES[o.op]], anywhere=True) if o.op in _UPDATES else math.inf for o in outputs]
     return sum(int(min(pair)) for pair in zip(sizes, updates, strict=True))
 
 

@@ -286,11 +286,14 @@ def compiled(*static: str, **numbers: Number) -> Callable[[_F], _F]:
         defaults = {n: parameters[n].default for n in numbers if parameters[n].default is not inspect.Parameter.empty}
         naming = named(function.__name__, parameters)
         method = "self" in parameters
+        private = method or function.__name__.startswith("_")  # of a class, whose name errors get
         named.functions.add(function.__name__)
 
         def read(name: str, value: Any) -> Any:
             if name in numbers:
                 return option(function.__name__, name, value, numbers[name])
+            if value is None and name in naming.required and not private:
+                raise ArgumentTypeError(f"{name} must be an array of numbers, got None")
             return _static(name, value) if name in static else _host_array(name, value)
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -301,7 +304,7 @@ def compiled(*static: str, **numbers: Number) -> Callable[[_F], _F]:
 
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            if method or function.__name__.startswith("_"):  # in a class, whose name it is
+            if private:
                 return call(args, kwargs)
             with naming:
                 return call(args, kwargs)

@@ -150,6 +150,7 @@ def linear_cross_entropy(
     if not isinstance(logits, LinearLogits):
         raise TypeError(f"{_NAME}: logits must be LinearLogits, got {_checks.describe(logits)}")
     y = _checks.labels_of_rows(_NAME, labels, logits.shape, (logits.ndim - 1,))
+    all_count = weights is None
     w = jnp.ones(y.shape, logits.dtype) if weights is None else jnp.asarray(weights)
     _checks.same_shape(_NAME, "weights", w, y.shape, "the shape of the labels")
     w = w.astype(logits.dtype)
@@ -158,7 +159,7 @@ def linear_cross_entropy(
     if not isinstance(has_aux, bool):
         raise TypeError(f"{_NAME}: has_aux must be True or False, got {has_aux!r}")
 
-    total, aux = _total(logits, y, w, label_smoothing, class_weights, z_loss, chunk_size, has_aux)
+    total, aux = _total(logits, y, w, label_smoothing, class_weights, z_loss, chunk_size, has_aux, all_count)
     mean = weighted_mean(total, normalizer=jnp.sum(w) if normalizer is None else normalizer)
     return (mean, aux) if has_aux else mean
 
@@ -173,6 +174,7 @@ def _total(
     z_loss: ArrayLike,
     chunk_size: int | None,
     has_aux: bool,
+    all_count: bool,
 ) -> tuple[Array, Aux | None]:
     """The weighted sum of the losses, and what is told of each example."""
     axis_name, counts = logits.axis_name, weights != 0
@@ -196,7 +198,7 @@ def _total(
     if axis_name is not None:
         _mesh.check(_NAME, "logits", axis_name, inputs["kernel"])
     inputs = _mesh.vary(inputs, _mesh.varying(inputs, labels))
-    options = _Options(chunk_size, logits.class_axis, logits.block_size, axis_name, has_aux)
+    options = _Options(chunk_size, logits.class_axis, logits.block_size, axis_name, has_aux, all_count)
     weighted_sum = _sum_by_blocks if "label_smoothing" in inputs else _weighted_sum
     total, aux = weighted_sum(options, labels.reshape(labels.size), inputs)
     if axis_name is not None:
@@ -211,6 +213,7 @@ class _Options(NamedTuple):
     block_size: int | None
     axis_name: AxisName | None
     has_aux: bool
+    all_count: bool  # whether no weights were given
 
 
 Inputs = dict[str, Array]
@@ -310,10 +313,13 @@ def _no_tangent(tree: Any) -> Any:
 # --- chunks of the rows that count ------------------------------------------------------------------------------------
 
 
+_OF_ROWS = {"labels", "hidden", "weights"}
+
+
 def _by_chunks(
     options: _Options, names: tuple[str, ...], chunks: int, labels: Array, inputs: Inputs
 ) -> tuple[Array, Inputs, Aux | None]:
-    """The sum, a chunk of rows at a time. Rows that count come first, and a loop has as many turns as they fill chunks.
+    """The sum, a chunk of rows at a time. Rows that count come first, and the loop turns as often as they fill chunks.
 
     Rows are seen as groups, as many as there may be devices of a mesh with automatic axis types: a chunk has as many rows
     of each, so that no device needs another's.
@@ -325,19 +331,30 @@ def _by_chunks(
     length = rows // groups
     size = -(-length // chunks)
 
-    # An order by sums and a scatter of integers: a sort takes a TPU's compiler a minute.
-    counts = (inputs["weights"] != 0).reshape(groups, length)
-    index = jnp.arange(length, dtype=jnp.int32)
-    rank = jnp.cumsum(counts, 1, dtype=jnp.int32)
-    turns = jnp.max(-(-rank[:, -1] // size))
-    places = jnp.where(counts, rank - 1, rank[:, -1:] + index[None] - rank)
-    order = jax.vmap(lambda p: jnp.full(size * chunks, length, jnp.int32).at[p].set(index, unique_indices=True))(places)
+    def grouped(x: Array) -> Array:
+        return x.reshape(groups, length, *x.shape[1:])
 
     def take(x: Array, places: Array) -> Array:
         return jax.vmap(lambda x, p: jnp.take(x, p, axis=0, mode="fill", fill_value=0))(x, places)
 
-    of_rows = {"labels": labels} | {name: inputs[name] for name in ("hidden", "weights")}
-    ordered = {name: take(x.reshape(groups, length, *x.shape[1:]), order) for name, x in of_rows.items()}
+    of_rows = {name: grouped(x) for name, x in ({"labels": labels} | inputs).items() if name in _OF_ROWS}
+    if options.all_count:
+        turns: Any = chunks
+        there = [(0, 0), (0, size * chunks - length)]
+        ordered = {name: jnp.pad(x, there + [(0, 0)] * (x.ndim - 2)) for name, x in of_rows.items()}
+    else:
+        # An order by sums and a scatter of integers: a sort takes a TPU's compiler a minute.
+        counts, index = of_rows["weights"] != 0, jnp.arange(length, dtype=jnp.int32)
+        rank = jnp.cumsum(counts, 1, dtype=jnp.int32)
+        places = jnp.where(counts, rank - 1, rank[:, -1:] + index[None] - rank)
+        nowhere = jnp.full(size * chunks, length, jnp.int32)
+        order = jax.vmap(lambda p: nowhere.at[p].set(index, unique_indices=True))(places)
+        turns = _most(jnp.max(-(-rank[:, -1] // size)))
+        ordered = {name: take(x, order) for name, x in of_rows.items()}
+
+    def restored(x: Array) -> Array:
+        x = x[:, :length] if options.all_count else take(x, places)
+        return x.reshape(rows, *x.shape[2:])
 
     def turn(i: Array, state: Any) -> Any:
         def cut(x: Array) -> Array:
@@ -356,14 +373,14 @@ def _by_chunks(
     def zeros(*shape: int) -> Array:
         return jnp.zeros(shape, dtype)
 
-    found: dict[str, Any] = {n: zeros(*order.shape, *inputs[n].shape[1:]) for n in ("hidden", "weights") if n in names}
+    found: dict[str, Any] = {name: zeros(*ordered[name].shape) for name in names if name in _OF_ROWS}
     sums = {name: zeros(*inputs[name].shape) for name in names if name not in found}
     if options.has_aux:
-        found["aux"] = zeros(*order.shape), zeros(*order.shape)
+        found["aux"] = (zeros(groups, size * chunks),) * 2
     varying = _mesh.varying(labels, inputs)
     start = _mesh.vary((zeros(), sums, found), varying)
-    total, sums, found = lax.fori_loop(0, _most(turns), turn, start)
-    found = jax.tree.map(lambda x: take(x, places).reshape(rows, *x.shape[2:]), found)
+    total, sums, found = lax.fori_loop(0, turns, turn, start)
+    found = jax.tree.map(restored, found)
     aux = found.pop("aux", None)
     return total, sums | found, aux
 
@@ -390,126 +407,168 @@ def _(size: int, in_batched: Any, turns: Array) -> Any:
 # So one array of e_k dx_k/du_k, with the label's entry put in, makes all gradients.
 
 
+class _Labels(NamedTuple):
+    """Where the labels are, for a device that may have a part of the classes."""
+
+    place: Array  # among the classes of this device
+    here: Array  # whether it is one of these
+    valid: Array  # whether it is one of any device's
+
+
 class _Pass(NamedTuple):
     """What a pass over the classes tells of each row."""
 
     kept: Array | None  # e_k dx_k/du_k
-    others: Array  # s, of this device's classes
-    label: Array  # u_y, 0 where another device has it
-    slopes: dict[str, Array]  # the sums of e_k dx_k/dn for numbers n
+    others: Array  # s
+    label: Array  # u_y
+    slopes: dict[str, Array]  # the sums of e_k dx_k/dn for numbers n, of this device's classes
+
+
+class _Rows(NamedTuple):
+    """Numbers of the rows, for the gradients: those in the comment above, and what a loss is made of."""
+
+    takes_part: Array  # whether the row counts and has a class
+    coefficient: Array  # c
+    entry: Array  # a
+    nll: Array
+    log_normalizer: Array
+    loss: Array
 
 
 def _chunk(
     options: _Options, names: tuple[str, ...], labels: Array, inputs: Inputs
 ) -> tuple[Array, Inputs, Aux | None]:
     """The sum over some rows, and its derivatives, from three products."""
-    axis_name, class_axis = options.axis_name, options.class_axis % 2
-    hidden, kernel, weights = (inputs[name] for name in ("hidden", "kernel", "weights"))
-    dtype, classes = weights.dtype, kernel.shape[class_axis]
-    most = jnp.finfo(dtype).max.astype(dtype)
-    counts = weights != 0
+    at = _labels(options, labels, inputs)
+    found, r = _pass_near_the_maximum(options, names, at, inputs)
+    rows = _rows(options, at, inputs, found, r)
+    gradient = _gradient(options, names, at, inputs, found, rows)
+    aux = None
+    if options.has_aux:
+        log_normalizer = jnp.where(rows.takes_part, rows.log_normalizer, -jnp.inf)
+        aux = rows.loss, jnp.where(inputs["weights"] == 0, 0, log_normalizer)
+    return _share(options, jnp.sum(inputs["weights"] * rows.loss)), gradient, aux
 
-    place, all_classes = labels, classes
-    if axis_name is not None:
-        place = labels - classes * lax.axis_index(axis_name).astype(labels.dtype)
-        all_classes *= lax.axis_size(axis_name)
-    here, valid = (place >= 0) & (place < classes), (labels >= 0) & (labels < all_classes)
 
-    def everywhere(x: Array) -> Array:
-        return x if axis_name is None else lax.psum(x, axis_name)
+def _everywhere(options: _Options, x: Any) -> Any:
+    """The sum over the devices that share the classes."""
+    return x if options.axis_name is None else lax.psum(x, options.axis_name)
 
-    def reference(maximum: Array) -> Array:
-        if axis_name is not None:
-            maximum = lax.pmax(maximum, axis_name)
+
+def _labels(options: _Options, labels: Array, inputs: Inputs) -> _Labels:
+    place, name, classes = labels, options.axis_name, inputs["kernel"].shape[options.class_axis]
+    everywhere = classes
+    if name is not None:
+        place = labels - classes * lax.axis_index(name).astype(labels.dtype)
+        everywhere *= lax.axis_size(name)
+    return _Labels(place, (place >= 0) & (place < classes), (labels >= 0) & (labels < everywhere))
+
+
+def _pass_near_the_maximum(
+    options: _Options, names: tuple[str, ...], at: _Labels, inputs: Inputs
+) -> tuple[_Pass, Array]:
+    """A pass, and the numbers that its exponentials are relative to."""
+    counts, varying = inputs["weights"] != 0, _mesh.varying(at, inputs)
+
+    def relative_to(maximum: Array) -> tuple[_Pass, Array]:
+        if options.axis_name is not None:
+            maximum = lax.pmax(maximum, options.axis_name)
         # A whole number, as the difference from logits above it is exact; 0 of a row without classes. The exponentials of
         # a row that doesn't count are all 0.
-        return jnp.where(counts, jnp.where(jnp.isneginf(maximum), 0, jnp.floor(maximum)), most)
-
-    def at_label(found: _Pass, r: Array) -> tuple[Array, ...]:
-        label = everywhere(found.label)
-        x = _logits(inputs, label)
-        others, own = everywhere(found.others), jnp.exp(x - r)
-        return label, x, others, own, others + own
+        r = jnp.where(jnp.isneginf(maximum), 0, jnp.floor(maximum))
+        r = jnp.where(counts, r, jnp.finfo(r.dtype).max.astype(r.dtype))
+        # Without the barrier the maximum and the pass would share a product, in memory, of all classes and some again.
+        r, hidden = lax.optimization_barrier((r, inputs["hidden"]))
+        found = _pass(options, names, at.place, inputs | {"hidden": hidden}, r)
+        others, label = _everywhere(options, (found.others, found.label))
+        return _mesh.vary((found._replace(others=others, label=label), r), varying)
 
     def is_far(found: _Pass, r: Array) -> Array:
-        total = at_label(found, r)[-1]
-        return everywhere(jnp.any(counts & ((total >= _FAR) | (total <= 1 / _FAR))).astype(jnp.int32)) > 0
+        total = found.others + jnp.exp(_logits(inputs, found.label) - r)
+        far = jnp.any(counts & ((total >= _FAR) | (total <= 1 / _FAR)))
+        return _mesh.vary(_everywhere(options, far.astype(jnp.int32)) > 0, varying)
 
     def again(state: Any) -> Any:
-        # Without the barrier the maximum and the pass would share their product, in memory.
-        r, same = lax.optimization_barrier((reference(_maximum(options, inputs)), hidden))
-        return _mesh.vary((_pass(options, names, place, inputs | {"hidden": same}, r), r, state[2] & False), varying)
+        return *relative_to(_maximum(options, inputs)), state[2] & False
 
-    varying = _mesh.varying(labels, inputs)
-    r = reference(_maximum_of_some(options, inputs))
-    found = _pass(options, names, place, inputs, r)
-    start = _mesh.vary((found, r, is_far(found, r)), varying)
-    found, r, _ = lax.while_loop(lambda state: state[2], again, start)
+    found, r = relative_to(_maximum_of_some(options, inputs))
+    found, r, _ = lax.while_loop(lambda state: state[2], again, (found, r, is_far(found, r)))
+    return found, r
 
-    label, x, others, own, total = at_label(found, r)
-    takes_part = counts & (total != 0)
+
+def _rows(options: _Options, at: _Labels, inputs: Inputs, found: _Pass, r: Array) -> _Rows:
+    weights, x = inputs["weights"], _logits(inputs, found.label)
+    dtype, gap = weights.dtype, x - r
+    own = jnp.exp(gap)
+    total = found.others + own
+    takes_part = (weights != 0) & (total != 0)
     total = jnp.where(takes_part, total, 1)
-    gap = x - r
-    near = gap >= -20
-    log1p = lax.log1p(others * jnp.exp(-jnp.maximum(gap, -20)), accuracy=lax.AccuracyMode.HIGHEST)
-    nll = jnp.where(near, log1p, jnp.log(total) - gap)
+    near = gap >= -20  # where the exponential of the gap and the others' sum can be far apart
+    ratio = found.others * jnp.exp(-jnp.maximum(gap, -20))
+    nll = jnp.where(near, lax.log1p(ratio, accuracy=lax.AccuracyMode.HIGHEST), jnp.log(total) - gap)
     log_normalizer = jnp.where(near, x + nll, r + jnp.log(total))
 
     class_weight = jnp.ones_like(weights)
     if "class_weights" in inputs:
-        class_weight = everywhere(
-            jnp.where(here, jnp.take(inputs["class_weights"].astype(dtype), place, mode="clip"), 0)
-        )
-    class_weight = jnp.where(valid, class_weight, jnp.nan)
+        taken = jnp.take(inputs["class_weights"].astype(dtype), at.place, mode="clip")
+        class_weight = _everywhere(options, jnp.where(at.here, taken, 0))
+    class_weight = jnp.where(at.valid, class_weight, jnp.nan)
     nll = jnp.where((class_weight == 0) & jnp.isposinf(nll), 0, nll)
-    losses, factor, entry = class_weight * nll, class_weight, -others
+    loss, factor, entry = class_weight * nll, class_weight, -found.others
     if "z_loss" in inputs:
         z = inputs["z_loss"].astype(dtype)
-        losses += z * log_normalizer**2
+        loss += z * log_normalizer**2
         slope = 2 * z * log_normalizer
         factor = class_weight + slope
-        least = jnp.finfo(dtype).eps * (1 + jnp.abs(class_weight))
+        least = jnp.finfo(dtype).eps * (
+            1 + jnp.abs(class_weight)
+        )  # a factor that isn't 0, by which the entry is divided
         factor = jnp.where(jnp.abs(factor) < least, least, factor)
-        entry = (slope * own - class_weight * others) / factor
-    losses = jnp.where(takes_part, losses, 0)
-    row = jnp.where(takes_part, weights * factor / total, 0)
+        entry = (slope * own - class_weight * found.others) / factor
+    coefficient = jnp.where(takes_part, weights * factor / total, 0)
+    return _Rows(takes_part, coefficient, entry, nll, log_normalizer, jnp.where(takes_part, loss, 0))
 
-    gradient: Inputs = {}
+
+def _gradient(
+    options: _Options, names: tuple[str, ...], at: _Labels, inputs: Inputs, found: _Pass, rows: _Rows
+) -> Inputs:
+    kernel, weights, class_axis = inputs["kernel"], inputs["weights"], options.class_axis % 2
+    dtype, gradient = weights.dtype, {}
+
+    def total(x: Array) -> Array:
+        return jnp.sum(jnp.where(rows.takes_part, x, 0))
+
     if found.kept is not None:
-        kept = found.kept
-        is_label = lax.broadcasted_iota(place.dtype, kept.shape, 1) == place[:, None]
-        at = (entry * _slope(inputs, label, "products")).astype(kept.dtype)
-        g = jnp.where(is_label, at[:, None], kept)
+        entry = (rows.entry * _slope(inputs, found.label, "products")).astype(found.kept.dtype)
+        g = _platforms.with_entries(found.kept, at.place, entry)
 
         def multiply(a: Array, a_axis: int, b: Array, b_axis: int) -> Array:
-            a, b = a.astype(kept.dtype), b.astype(kept.dtype)
+            a, b = a.astype(g.dtype), b.astype(g.dtype)
             return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=dtype)
 
         if "hidden" in names:
-            gradient["hidden"] = multiply(g, 1, kernel, class_axis) * row[:, None]
+            gradient["hidden"] = multiply(g, 1, kernel, class_axis) * rows.coefficient[:, None]
         if "kernel" in names:
-            h = lax.optimization_barrier((hidden.astype(dtype) * row[:, None]).astype(kept.dtype))
+            # Without the barrier a TPU would make it again for each part of the product.
+            h = lax.optimization_barrier((inputs["hidden"].astype(dtype) * rows.coefficient[:, None]).astype(g.dtype))
             gradient["kernel"] = multiply(h, 0, g, 0) if class_axis == 1 else multiply(g, 0, h, 0)
         if "bias" in names:
-            parts = [
-                row.astype(kept.dtype)
-            ]  # in two parts where one has too few digits: a product is faster than a sum
-            parts += [(row - parts[0].astype(dtype)).astype(kept.dtype)] if kept.dtype != dtype else []
+            parts = [rows.coefficient.astype(g.dtype)]
+            if g.dtype != dtype:  # two parts, as one has too few digits: a product is faster than a sum
+                parts.append((rows.coefficient - parts[0].astype(dtype)).astype(g.dtype))
             gradient["bias"] = jnp.sum(multiply(jnp.stack(parts), 1, g, 0), 0)
-    for name, others_slopes in found.slopes.items():
-        slopes = others_slopes + jnp.where(here, entry * _slope(inputs, label, name), 0)
-        gradient[name] = jnp.sum(jnp.where(takes_part, row * slopes, 0))
+    for name, others in found.slopes.items():
+        of_label = jnp.where(at.here, rows.entry * _slope(inputs, found.label, name), 0)
+        gradient[name] = total(rows.coefficient * (others + of_label))
     if "weights" in names:
-        gradient["weights"] = _share(options, losses)
+        gradient["weights"] = _share(options, rows.loss)
     if "z_loss" in names:
-        squares = jnp.where(takes_part, weights * log_normalizer**2, 0)
-        gradient["z_loss"] = _share(options, jnp.sum(squares))
+        gradient["z_loss"] = _share(options, total(weights * rows.log_normalizer**2))
     if "class_weights" in names:
-        of_labels = jnp.where(takes_part, weights * nll, 0)
-        none = jnp.zeros(classes, dtype)
-        gradient["class_weights"] = none.at[jnp.where(here, place, classes)].add(of_labels, mode="drop")
-    aux = (losses, jnp.where(counts, jnp.where(takes_part, log_normalizer, -jnp.inf), 0)) if options.has_aux else None
-    return _share(options, jnp.sum(weights * losses)), gradient, aux
+        zeros = jnp.zeros(inputs["class_weights"].shape, dtype)
+        place = jnp.where(at.here, at.place, zeros.size)  # as a negative index would count from the end
+        gradient["class_weights"] = zeros.at[place].add(jnp.where(rows.takes_part, weights * rows.nll, 0), mode="drop")
+    return gradient
 
 
 def _pass(options: _Options, names: tuple[str, ...], place: Array, inputs: Inputs, r: Array) -> _Pass:

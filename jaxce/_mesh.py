@@ -12,6 +12,8 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 from jaxce import _checks
@@ -44,8 +46,13 @@ def check(function: str, argument: str, axis_name: AxisName, classes: Array) -> 
 
 def varying(*trees: Any) -> frozenset[str]:
     """The axes over which some leaf differs from device to device, as far as JAX keeps account (``check_vma=True``)."""
-    axes = (jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(trees))
-    return frozenset().union(*axes)
+
+    def of(leaf: Any) -> frozenset[str]:
+        # JAX asserts too much of the type of a struct in a shard_map over some axes of a mesh.
+        known = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+        return frozenset() if known.manual_axis_type is None else known.manual_axis_type.varying
+
+    return frozenset().union(*map(of, jax.tree.leaves(trees)))
 
 
 def vary(tree: _T, axes: frozenset[str]) -> _T:
@@ -92,16 +99,40 @@ def strips(classes: int) -> int:
 
 
 def gather_features(kernel: Array, class_axis: int) -> Array:
-    """A kernel whose features are whole on each device of a mesh in use that has automatic axis types.
+    """A kernel whose features are whole on each device, as `whole`."""
+    return whole(kernel, -1 - class_axis)
 
-    Where they are sharded XLA would add up over the network the logits of each block instead.
+
+def whole(x: Array, axis: int) -> Array:
+    """An array that isn't sharded along an axis, whatever mesh with automatic axis types it may lie on; so its gradient.
+
+    Where features are sharded XLA would add up over the network the logits of each block instead.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or AxisType.Auto not in mesh.axis_types or AxisType.Explicit in mesh.axis_types:
-        return kernel
-    parts: list[Any] = [PartitionSpec.UNCONSTRAINED, None]
-    spec = PartitionSpec(*(parts if class_axis == 0 else parts[::-1]))
-    return lax.with_sharding_constraint(kernel, NamedSharding(mesh, spec))
+    return x if devices(AxisType.Auto) == 1 else _whole.bind(x, axis=axis % x.ndim)
+
+
+# A sharding constraint that names no axis of a mesh: `lax.with_sharding_constraint` wants a mesh, which programs with
+# automatic axis types need not set.
+
+
+def _lower_whole(context: Any, x: Any, *, axis: int) -> Any:
+    if not jax.config.jax_use_shardy_partitioner:  # type: ignore[attr-defined]
+        return [x]
+    parts = ", ".join("{}" if a == axis else "{?}" for a in range(context.avals_in[0].ndim))
+    sharding = mlir.ir.Attribute.parse(f"#sdy.sharding<mesh<[]>, [{parts}]>")
+    return mlir.ir.Operation.create("sdy.sharding_constraint", [x.type], [x], {"sharding": sharding}).results
+
+
+def _batch_whole(args: Any, axes: Any, *, axis: int) -> Any:
+    return _whole.bind(*args, axis=axis + (axes[0] <= axis)), axes[0]
+
+
+_whole = Primitive("whole")
+_whole.def_impl(lambda x, axis: x)
+_whole.def_abstract_eval(lambda x, axis: x)
+ad.deflinear2(_whole, lambda cotangent, x, axis: [_whole.bind(cotangent, axis=axis)])
+batching.primitive_batchers[_whole] = _batch_whole
+mlir.register_lowering(_whole, _lower_whole)
 
 
 # Arrays on a mesh with explicit axis types show in their types how they are sharded. There each device runs a function of

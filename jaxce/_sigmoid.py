@@ -236,13 +236,33 @@ def _focal_by_t_slopes(x: Array, t: Array, gamma: Array) -> tuple[Array, Array, 
     z = _parts(x, t)
     twice = gamma * z.turn * ((gamma - 1) * z.turn * z.c_to_m - 2 * z.x)
     by_gamma = z.turn * z.c_to_m + _log_miss(z) * (gamma * z.turn * z.c_to_m - z.x)
-    by_x = _focal_by_x_slopes(x, t, gamma)[1]
-    return by_x, _times_power(x, t, gamma - 1, twice), _times_power(x, t, gamma, by_gamma)
+    by_x, by_t = _focal_by_x_slopes(x, t, gamma)[1], _times_power(x, t, gamma - 1, twice)
+    # Where the label is right and gamma at most 1 it is infinite, as the slope isn't, and NaN of a loss without weight.
+    return by_x, jnp.where(jnp.isinf(by_t), 0, by_t), _times_power(x, t, gamma, by_gamma)
 
 
-_focal.defslopes(lambda *args: (_focal_by_x(*args), _focal_by_t(*args), _focal_by_gamma(*args)))
+def _focal_slopes(x: Array, t: Array, gamma: Array) -> tuple[Array, Array, Array]:
+    return _focal_by_x(x, t, gamma), _focal_by_t(x, t, gamma), _focal_by_gamma(x, t, gamma)
+
+
+_focal.defslopes(_focal_slopes)
 _focal_by_x.defslopes(_focal_by_x_slopes)
 _focal_by_t.defslopes(_focal_by_t_slopes)
+
+
+@custom_jvp
+def _weighted_focal(x: Array, t: Array, gamma: Array, alpha: Array) -> Array:
+    """The same, weighted by alpha t + (1 - alpha) (1 - t)."""
+    return _times(alpha * t + (1 - alpha) * (1 - t), _focal(x, t, gamma))
+
+
+def _weighted_focal_slopes(x: Array, t: Array, gamma: Array, alpha: Array) -> tuple[Array, Array, Array, Array]:
+    by_x, by_t, by_gamma = (product(s, alpha * t + (1 - alpha) * (1 - t)) for s in _focal_slopes(x, t, gamma))
+    loss = _focal(x, t, gamma)
+    return by_x, by_t + product(loss, 2 * alpha - 1), by_gamma, product(loss, 2 * t - 1)
+
+
+_weighted_focal.defslopes(_weighted_focal_slopes)
 
 
 def _arguments(
@@ -372,7 +392,8 @@ def sigmoid_focal_loss(
     dtype = _checks.compute_dtype(x, t)
     arrays = (_checks.dense(function, name, value, x.shape, dtype, "logits") for name, value in given.items())
     x, t, a, g = _checks.upcast(x, t, *(_checks.only(keep, array, 1) for array in arrays))
-    loss = _binary_cross_entropy(x, t) if gamma is None else _focal(x, t, g)
     if alpha is not None:
-        loss = _times(a * t + (1 - a) * (1 - t), loss)
+        loss = _weighted_focal(x, t, g, a)
+    else:
+        loss = _binary_cross_entropy(x, t) if gamma is None else _focal(x, t, g)
     return _checks.only(keep, loss, 0)

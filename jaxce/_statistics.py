@@ -23,8 +23,8 @@ BLOCK = 1 << 26
 """About how many logits a block has at most."""
 
 CLASSES = 2048, 8192
-"""How many classes a block has at least and at most, and between these an eighth of all, unless the logits say it. Rows too
-many for that come in chunks."""
+"""How many classes a block has at least and at most, unless the logits say it; and between these an eighth of all, or of
+several strips a quarter of one. Rows too many for that come in chunks."""
 
 
 class Logits(NamedTuple):
@@ -138,13 +138,14 @@ def _read_linear(logits: LinearLogits, dtype: np.dtype, there: Array | None) -> 
         there = jnp.broadcast_to(there, logits.shape[:-1])
         inputs["hidden"] = jnp.where(there[..., None], inputs["hidden"], 0)
     inputs["kernel"] = _mesh.gather_features(inputs["kernel"], logits.class_axis)
+    inputs["hidden"] = _mesh.whole(inputs["hidden"], -1)
     strips = _mesh.strips(logits.classes)
     length = logits.classes // strips
     rows = max(1, math.prod(logits.shape[:-1]) // _mesh.devices(AxisType.Auto))
     if logits.block_size is None:
         least, most = CLASSES
-        eighth = max(least // strips, -(-length // 1024) * 128)
-        size = min(length, most, eighth, max(most // strips, 128, BLOCK // (rows * strips) // 128 * 128))
+        part = max(least // strips, -(-length // (1024 if strips == 1 else 512)) * 128)
+        size = min(length, most, part, max(most // strips, 128, BLOCK // (rows * strips) // 128 * 128))
         chunks = -(-rows * strips * size // BLOCK)
     else:
         size, chunks = min(length, -(-logits.block_size // strips)), 1

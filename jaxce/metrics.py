@@ -1,25 +1,34 @@
-r"""Evaluation that adds up: each metric is a frozen pytree of sums, which batches and devices merge in any order::
+r"""Evaluation metrics that add up: each is a frozen pytree of sums, which batches and devices merge in any order.
 
     metric = Accuracy.empty()
     for logits, labels in batches:
         metric = metric.update(logits, labels)   # the same as metric.merge(Accuracy.from_batch(logits, labels))
     metric.compute()
 
-Sums are kept as pairs of numbers (`Sum`), the second holding what the first has rounded away, about 48 binary digits in
+| what is given | metrics |
+|---|---|
+| losses, or any values | `Mean`, `Perplexity`, `BitsPer` |
+| logits `[..., classes]`, integer labels | `Accuracy`, `TopKAccuracy`, `Brier`, `Calibration`; `Evaluation` has them all |
+| binary logits, `[N]` or `[N, K]`, labels of 0 and 1 | the same with `Binary` before the name, but top-k accuracy |
+
+AUROC, F1 scores and confusion matrices are not here: scikit-learn has them (`roc_auc_score`, `f1_score`,
+`confusion_matrix`), for predictions gathered on the host.
+
+Sums are kept as pairs of numbers (`Sum`), the second holding the rounding error of the first, about 48 binary digits in
 float32: counts are exact to 2^48, and how the data is split changes a sum by less than 2^-44 of the sum of the terms'
-sizes, hence the result by no more than its last digit. That is for given terms: XLA may round an example's own loss in
-another way when it compiles for another batch shape.
+sizes, hence the result by no more than its last digit. That is for given terms: XLA may round an example's own loss
+differently when it compiles for another batch shape.
 
 A metric can be the carry of ``lax.scan``, goes through ``jax.jit`` (and may be donated) and, over models, through
 ``jax.vmap``, and inside ``shard_map`` ``metric.psum(axis_name)`` is that of all devices' examples. In a ``clu``-style loop
 write ``metrics = metrics.merge(Evaluation.from_batch(logits, labels))``; in Flax NNX hold ``metric = nnx.Variable(
 Evaluation.empty())`` and write ``metric.set_value(metric.get_value().update(logits, labels))``.
 
-Logits are an array with the classes on its last axis, `LinearLogits`, or inside ``shard_map`` `ShardedLogits`, whose
-metric is that of all classes. They are read once, and once more for a top-k accuracy. ``weights`` say how much an example
-counts; ``where`` says which examples take part or, with as many axes as the logits, which of their entries. What has weight
-0, or no class, is selected away, so that NaN in padding leaves no trace; NaN, or an invalid label, in a row that counts
-makes the result NaN. Nothing at all has the mean 0, the perplexity 1 and the calibration error 0.
+Logits of classes are an array with the classes on its last axis, `LinearLogits`, or inside ``shard_map`` `ShardedLogits`,
+whose metric is that of all classes. They are read once, and once more for a top-k accuracy. ``weights`` say how much an
+example counts; ``where`` says which examples take part or, with as many axes as the logits, which of their entries.
+Examples of weight 0, and rows without a class, are selected away, so NaN in padding does no harm; NaN, or an invalid label,
+in a row that counts makes the result NaN. Without any data the mean is 0, the perplexity 1 and the calibration error 0.
 """
 
 from __future__ import annotations
@@ -41,8 +50,29 @@ from jaxce._logits import AnyLogits
 from jaxce._measures import NLL, measure, replaced, sum_of
 from jaxce._mesh import on_each_device
 from jaxce._passes import OF_ROWS, Inputs, Spec, add_up, by_rows, reading
+from jaxce._sigmoid import sigmoid_binary_cross_entropy
 from jaxce._state import Ask, State, there
 from jaxce._statistics import read_logits
+
+__all__ = [
+    "Accuracy",
+    "BinaryAccuracy",
+    "BinaryBrier",
+    "BinaryCalibration",
+    "BinaryEvaluation",
+    "BinaryEvaluationResult",
+    "BitsPer",
+    "Brier",
+    "Calibration",
+    "Evaluation",
+    "EvaluationResult",
+    "Mean",
+    "Metric",
+    "Perplexity",
+    "ReliabilityCurve",
+    "Sum",
+    "TopKAccuracy",
+]
 
 _M = TypeVar("_M", bound="Metric")
 
@@ -115,7 +145,20 @@ def _sums(*terms: Array, axes: int) -> list[Sum]:
 
 
 class Metric(_checks.NamedMethods):
-    """What all metrics can do; their fields are `Sum`s, or metrics."""
+    """What all metrics can do; their fields are `Sum`s, or metrics. Each has its own arguments of a batch."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what is called as if it took options, or a batch, with a word on what does."""
+        fields = [f for f in dataclasses.fields(cls)[len(args) :] if f.default is dataclasses.MISSING]  # type: ignore
+        given = [*args, *kwargs.values()]
+        if any(f.name not in kwargs for f in fields) or any(isinstance(x, Array | np.ndarray) for x in given):
+            name = cls.__name__
+            raise TypeError(f"{name}: a metric must be made by {name}.empty() or {name}.from_batch(), got {name}(...)")
+        return super().__new__(cls)
+
+    def __reduce__(self) -> Any:
+        """For copies and pickles, which would call ``__new__`` without arguments."""
+        return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore
 
     @classmethod
     def empty(cls: type[_M], *, dtype: DTypeLike = jnp.float32) -> _M:
@@ -128,20 +171,32 @@ class Metric(_checks.NamedMethods):
         raise NotImplementedError
 
     def update(self: _M, *args: Any, **kwargs: Any) -> _M:
-        """This metric and that of one more batch, which is what the arguments describe: see ``from_batch``."""
-        return self.merge(type(self).from_batch(*args, **kwargs, **self._options()))
+        """This metric and that of one more batch, given as to ``from_batch``."""
+        raise NotImplementedError
+
+    def _updated(self: _M, *batch: Any, **more: Any) -> _M:
+        return self.merge(type(self).from_batch(*batch, **more, **self._options()))
 
     def _options(self) -> dict[str, Any]:
         return {}
 
-    @compiled()
     def merge(self: _M, other: _M) -> _M:
-        """The metric of all the data of both."""
-        return jax.tree.map(Sum.plus, self, other, is_leaf=_is_sum)
+        """The metric of all the data of both, which must have the same options."""
+        name = type(self).__name__
+        if type(other) is not type(self):
+            raise TypeError(f"{name}: other must be a {name}, got {type(other).__name__}")
+        if other._options() != self._options():
+            raise ValueError(f"{name}: other must have the same options, {self._options()}, got {other._options()}")
+        return _merged(self, other)
 
     def psum(self: _M, axis_name: AxisName) -> _M:
         """The metric of all devices' data, inside ``shard_map``, or ``vmap`` or ``pmap`` with this axis name."""
         return jax.tree.map(lambda s: s.psum(axis_name), self, is_leaf=_is_sum)
+
+
+@compiled()
+def _merged(metric: Any, other: Any) -> Any:
+    return jax.tree.map(Sum.plus, metric, other, is_leaf=_is_sum)
 
 
 def _is_sum(x: Any) -> bool:
@@ -190,16 +245,18 @@ class _Ratio(Metric):
 _ratio = functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "weight"], meta_fields=[])
 
 
-@compiled()
-def _mean_of(values: ArrayLike, weights: ArrayLike | None, where: ArrayLike | None) -> list[Sum]:
-    (x,) = _checks.upcast(_checks.floating("Mean", "values", values))
-    w = _row_weights("Mean", x.shape, x.dtype, weights, where)
+@compiled("function", "argument")
+def _mean_of(
+    values: ArrayLike, weights: ArrayLike | None, where: ArrayLike | None, function: str, argument: str
+) -> list[Sum]:
+    (x,) = _checks.upcast(_checks.floating(function, argument, values))
+    w = _row_weights(function, x.shape, x.dtype, weights, where)
     return _sums(_weighted(x, w), w, axes=x.ndim)
 
 
 @_ratio
 class Mean(_Ratio):
-    """The weighted mean of anything: of losses, for one.
+    """Weighted mean of any values, such as losses.
 
     >>> import jax.numpy as jnp
     >>> from jaxce.metrics import Mean
@@ -210,13 +267,17 @@ class Mean(_Ratio):
 
     @classmethod
     def from_batch(cls, values: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None) -> Mean:
-        """Values of any shape; weights and where of the same."""
-        return cls(*_mean_of(values, weights, where))
+        """Values of any shape; weights and where of the same shape."""
+        return cls(*_mean_of(values, weights, where, cls.__name__, "values"))
+
+    def update(self, values: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None) -> Mean:
+        """This metric and that of one more batch, given as to ``from_batch``."""
+        return self._updated(values, weights, where)
 
 
 @_ratio
 class Perplexity(_Ratio):
-    """The exponential of the mean of negative log-likelihoods in nats; 1 of nothing.
+    """Exponential of the mean of negative log-likelihoods in nats; 1 without data.
 
     >>> import jax.numpy as jnp
     >>> from jaxce.metrics import Perplexity
@@ -226,8 +287,12 @@ class Perplexity(_Ratio):
 
     @classmethod
     def from_batch(cls, nll: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None) -> Perplexity:
-        """Losses of any shape; weights and where of the same."""
-        return cls(*_mean_of(nll, weights, where))
+        """Losses of any shape; weights and where of the same shape."""
+        return cls(*_mean_of(nll, weights, where, cls.__name__, "nll"))
+
+    def update(self, nll: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None) -> Perplexity:
+        """This metric and that of one more batch, given as to ``from_batch``."""
+        return self._updated(nll, weights, where)
 
     @compiled()
     def compute(self) -> Array:
@@ -245,7 +310,7 @@ def _per_unit(nll: ArrayLike, units: ArrayLike, weights: ArrayLike | None, where
 
 @_ratio
 class BitsPer(_Ratio):
-    """Bits per byte, per character, or per whatever is counted: sum(nll) / (log 2 sum(units)); 0 of nothing.
+    """Bits per byte, per character, or per whatever is counted: sum(nll) / (log 2 sum(units)); 0 without data.
 
     >>> import jax.numpy as jnp
     >>> from jaxce.metrics import BitsPer
@@ -259,6 +324,12 @@ class BitsPer(_Ratio):
     ) -> BitsPer:
         """Losses in nats, and how many bytes (or characters) each is for; all of one shape."""
         return cls(*_per_unit(nll, units, weights, where))
+
+    def update(
+        self, nll: ArrayLike, units: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None
+    ) -> BitsPer:
+        """This metric and that of one more batch, given as to ``from_batch``."""
+        return self._updated(nll, units, weights, where)
 
     @compiled()
     def compute(self) -> Array:
@@ -332,7 +403,7 @@ def _rank(spec: Spec, inputs: Inputs, label: Array) -> Array:
     return add_up((spec,), (inputs,), ({},), label, step)
 
 
-def _totals(rows: _Rows, w: Array, *values: Array, bins: int | None = None) -> list[Sum]:
+def _totals(rows: _Rows | _Answers, w: Array, *values: Array, bins: int | None = None) -> list[Sum]:
     """The sums of the values and, last, of the weights, of all examples, or in each of as many bins of confidence.
 
     Those of values are NaN if a loss that counts is, as it is for an invalid label.
@@ -367,13 +438,19 @@ class _Score(_Ratio):
         """Logits [..., classes] and labels [...], weights as labels, where as labels or logits."""
         return cls(*_score(logits, labels, weights, where, cls.__name__, cls._of, None))
 
+    def update(
+        self: _S, logits: AnyLogits, labels: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None
+    ) -> _S:
+        """This metric and that of one more batch, given as to ``from_batch``."""
+        return self._updated(logits, labels, weights, where)
+
 
 _S = TypeVar("_S", bound=_Score)
 
 
 @_ratio
 class Accuracy(_Score):
-    """The weighted share of examples whose label has the largest logit, the first of several; 0 of nothing.
+    """Weighted share of examples whose label has the largest logit, the first of equal ones; 0 without data.
 
     >>> import jax.numpy as jnp
     >>> from jaxce.metrics import Accuracy
@@ -388,7 +465,7 @@ class Accuracy(_Score):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "weight"], meta_fields=["k"])
 @dataclasses.dataclass(frozen=True)
 class TopKAccuracy(_Score):
-    """The weighted share of examples whose label is among the k largest logits; of equal ones the first are.
+    """Weighted share of examples whose label is among the k largest logits, of equal ones the first; 0 without data.
 
     >>> import jax.numpy as jnp
     >>> from jaxce.metrics import TopKAccuracy
@@ -424,14 +501,15 @@ class TopKAccuracy(_Score):
 
 @_ratio
 class Brier(_Score):
-    """The Brier score: the mean of the sum over classes of (p_k - [k is the label])^2, between 0 and 2; 0 of nothing.
+    """The Brier score: the mean of the sum over classes of (p_k - [k is the label])^2, between 0 and 2; 0 without data.
 
     >>> import jax.numpy as jnp
     >>> from jaxce.metrics import Brier
     >>> print(Brier.from_batch(jnp.zeros((3, 2)), jnp.array([0, 1, 1])).compute())
     0.5
 
-    Source: Brier, "Verification of Forecasts Expressed in Terms of Probability", Monthly Weather Review 78 (1950).
+    References:
+        Brier, "Verification of Forecasts Expressed in Terms of Probability", Monthly Weather Review 78 (1950).
     """
 
     _of = "brier"
@@ -441,16 +519,72 @@ class Brier(_Score):
 
 
 class ReliabilityCurve(NamedTuple):
-    """How often the confident are right, bin by bin: plot ``accuracy`` over ``confidence`` where ``weight`` isn't 0."""
+    """A reliability diagram: plot ``accuracy`` over ``confidence`` where ``weight`` isn't 0."""
 
     edges: Array
-    """Where the bins begin and end, [bins + 1]."""
+    """Edges of the bins, [bins + 1]."""
     confidence: Array
-    """Mean probability of the predicted class, [bins]; 0 in an empty bin."""
+    """Mean probability of the predicted class (of yes, if binary), [bins]; 0 in an empty bin."""
     accuracy: Array
-    """Mean accuracy, [bins]; 0 in an empty bin."""
+    """Mean accuracy (share of yes, if binary), [bins]; 0 in an empty bin."""
     weight: Array
     """Weight of the examples in each bin, [bins]."""
+
+
+NORMS = ("l1", "l2", "max")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bins(Metric):
+    confidence: Sum
+    correct: Sum
+    weight: Sum
+    bins: int = 15
+
+    @classmethod
+    def empty(cls: type[_B], *, bins: int = 15, dtype: DTypeLike = jnp.float32) -> _B:
+        """The metric of no data."""
+        bins = _checks.positive_integer(cls.__name__, "bins", bins)
+        return cls(*(Sum.empty(dtype, bins) for _ in range(3)), bins=bins)
+
+    def _options(self) -> dict[str, Any]:
+        return {"bins": self.bins}
+
+    def compute(self, norm: str = "l1") -> Array:
+        """The calibration error: of the gaps between the bins' accuracy and confidence, weighted by their examples.
+
+        Args:
+            norm: "l1", the mean of the gaps (the expected calibration error), "l2", the root of the mean of their squares,
+                or "max", the largest (the maximum calibration error).
+        """
+        if norm not in NORMS:
+            raise ValueError(f"{type(self).__name__}: norm must be one of {NORMS}, got {norm!r}")
+        return _calibration_error(self, norm)
+
+    def curve(self) -> ReliabilityCurve:
+        """The bins, ready to plot."""
+        edges = jnp.linspace(0, 1, self.bins + 1, dtype=self.weight.hi.dtype)
+        confidence, accuracy = Mean(self.confidence, self.weight), Mean(self.correct, self.weight)
+        return ReliabilityCurve(edges, confidence.compute(), accuracy.compute(), self.weight._rounded)
+
+
+_B = TypeVar("_B", bound=_Bins)
+_binned = functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["confidence", "correct", "weight"], meta_fields=["bins"]
+)
+
+
+@compiled("norm")
+def _calibration_error(metric: Any, norm: str) -> Array:
+    gap = jnp.abs((metric.correct.hi - metric.confidence.hi) + (metric.correct.lo - metric.confidence.lo))
+    weight = metric.weight._rounded
+    if norm == "l1":
+        return Mean(*_sums(gap, weight, axes=1)).compute()
+    relative = jnp.where(weight == 0, 0, gap / jnp.where(weight == 0, 1, weight))
+    if norm == "max":
+        return jnp.max(relative)
+    square = Mean(*_sums(gap * relative, weight, axes=1)).compute()
+    return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
 @compiled("bins")
@@ -459,34 +593,24 @@ def _calibration(logits: Any, labels: ArrayLike, weights: Any, where: Any, bins:
     return _totals(rows, w, rows.confidence, rows.correct, bins=bins)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["confidence", "correct", "weight"], meta_fields=["bins"]
-)
-@dataclasses.dataclass(frozen=True)
-class Calibration(Metric):
-    """Expected calibration error: the mean over examples of their bin's abs(accuracy - confidence); 0 of nothing.
+@_binned
+class Calibration(_Bins):
+    """Calibration error of the predicted class: how far the accuracy of examples is from their confidence; 0 without data.
 
-    Confidence is the probability of the predicted class; bin b of B holds those in (b/B, (b+1)/B].
+    Confidence is the probability of the predicted class. Examples are put in bins of confidence, bin b of B holding those
+    in (b/B, (b+1)/B]. ``compute()`` is the expected calibration error, the mean over examples of their bin's |accuracy -
+    confidence|, ``compute("l2")`` and ``compute("max")`` other norms.
 
     >>> import jax.numpy as jnp
     >>> from jaxce.metrics import Calibration
     >>> calibration = Calibration.from_batch(jnp.array([[50.0, 0.0], [0.0, 50.0]]), jnp.array([0, 0]), bins=10)
-    >>> print(calibration.compute(), calibration.curve().accuracy[-1])
-    0.5 0.5
+    >>> print(calibration.compute(), calibration.compute("max"), calibration.curve().accuracy[-1])
+    0.5 0.5 0.5
 
-    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, https://arxiv.org/abs/1706.04599.
+    References:
+        Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, https://arxiv.org/abs/1706.04599.
+        Kumar, Liang and Ma, "Verified Uncertainty Calibration", NeurIPS 2019, https://arxiv.org/abs/1909.10155 (l2).
     """
-
-    confidence: Sum
-    correct: Sum
-    weight: Sum
-    bins: int = 15
-
-    @classmethod
-    def empty(cls, *, bins: int = 15, dtype: DTypeLike = jnp.float32) -> Calibration:
-        """The metric of no data."""
-        bins = _checks.positive_integer("Calibration", "bins", bins)
-        return cls(*(Sum.empty(dtype, bins) for _ in range(3)), bins=bins)
 
     @classmethod
     def from_batch(
@@ -502,20 +626,11 @@ class Calibration(Metric):
         bins = _checks.positive_integer("Calibration", "bins", bins)
         return cls(*_calibration(logits, labels, weights, where, bins), bins=bins)
 
-    def _options(self) -> dict[str, Any]:
-        return {"bins": self.bins}
-
-    @compiled()
-    def compute(self) -> Array:
-        """The expected calibration error."""
-        gap = (self.correct.hi - self.confidence.hi) + (self.correct.lo - self.confidence.lo)
-        return Mean(*_sums(jnp.abs(gap), self.weight._rounded, axes=1)).compute()
-
-    def curve(self) -> ReliabilityCurve:
-        """The bins, ready to plot."""
-        edges = jnp.linspace(0, 1, self.bins + 1, dtype=self.weight.hi.dtype)
-        confidence, accuracy = Mean(self.confidence, self.weight), Mean(self.correct, self.weight)
-        return ReliabilityCurve(edges, confidence.compute(), accuracy.compute(), self.weight._rounded)
+    def update(
+        self, logits: AnyLogits, labels: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None
+    ) -> Calibration:
+        """This metric and that of one more batch, given as to ``from_batch``."""
+        return self._updated(logits, labels, weights, where)
 
 
 # ---------------------------------------------------------------------------------------------------- all of them
@@ -571,7 +686,7 @@ _FIELDS = ["nll", "weight", "units", "correct", "calibration", "top_k", "brier"]
 @functools.partial(jax.tree_util.register_dataclass, data_fields=_FIELDS, meta_fields=["options"])
 @dataclasses.dataclass(frozen=True)
 class Evaluation(Metric):
-    """All of the above from two passes over the logits; ``per_class=False`` leaves out top-k accuracy and Brier score.
+    """All metrics of classes in two passes over the logits; ``per_class=False`` leaves out top-k accuracy and Brier score.
 
     >>> import jax.numpy as jnp
     >>> from jaxce.metrics import Evaluation
@@ -605,7 +720,7 @@ class Evaluation(Metric):
     @classmethod
     def from_batch(
         cls,
-        logits: Any,
+        logits: AnyLogits,
         labels: ArrayLike,
         weights: ArrayLike | None = None,
         where: ArrayLike | None = None,
@@ -629,6 +744,18 @@ class Evaluation(Metric):
         """
         return _evaluate(logits, labels, weights, where, units, _options_of(k, bins, per_class))
 
+    def update(
+        self,
+        logits: AnyLogits,
+        labels: ArrayLike,
+        weights: ArrayLike | None = None,
+        where: ArrayLike | None = None,
+        *,
+        units: ArrayLike | None = None,
+    ) -> Evaluation:
+        """This evaluation and that of one more batch, given as to ``from_batch``."""
+        return self._updated(logits, labels, weights, where, units=units)
+
     def _options(self) -> dict[str, Any]:
         return self.options._asdict()
 
@@ -645,4 +772,284 @@ class Evaluation(Metric):
             self.calibration.curve(),
             None if self.top_k is None else Mean(self.top_k, self.weight).compute(),
             None if self.brier is None else Mean(self.brier, self.weight).compute(),
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- yes or no
+
+
+class _Answers(NamedTuple):
+    """A batch of yes-or-no questions, element by element."""
+
+    nll: Array
+    correct: Array  # 1 or 0
+    confidence: Array  # the probability of yes
+    brier: Array
+    yes: Array  # 1 or 0
+
+
+def _answers(
+    function: str, logits: Any, labels: Any, weights: Any, where: Any, threshold: float
+) -> tuple[_Answers, Array]:
+    """The elements and their weights."""
+    (x,) = _checks.upcast(_checks.floating(function, "logits", logits))
+    y = _checks.real(function, "labels", labels, x.dtype).astype(x.dtype)
+    _checks.same_shape(function, "labels", y, x.shape, "the shape of the logits", _reshape_hint("labels", y, x))
+    w = jnp.ones_like(x)
+    if weights is not None:
+        w = _checks.real(function, "weights", weights, x.dtype).astype(x.dtype)
+        fits = w.ndim == x.ndim and all(n in (1, m) for n, m in zip(w.shape, x.shape, strict=True))
+        _checks.same_shape(
+            function, "weights", w, x.shape if not fits else w.shape, "the shape of the logits or 1s in it"
+        )
+        w = jnp.broadcast_to(w, x.shape)
+    keep = _checks.where_elements(function, where, x.shape)
+    x, y, w = (_checks.only(keep, a, 0) for a in (x, y, w))
+    sign = 1 - 2 * y
+    miss = jax.nn.sigmoid(sign * x)  # the probability of the other answer, which isn't formed as 1 - p
+    yes = x > math.log(threshold) - math.log1p(-threshold)
+    nll = jnp.where((y == 0) | (y == 1), sigmoid_binary_cross_entropy(x, y), jnp.nan)
+    return _Answers(nll, (yes == (y == 1)).astype(x.dtype), jax.nn.sigmoid(x), miss * miss, y), w
+
+
+def _reshape_hint(name: str, given: Array, wanted: Array) -> str:
+    return f"; give {name}.reshape({wanted.shape})" if given.size == wanted.size else ""
+
+
+def _threshold(function: str, threshold: float) -> float:
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float | np.number):
+        raise TypeError(f"{function}: threshold must be a number in (0, 1), got {_checks.describe(threshold)}")
+    if not 0 < threshold < 1:
+        raise ValueError(f"{function}: threshold must be a number in (0, 1), got {threshold!r}")
+    return float(threshold)
+
+
+@compiled("name", "of", "threshold")
+def _binary_score(
+    logits: Any, labels: Any, weights: Any, where: Any, name: str, of: str, threshold: float
+) -> list[Sum]:
+    answers, w = _answers(name, logits, labels, weights, where, threshold)
+    return _totals(answers, w, getattr(answers, of))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "weight"], meta_fields=["threshold"])
+@dataclasses.dataclass(frozen=True)
+class BinaryAccuracy(_Ratio):
+    """Weighted share of right answers, where the answer is yes if its probability exceeds ``threshold``; 0 without data.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxce.metrics import BinaryAccuracy
+    >>> logits, labels = jnp.array([-1.0, 0.5, 2.0]), jnp.array([0, 0, 1])
+    >>> print(BinaryAccuracy.from_batch(logits, labels).compute().round(4))
+    0.6667
+    >>> print(BinaryAccuracy.from_batch(logits, labels, threshold=0.8).compute())
+    1.0
+    """
+
+    threshold: float = 0.5
+
+    @classmethod
+    def empty(cls, *, threshold: float = 0.5, dtype: DTypeLike = jnp.float32) -> BinaryAccuracy:
+        """The metric of no data."""
+        return cls(Sum.empty(dtype), Sum.empty(dtype), _threshold("BinaryAccuracy", threshold))
+
+    @classmethod
+    def from_batch(
+        cls,
+        logits: ArrayLike,
+        labels: ArrayLike,
+        weights: ArrayLike | None = None,
+        where: ArrayLike | None = None,
+        *,
+        threshold: float = 0.5,
+    ) -> BinaryAccuracy:
+        """Logits (log-odds of yes) of any shape, labels of 0 and 1 of the same; weights and where broadcast to it."""
+        threshold = _threshold("BinaryAccuracy", threshold)
+        sums = _binary_score(logits, labels, weights, where, "BinaryAccuracy", "correct", threshold)
+        return cls(*sums, threshold=threshold)
+
+    def update(
+        self, logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None
+    ) -> BinaryAccuracy:
+        """This metric and that of one more batch, given as to ``from_batch``."""
+        return self._updated(logits, labels, weights, where)
+
+    def _options(self) -> dict[str, Any]:
+        return {"threshold": self.threshold}
+
+
+@_ratio
+class BinaryBrier(_Ratio):
+    """Brier score of yes-or-no questions: the mean of (p - y)^2, between 0 and 1; 0 without data.
+
+    That is half of the sum over both classes, which `Brier` has.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxce.metrics import BinaryBrier
+    >>> print(BinaryBrier.from_batch(jnp.zeros(3), jnp.array([0, 1, 1])).compute())
+    0.25
+
+    References:
+        Brier, "Verification of Forecasts Expressed in Terms of Probability", Monthly Weather Review 78 (1950).
+    """
+
+    @classmethod
+    def from_batch(
+        cls, logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None
+    ) -> BinaryBrier:
+        """Logits (log-odds of yes) of any shape, labels of 0 and 1 of the same; weights and where broadcast to it."""
+        return cls(*_binary_score(logits, labels, weights, where, "BinaryBrier", "brier", 0.5))
+
+    def update(
+        self, logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None
+    ) -> BinaryBrier:
+        """This metric and that of one more batch, given as to ``from_batch``."""
+        return self._updated(logits, labels, weights, where)
+
+
+@compiled("bins")
+def _binary_calibration(logits: Any, labels: Any, weights: Any, where: Any, bins: int) -> list[Sum]:
+    answers, w = _answers("BinaryCalibration", logits, labels, weights, where, 0.5)
+    return _totals(answers, w, answers.confidence, answers.yes, bins=bins)
+
+
+@_binned
+class BinaryCalibration(_Bins):
+    """Calibration error of yes-or-no questions: how far the share of yes is from its probability; 0 without data.
+
+    Questions are put in bins of the probability of yes, bin b of B holding those in (b/B, (b+1)/B]. ``compute()`` is the
+    mean over questions of their bin's |share of yes - mean probability|, ``compute("l2")`` and ``compute("max")`` other
+    norms.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxce.metrics import BinaryCalibration
+    >>> calibration = BinaryCalibration.from_batch(jnp.array([0.0, 0.0, 50.0]), jnp.array([1, 0, 0]), bins=10)
+    >>> print(calibration.compute().round(4), calibration.compute("max"))
+    0.3333 1.0
+
+    References:
+        Kumar, Liang and Ma, "Verified Uncertainty Calibration", NeurIPS 2019, https://arxiv.org/abs/1909.10155.
+    """
+
+    @classmethod
+    def from_batch(
+        cls,
+        logits: ArrayLike,
+        labels: ArrayLike,
+        weights: ArrayLike | None = None,
+        where: ArrayLike | None = None,
+        *,
+        bins: int = 15,
+    ) -> BinaryCalibration:
+        """Logits (log-odds of yes) of any shape, labels of 0 and 1 of the same; weights and where broadcast to it."""
+        bins = _checks.positive_integer("BinaryCalibration", "bins", bins)
+        return cls(*_binary_calibration(logits, labels, weights, where, bins), bins=bins)
+
+    def update(
+        self, logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None
+    ) -> BinaryCalibration:
+        """This metric and that of one more batch, given as to ``from_batch``."""
+        return self._updated(logits, labels, weights, where)
+
+
+class BinaryEvaluationResult(NamedTuple):
+    """What `BinaryEvaluation.compute` gives."""
+
+    nll: Array
+    """Mean negative log-likelihood (binary cross-entropy) in nats."""
+    accuracy: Array
+    """Share of right answers."""
+    brier: Array
+    """Brier score, the mean of (p - y)^2."""
+    calibration_error: Array
+    """Expected calibration error (l1)."""
+    reliability: ReliabilityCurve
+    """Its bins, ready to plot."""
+
+
+@compiled("bins", "threshold")
+def _evaluate_answers(
+    logits: Any, labels: Any, weights: Any, where: Any, bins: int, threshold: float
+) -> BinaryEvaluation:
+    answers, w = _answers("BinaryEvaluation", logits, labels, weights, where, threshold)
+    nll, correct, brier, weight = _totals(answers, w, answers.nll, answers.correct, answers.brier)
+    calibration = BinaryCalibration(*_totals(answers, w, answers.confidence, answers.yes, bins=bins), bins=bins)
+    return BinaryEvaluation(nll, correct, brier, weight, calibration, threshold)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["nll", "correct", "brier", "weight", "calibration"],
+    meta_fields=["threshold"],
+)
+@dataclasses.dataclass(frozen=True)
+class BinaryEvaluation(Metric):
+    """All metrics of yes-or-no questions, such as those of multi-label classification, where each label is one.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxce.metrics import BinaryEvaluation
+    >>> logits, labels = jnp.array([[2.0, -1.0], [0.5, 3.0]]), jnp.array([[1, 0], [0, -1]])
+    >>> result = BinaryEvaluation.empty().update(logits, labels, where=labels != -1).compute()
+    >>> print(f"{result.nll:.4f} {result.accuracy:.4f} {result.brier:.4f}")
+    0.4714 0.6667 0.1579
+    """
+
+    nll: Sum
+    correct: Sum
+    brier: Sum
+    weight: Sum
+    calibration: BinaryCalibration
+    threshold: float = 0.5
+
+    @classmethod
+    def empty(cls, *, bins: int = 15, threshold: float = 0.5, dtype: DTypeLike = jnp.float32) -> BinaryEvaluation:
+        """The evaluation of no data."""
+        bins = _checks.positive_integer("BinaryEvaluation", "bins", bins)
+        sums = (Sum.empty(dtype) for _ in range(4))
+        calibration = BinaryCalibration.empty(bins=bins, dtype=dtype)
+        threshold = _threshold("BinaryEvaluation", threshold)
+        return cls(*sums, calibration=calibration, threshold=threshold)
+
+    @classmethod
+    def from_batch(
+        cls,
+        logits: ArrayLike,
+        labels: ArrayLike,
+        weights: ArrayLike | None = None,
+        where: ArrayLike | None = None,
+        *,
+        bins: int = 15,
+        threshold: float = 0.5,
+    ) -> BinaryEvaluation:
+        """The evaluation of one batch.
+
+        Args:
+            logits: the log-odds of yes, of any shape, such as [N] or [N, K].
+            labels: 0 and 1, or booleans, of the same shape; anything else makes the result NaN where it counts.
+            weights: how much each question counts; with as many axes as the logits, to which they broadcast.
+            where: which questions take part: booleans or integers with as many axes as the logits, to which they broadcast.
+            bins: for the calibration error.
+            threshold: the probability above which the answer is yes, for the accuracy.
+        """
+        bins = _checks.positive_integer("BinaryEvaluation", "bins", bins)
+        return _evaluate_answers(logits, labels, weights, where, bins, _threshold("BinaryEvaluation", threshold))
+
+    def update(
+        self, logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None
+    ) -> BinaryEvaluation:
+        """This evaluation and that of one more batch, given as to ``from_batch``."""
+        return self._updated(logits, labels, weights, where)
+
+    def _options(self) -> dict[str, Any]:
+        return {"bins": self.calibration.bins, "threshold": self.threshold}
+
+    @compiled()
+    def compute(self) -> BinaryEvaluationResult:
+        """The results."""
+        return BinaryEvaluationResult(
+            Mean(self.nll, self.weight).compute(),
+            Mean(self.correct, self.weight).compute(),
+            Mean(self.brier, self.weight).compute(),
+            self.calibration.compute(),
+            self.calibration.curve(),
         )

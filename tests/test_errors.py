@@ -61,6 +61,7 @@ VALID: dict[str, tuple[tuple[Any, ...], tuple[str, ...], str | None]] = {
     "softmax_statistics": ((X, Y), ("logits",), "integer"),
     "bernoulli_nll": ((X, T), ("logits",), None),
     "gaussian_nll": ((X, X, X), ("location", "log_scale"), None),
+    "gaussian_relative_entropy": ((X, X, X, X), ("p_location", "p_log_scale", "q_location", "q_log_scale"), None),
     "laplace_nll": ((X, X, X), ("location", "log_scale"), None),
     "student_t_nll": ((X, X, X, X), ("location", "log_scale", "log_df"), None),
     "exponential_nll": ((X, P), ("log_rate",), None),
@@ -100,6 +101,7 @@ WITH_BASE = [
 ]
 ELEMENTWISE = {name for name in VALID if name.endswith("_nll") and name != "mixture_nll"}
 WITHOUT_AXIS = ELEMENTWISE | {
+    "gaussian_relative_entropy",
     "sigmoid_binary_cross_entropy",
     "sigmoid_focal_loss",
     "binary_cross_entropy",
@@ -170,7 +172,7 @@ def bad_calls() -> list[Any]:
         ("multivariate_normal_nll", (X, X[0], X), {}, ValueError, "scale_tril"),
         ("multivariate_normal_nll", (X, jnp.ones((4, 3, 3)), X), {}, ValueError, "scale_tril"),
         ("multivariate_normal_nll", (X[0, 0], jnp.eye(3), X), {}, ValueError, "location"),
-        ("multivariate_normal_nll", (X, jnp.eye(3), X[:, :2]), {}, ValueError, "location"),
+        ("multivariate_normal_nll", (X, jnp.eye(3), X[:, :2]), {}, ValueError, "x"),
         ("mixture_nll", (X, X[:, :2]), {}, ValueError, "component_nll"),
         ("weighted_mean", (X, jnp.ones((2, 4))), {}, ValueError, "weights"),
         ("differential_entropy", (jnp.arange(10.0),), {"method": "guess"}, ValueError, "method"),

@@ -46,7 +46,10 @@ def problem(dtype: str = "float32") -> Problem:
         "random": (3 * rng.normal(size=5), 1),
         "ties": (np.array([2.0, 1.0, 2.0, 2.0, -1.0]), 0),
         "right by 10": (np.array([0.0, 10, 1, -2, 0.5]), 1),
+        "right by 20": (np.array([20.0, 0, 1, -3, -3]), 0),
         "right by 40": (np.array([40.0, 0, 1, -2, 3]), 0),
+        "right by 60": (np.array([-2.0, 60, 0, 1, -3]), 1),
+        "right by 100": (np.array([100.0, 0, 2, -3, 5]), 0),
         "wrong by 40": (np.array([40.0, 0, 1, -2, 3]), 1),
         "above half of the exponents": (np.array([50.0, 49, 48, 47, 44]), 0),
         "at 1e4": (gaps / 4 + 1e4, 1),
@@ -113,16 +116,21 @@ def of_nll(row: Row, y: int, first: Any, second: Any) -> Matrix:
     ]
 
 
-def focal(row: Row, y: int) -> Matrix:
-    """Gamma 2: u^2 a with u = 1 - p and a = -log p."""
+def focal(row: Row, y: int) -> tuple[Any, Any]:
+    """Gamma 2: the derivatives of u^2 a, with u = 1 - p and a = -log p."""
     a, u, p = row.nll(y), row.not_p(y), row.p(y)
-    return of_nll(row, y, u * u + 2 * u * p * a, 4 * u * p + a * (2 * p * p - 2 * u * p))
+    return u * u + 2 * u * p * a, 4 * u * p + a * (2 * p * p - 2 * u * p)
 
 
-def of_poly(row: Row, t: list[Any]) -> Matrix:
-    """Of dense labels and epsilon 2. Each class adds 2 t_k p_k to a sum that is multiplied by two probabilities."""
-    terms = [(w, of_nll(row, k, 1 + 2 * row.p(k), -2 * row.p(k))) for k, w in enumerate(t) if w]
-    added = mpmath.fsum(2 * w * row.p(k) for k, w in enumerate(t))
+def poly(row: Row, y: int) -> tuple[Any, Any]:
+    """Epsilon 2: the derivatives of a + 2 u."""
+    return 1 + 2 * row.p(y), -2 * row.p(y)
+
+
+def of_dense(row: Row, t: list[Any], derivatives: Callable[[Row, int], tuple[Any, Any]], most: Any) -> Matrix:
+    """That of sum_k t_k f(-log p_k). Each class adds t_k p_k f' to a sum that is multiplied by two probabilities."""
+    terms = [(w, of_nll(row, k, *derivatives(row, k))) for k, w in enumerate(t) if w]
+    added = mpmath.fsum(most * w * row.p(k) for k, w in enumerate(t))
     k = range(len(t))
 
     def entry(i: int, j: int) -> tuple[Any, Any]:
@@ -182,15 +190,26 @@ SECOND = {
         lambda row, y, t, o: [[(v / 2, s / 2) for v, s in line] for line in squared_normalizer(row)],
     ),
     "focal": Second(
-        lambda x, y, t, o, where: jaxce.softmax_focal_loss(x, y, where=where), lambda row, y, t, o: focal(row, y)
+        lambda x, y, t, o, where: jaxce.softmax_focal_loss(x, y, where=where),
+        lambda row, y, t, o: of_nll(row, y, *focal(row, y)),
     ),
     "poly": Second(
         lambda x, y, t, o, where: jaxce.poly_loss_cross_entropy(x, y, where=where),
-        lambda row, y, t, o: of_nll(row, y, 1 + 2 * row.p(y), -2 * row.p(y)),
+        lambda row, y, t, o: of_nll(row, y, *poly(row, y)),
     ),
     "dense poly": Second(
         lambda x, y, t, o, where: jaxce.poly_loss_cross_entropy(x, t, where=where),
-        lambda row, y, t, o: of_poly(row, t),
+        lambda row, y, t, o: of_dense(row, t, poly, 2),
+    ),
+    "dense focal": Second(
+        lambda x, y, t, o, where: jaxce.softmax_focal_loss(x, t, where=where),
+        lambda row, y, t, o: of_dense(row, t, focal, 4),
+    ),
+    "sparse": Second(
+        lambda x, y, t, o, where: jaxce.softmax_cross_entropy_with_sparse_labels(
+            x, jnp.stack([y, jnp.zeros_like(y)], -1), jnp.full((*y.shape, 2), 0.5), where=where
+        ),
+        lambda row, y, t, o: covariance(row),
     ),
     "relative entropy by p": Second(
         lambda x, y, t, o, where: jaxce.relative_entropy_with_logits(x, o, where=where),

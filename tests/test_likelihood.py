@@ -20,7 +20,8 @@ from helpers import ulp_error
 import jaxce
 from jaxce import _likelihood
 
-M = mpmath.mpf
+mp: Any = mpmath  # its numbers may be complex, for all that pyright knows
+M = mp.mpf
 INF, NAN = math.inf, math.nan
 ULP = 8 * 2.0**-23  # the contract: 8 ulp of float32
 
@@ -311,33 +312,33 @@ class Derivatives(NamedTuple):
 
 
 def gaussian_at(m: Any, s: Any, x: Any) -> Derivatives:
-    h = mpmath.exp(-s)
+    h = mp.exp(-s)
     z = (x - m) * h
-    value = [z * z / 2, s, mpmath.log(2 * mpmath.pi) / 2]
+    value = [z * z / 2, s, mp.log(2 * mp.pi) / 2]
     return Derivatives(
         value, [[-z * h], [1, -z * z], [z * h]], [[h * h], [2 * z * h], [-h * h], [2 * z * z], [-2 * z * h], [h * h]]
     )
 
 
 def laplace_at(m: Any, s: Any, x: Any) -> Derivatives:
-    h, sign = mpmath.exp(-s), mpmath.sign(x - m)
+    h, sign = mp.exp(-s), mp.sign(x - m)
     z = abs(x - m) * h
     return Derivatives(
-        [z, s, mpmath.log(2)],
+        [z, s, mp.log(2)],
         [[-sign * h], [1, -z], [sign * h]],
         [[0], [sign * h], [0], [z], [-sign * h], [0]],
     )
 
 
 def exponential_at(log_rate: Any, x: Any) -> Derivatives:
-    rate = mpmath.exp(log_rate)
+    rate = mp.exp(log_rate)
     return Derivatives([rate * x, -log_rate], [[rate * x, -1], [rate]], [[rate * x], [rate], [0]])
 
 
 def gaussian_kl_at(m: Any, s: Any, q_m: Any, q_s: Any) -> Derivatives:
-    h, delta = mpmath.exp(-q_s), 2 * (s - q_s)
-    z, ratio = (m - q_m) * h, mpmath.exp(delta)
-    excess = mpmath.expm1(delta)
+    h, delta = mp.exp(-q_s), 2 * (s - q_s)
+    z, ratio = (m - q_m) * h, mp.exp(delta)
+    excess = mp.expm1(delta)
     return Derivatives(
         [z * z / 2, (excess - delta) / 2],
         [[z * h], [excess], [-z * h], [-excess, -z * z]],
@@ -351,15 +352,15 @@ def gaussian_kl_at(m: Any, s: Any, q_m: Any, q_s: Any) -> Derivatives:
 
 
 def student_t_at(m: Any, s: Any, log_df: Any, x: Any) -> Derivatives:
-    df, d, psi = mpmath.exp(log_df), x - m, mpmath.psi
-    c2 = df * mpmath.exp(2 * s)
+    df, d, psi = mp.exp(log_df), x - m, mp.psi
+    c2 = df * mp.exp(2 * s)
     both, share = c2 + d * d, d * d / (c2 + d * d)
-    log_total = mpmath.log1p(d * d / c2)
+    log_total = mp.log1p(d * d / c2)
     constant = student_t(M(0), M(0), log_df, M(0))[2]
     first = df / 2 * (psi(0, df / 2) - psi(0, (df + 1) / 2))
     second = first + df * df / 4 * (psi(1, df / 2) - psi(1, (df + 1) / 2))
     if df > 1e30:  # asymptotically
-        constant, first, second = mpmath.log(2 * mpmath.pi) / 2 + 1 / (4 * df), -M(0.5) - 1 / (4 * df), 1 / (4 * df)
+        constant, first, second = mp.log(2 * mp.pi) / 2 + 1 / (4 * df), -M(0.5) - 1 / (4 * df), 1 / (4 * df)
     curved = df / 2 * log1p_gap(d * d / c2)
     large = [curved] if d * d <= c2 else [df / 2 * log_total, -df / 2 * share]
     by_d, by_ds = [(df + 1) * d / both], [-2 * (df + 1) * d * c2 / both**2]
@@ -387,7 +388,7 @@ def student_t_at(m: Any, s: Any, log_df: Any, x: Any) -> Derivatives:
 
 def log1p_gap(v: Any) -> Any:
     """log(1 + v) - v / (1 + v)."""
-    return mpmath.log1p(v) - v / (1 + v) if abs(v) > 1e-30 else v * v / 2
+    return mp.log1p(v) - v / (1 + v) if abs(v) > 1e-30 else v * v / 2
 
 
 def negative(terms: list[Any]) -> list[Any]:
@@ -395,16 +396,16 @@ def negative(terms: list[Any]) -> list[Any]:
 
 
 def gamma_at(log_a: Any, log_rate: Any, x: Any) -> Derivatives:
-    a, y, psi = mpmath.exp(log_a), mpmath.exp(log_rate) * x, mpmath.psi
+    a, y, psi = mp.exp(log_a), mp.exp(log_rate) * x, mp.psi
     if a >= 1:
         # the error of the ratio is that of 1, where its logarithm is small
-        ratio, rest = -a * mpmath.log(y / a), a * (psi(0, a) - log_a)
+        ratio, rest = -a * mp.log(y / a), a * (psi(0, a) - log_a)
         curvature = a * a * psi(1, a) + rest
         if a > 1e30:  # asymptotically
             rest, curvature = -M(0.5) - 1 / (12 * a), a + 1 / (12 * a)
         by_a, by_aa = [ratio, rest, a, -a], [ratio, curvature, a, -a]
     else:
-        ratio, rest = -a * mpmath.log(y), a * psi(0, 1 + a)
+        ratio, rest = -a * mp.log(y), a * psi(0, 1 + a)
         by_a, by_aa = [ratio, rest, -1], [ratio, rest, a * a * psi(1, 1 + a)]
     return Derivatives(
         gamma(log_a, log_rate, x),
@@ -414,18 +415,18 @@ def gamma_at(log_a: Any, log_rate: Any, x: Any) -> Derivatives:
 
 
 def poisson_at(log_rate: Any, k: Any) -> Derivatives:
-    rate = mpmath.exp(log_rate)
+    rate = mp.exp(log_rate)
     return Derivatives(poisson(log_rate, k), [[rate, -k]], [[rate]])
 
 
 def negative_binomial_at(log_mean: Any, log_r: Any, k: Any) -> Derivatives:
-    m, r, psi = mpmath.exp(log_mean), mpmath.exp(log_r), mpmath.psi
+    m, r, psi = mp.exp(log_mean), mp.exp(log_r), mp.psi
     p_m, p_r = m / (m + r), r / (m + r)
     gap, w, n = k * p_r - m * p_r, m * p_r, k + r
-    failures = r * mpmath.log1p(m / r)
+    failures = r * mp.log1p(m / r)
     if r >= 1:
-        excess = gap - r * mpmath.log1p(gap / r) if abs(gap / r) > 1e-30 else gap * gap / (2 * r)
-        first = [r * (psi(0, r) - log_r), -r * (psi(0, n) - mpmath.log(n))] if k else []
+        excess = gap - r * mp.log1p(gap / r) if abs(gap / r) > 1e-30 else gap * gap / (2 * r)
+        first = [r * (psi(0, r) - log_r), -r * (psi(0, n) - mp.log(n))] if k else []
         second = [r * (r * psi(1, r) - 1), -r * r * (psi(1, n) - 1 / n)] if k else []
         if r > 1e30 and k:  # asymptotically
             first = [-k / (2 * n) - 1 / (12 * r) + r / (12 * n * n)]
@@ -936,6 +937,7 @@ WHERE = {  # the number of arguments, of which the last is observed
     "sigmoid_binary_cross_entropy": 2,
     "sigmoid_focal_loss": 2,
     "binary_cross_entropy": 2,
+    "gaussian_relative_entropy": 4,
     **{name: len(args[0]) for name, args in BAD.items()},
 }
 

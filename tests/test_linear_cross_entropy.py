@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import jaxce
-from jaxce import _linear
+from jaxce import _linear, _platforms
 
 EXAMPLES, FEATURES, CLASSES = 7, 5, 11
 Arrays = dict[str, jax.Array]
@@ -218,12 +218,20 @@ def test_rows_without_a_loss(chunk_size: int | None) -> None:
     assert log_normalizers.tolist() == [-jnp.inf] * 3 + [0]
 
 
+def test_ways_of_putting_in_the_label() -> None:
+    """Of all platforms alike; a label that is no class of this device's changes nothing."""
+    x, labels, values = jnp.zeros((5, 3)), jnp.array([0, -1, 2, 3, 1]), jnp.arange(1.0, 6)
+    expected = [[1, 0, 0], [0, 0, 0], [0, 0, 3], [0, 0, 0], [0, 5, 0]]
+    for way in (_platforms.with_entries, _platforms._select_entries, _platforms._scatter_entries):
+        assert way(x, labels, values).tolist() == expected
+
+
 def test_only_chunks_with_rows_that_count_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     def one(options: Any, names: Any, labels: jax.Array, inputs: Arrays) -> Any:
         return jnp.ones(()), {}, None
 
     monkeypatch.setattr(_linear, "_chunk", one)
-    options = _linear._Options(None, -1, None, None, False)
+    options = _linear._Options(None, -1, None, None, False, False)
     rest = {"hidden": jnp.ones((12, 2)), "kernel": jnp.ones((2, 3))}
 
     def turns(weights: jax.Array) -> jax.Array:

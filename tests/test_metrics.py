@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import inspect
 import math
+import pickle
+import re
 from typing import Any
 
 import jax
@@ -12,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+import sklearn.calibration
 import sklearn.metrics
 from helpers import assert_same
 from hypothesis import given, settings
@@ -23,6 +28,11 @@ from jaxce import _platforms
 from jaxce._state import Block
 from jaxce.metrics import (
     Accuracy,
+    BinaryAccuracy,
+    BinaryBrier,
+    BinaryCalibration,
+    BinaryEvaluation,
+    BinaryEvaluationResult,
     BitsPer,
     Brier,
     Calibration,
@@ -127,6 +137,28 @@ def test_reliability_curve() -> None:
     # the bin of 1 is the last, and a boundary belongs to the bin below it
     sure = Calibration.from_batch(jnp.array([[1000.0, 0.0], [0.0, 0.0]]), jnp.array([0, 0]), bins=2)
     assert jnp.array_equal(sure.curve().weight, jnp.array([1.0, 1.0]))
+
+
+def norms(confidence: Any, right: Any, w: Any, bins: int) -> dict[str, float]:
+    """Calibration errors by their definitions, in float64; bins are (b/B, (b+1)/B]."""
+    place = np.clip(np.ceil(confidence * bins) - 1, 0, bins - 1)
+    inside = [place == b for b in range(bins) if w[place == b].sum() > 0]
+    share = np.array([w[i].sum() for i in inside]) / w.sum()
+    gap = np.array([abs(np.average(right[i] - confidence[i], weights=w[i])) for i in inside])
+    return {"l1": share @ gap, "l2": math.sqrt(share @ gap**2), "max": gap.max()}
+
+
+def test_norms_of_the_calibration_error() -> None:
+    logits, labels, w, _ = data()
+    calibration = Calibration.from_batch(logits, labels, w, bins=7)
+    p = scipy.special.softmax(logits.astype(float), -1)
+    expected = norms(p.max(-1), p.argmax(-1) == labels, w.astype(float), 7)
+    for norm, value in expected.items():
+        close(calibration.compute(norm), value, err_msg=norm)
+    close(calibration.compute(), expected["l1"])
+    assert all(Calibration.empty().compute(norm) == 0 for norm in expected)
+    with pytest.raises(ValueError, match=r"^Calibration: norm must be one of \('l1', 'l2', 'max'\), got 'L1'"):
+        calibration.compute("L1")
 
 
 def test_ties_go_to_the_first_class() -> None:
@@ -236,6 +268,71 @@ def test_derivatives() -> None:
 
     for got, plain in zip(jax.jit(jax.jacobian(ours))(jnp.asarray(logits)), (brier, gap), strict=True):
         np.testing.assert_allclose(got, jax.grad(plain)(jnp.asarray(logits)), rtol=1e-5, atol=1e-8)
+
+
+# --- yes or no --------------------------------------------------------------------------------------------------------
+
+
+def questions(*shape: int) -> tuple[Any, ...]:
+    rng = np.random.default_rng(7)
+    logits = (2 * rng.normal(size=shape)).astype("float32")
+    labels = (rng.uniform(size=shape) < scipy.special.expit(0.5 * logits + 0.3)).astype("int32")
+    return logits, labels, rng.uniform(0.1, 2, size=shape).astype("float32")
+
+
+@pytest.mark.parametrize("shape", [(90,), (30, 4)])
+def test_binary_sklearn(shape: tuple[int, ...]) -> None:
+    """Of [N] and [N, K] logits; each entry of the latter is a question of its own."""
+    logits, labels, w = questions(*shape)
+    keep = np.arange(math.prod(shape)).reshape(shape) % 5 > 0
+    dirty, bad = np.where(keep, logits, np.float32(NAN)), np.where(keep, labels, -100)
+    result = BinaryEvaluation.from_batch(dirty, bad, w, keep, threshold=0.3).compute()
+    p, y, weights = scipy.special.expit(logits.astype(float))[keep], labels[keep], w.astype(float)[keep]
+    close(result.nll, sklearn.metrics.log_loss(y, p, sample_weight=weights, labels=[0, 1]))
+    close(result.accuracy, sklearn.metrics.accuracy_score(y, p > 0.3, sample_weight=weights))
+    close(result.brier, sklearn.metrics.brier_score_loss(y, p, sample_weight=weights))
+    close(result.calibration_error, norms(p, y, weights, 15)["l1"])
+    # its parts
+    close(BinaryAccuracy.from_batch(dirty, bad, w, keep, threshold=0.3).compute(), result.accuracy)
+    close(BinaryBrier.from_batch(dirty, bad, w, keep).compute(), result.brier)
+    calibration = BinaryCalibration.from_batch(dirty, bad, w, keep)
+    for norm, value in norms(p, y, weights, 15).items():
+        close(calibration.compute(norm), value, err_msg=norm)
+    # unweighted, the points of scikit-learn's curve
+    curve = BinaryCalibration.from_batch(logits, labels, bins=5).curve()
+    share, mean = sklearn.calibration.calibration_curve(
+        labels.ravel(), scipy.special.expit(logits.astype(float)).ravel(), n_bins=5
+    )
+    some = np.asarray(curve.weight) > 0
+    close(curve.accuracy[some], share)
+    close(curve.confidence[some], mean)
+
+
+def test_binary_batches_merge() -> None:
+    logits, labels, w = questions(90)
+    whole = BinaryEvaluation.from_batch(logits, labels, w).compute()
+    assert isinstance(whole, BinaryEvaluationResult)
+    batches = [a.reshape(3, 30) for a in (logits, labels, w)]
+    end, _ = jax.jit(lambda b: jax.lax.scan(lambda m, b: (m.update(*b), None), BinaryEvaluation.empty(), b))(batches)
+    same(end.compute(), whole)
+    columns = w[:3, None] * np.ones((1, 30), "float32")
+    same(
+        BinaryEvaluation.from_batch(*batches[:2], w[:3, None]).compute(),
+        BinaryEvaluation.from_batch(*batches[:2], columns).compute(),
+    )
+
+
+def test_binary_digits_and_edges() -> None:
+    """A sure answer's Brier score isn't formed as 1 - p; invalid labels and NaN that count are seen; nothing is 0."""
+    score = BinaryBrier.from_batch(jnp.array([30.0, -30.0]), jnp.array([True, False])).compute()
+    np.testing.assert_allclose(score, scipy.special.expit(-30.0) ** 2, rtol=1e-6)
+    for logits, labels in (([0.0, NAN], [0, 1]), ([0.0, 1.0], [0, 2]), ([0.0, 1.0], [0, -1])):
+        result = BinaryEvaluation.from_batch(jnp.array(logits), jnp.array(labels)).compute()
+        assert all(jnp.isnan(x) for x in (result.nll, result.accuracy, result.brier, result.calibration_error))
+    empty = BinaryEvaluation.empty().compute()
+    assert all(jnp.all(leaf == 0) for leaf in jax.tree.leaves(empty._replace(reliability=empty.reliability[1:])))
+    half = BinaryAccuracy.from_batch(jnp.zeros(2), jnp.array([0, 1]))
+    assert half.compute() == 0.5  # a probability of exactly the threshold is a no
 
 
 # --- sums -------------------------------------------------------------------------------------------------------------
@@ -512,6 +609,13 @@ BAD = [
     (lambda: Accuracy.from_batch(X, Y[:2]), ValueError, "Accuracy: labels must have"),
     (lambda: TopKAccuracy.from_batch(X, Y, k=0), ValueError, "TopKAccuracy: k must be a positive integer, got 0"),
     (lambda: Calibration.empty(bins=2.5), ValueError, "Calibration: bins must be a positive integer, got 2.5"),  # type: ignore[arg-type]
+    (lambda: Perplexity.from_batch(Y), TypeError, "Perplexity: nll must be"),
+    (lambda: Perplexity.from_batch(X, jnp.ones(3)), ValueError, "Perplexity: weights must have"),
+    (lambda: BinaryAccuracy.from_batch(X, Y), ValueError, "BinaryAccuracy: labels must have the shape of the logits"),
+    (lambda: BinaryBrier.from_batch(X, X, Y), ValueError, "BinaryBrier: weights must have"),
+    (lambda: BinaryBrier.from_batch(X, X, where=Y != 0), ValueError, "BinaryBrier: where must have as many axes"),
+    (lambda: BinaryAccuracy.empty(threshold=1), ValueError, r"BinaryAccuracy: threshold must be a number in \(0, 1\)"),
+    (lambda: BinaryCalibration.empty(bins=0), ValueError, "BinaryCalibration: bins must be a positive integer, got 0"),
     (lambda: Evaluation.empty(k="a"), TypeError, "Evaluation: k must be a positive integer, got 'a'"),  # type: ignore[arg-type]
 ]
 
@@ -522,6 +626,59 @@ def test_errors(call: Any, error: type[Exception], message: str) -> None:
         call()
 
 
+EMPTY: list[Any] = [getattr(jaxce.metrics, name) for name in jaxce.metrics.__all__]
+EMPTY = [metric for metric in EMPTY if hasattr(metric, "from_batch") and metric is not jaxce.metrics.Metric]
+
+
+@pytest.mark.parametrize("metric", EMPTY)
+def test_calls_of_other_libraries(metric: Any) -> None:
+    """Errors name the metric, show its own arguments, and hint at no argument that it lacks."""
+    name, batch = metric.__name__, inspect.signature(metric.from_batch).parameters
+    for call in (metric, lambda: metric(X, Y), lambda: metric(num_classes=3)):
+        with pytest.raises(
+            TypeError, match=rf"^{name}: a metric must be made by {name}\.empty\(\) or {name}\.from_batch"
+        ):
+            call()
+    for method in (metric.from_batch, metric.empty().update):
+        with pytest.raises(TypeError, match=rf"^{name}: arguments of \w+ must be \({[*batch][0]}, .*, missing"):
+            method()
+        for other in (*jaxce.metrics._OTHER_NAMES, "nonsense"):
+            if other in batch:
+                continue
+            with pytest.raises(TypeError, match=rf"^{name}: {other} is no argument of \w+") as error:
+                method(*[X] * 2, **{other: 1})
+            hint = re.search(r"give (\w+)=", str(error.value))
+            assert hint is None or hint[1] in inspect.signature(method).parameters
+    with pytest.raises(TypeError, match=rf"^{name}: mask is no argument of update; give where=$"):
+        metric.empty().update(X, Y, mask=Y)
+    with pytest.raises(TypeError, match=rf"^{name}: other must be a {name}, got ndarray"):
+        metric.empty().merge(np.zeros(3))
+
+
 def test_metrics_of_other_options_do_not_merge() -> None:
-    with pytest.raises(ValueError):
-        Evaluation.empty(k=2).merge(Evaluation.empty(k=3))
+    pairs = [
+        (Evaluation.empty(k=2), Evaluation.empty(k=3)),
+        (Evaluation.empty(bins=2), Evaluation.empty(bins=3)),
+        (TopKAccuracy.empty(k=2), TopKAccuracy.empty()),
+        (Calibration.empty(bins=2), Calibration.empty()),
+        (BinaryAccuracy.empty(threshold=0.4), BinaryAccuracy.empty()),
+        (BinaryEvaluation.empty(threshold=0.4), BinaryEvaluation.empty()),
+    ]
+    for one, other in pairs:
+        with pytest.raises(
+            ValueError, match=f"^{type(one).__name__}: other must have the same options, {{.*}}, got {{"
+        ):
+            one.merge(other)
+
+
+@pytest.mark.parametrize("metric", EMPTY)
+def test_a_metric_can_be_copied_and_pickled(metric: Any) -> None:
+    empty = metric.empty()
+    for other in (
+        copy.copy(empty),
+        copy.deepcopy(empty),
+        pickle.loads(pickle.dumps(empty)),
+        dataclasses.replace(empty),
+    ):
+        assert type(other) is metric and jax.tree.structure(other) == jax.tree.structure(empty)
+        same(other, empty)

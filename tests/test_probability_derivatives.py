@@ -386,7 +386,7 @@ def yes_and_no(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 SIGMOID = np.float32([[2, -1, 0.5], [-3, 0, 1]]), np.float32([[1, 0, 0.3], [0, 1, 0.5]])
 FAR = (
-    np.float32([[INF, -INF, 3e38], [INF, 200, -200], [-INF, -3e38, 90], [INF, -INF, 0]]),
+    np.float32([[INF, -INF, 1e30], [INF, 200, -200], [-INF, -1e30, 90], [INF, -INF, 0]]),
     np.float32([[0, 1, 0], [0.5, 0, 1], [0.5, 1, 0], [1, 0, 0]]),
 )
 OPTIONS = np.float32([[0.25], [0.5]]), np.float32([[2], [0.5]])

@@ -72,7 +72,7 @@ def outputs(processes: list[subprocess.Popen[str]], timeout: float) -> list[str]
 
 
 def test_on_eight_devices() -> None:
-    command = "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "eight_devices.py"
+    command = "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "losses_on_a_mesh.py"
     outputs([start(*command, XLA_FLAGS=DEVICES.format(8))], timeout=1200)
 
 

@@ -232,8 +232,12 @@ def test_focal_derivatives_in_the_tails(dtype: str) -> None:
         limit = 12 + 6 * g + np.where(abs(x) > far, abs(x) * (g + 1) / 2, 0)
         with mpmath.workdps(60 if dtype == "float32" else 700):
             exact = [exact_focal(*point) for point in zip(x.tolist(), t.tolist(), g.tolist(), strict=True)]
+            most = float(jnp.finfo(dtype).max)
             for got, i in zip(derivatives(x, t, g), (0, 1, 2, 3, 3, 4, 2, 3, 3, 4), strict=True):
                 right, size = ([f(parts[i]) for parts in exact] for f in (mpmath.fsum, lambda v: sum(map(abs, v))))
+                right = [
+                    mpmath.mpf(0) if i == 4 and abs(r) > most else r for r in right
+                ]  # an infinite one tells nothing
                 error = ulp_error(got, right, size) / limit
                 worst = int(error.argmax())
                 assert error[worst] <= 1, (i, grid[worst], got[worst], float(right[worst]))

@@ -173,6 +173,7 @@ CASES = [
     # likelihoods
     Case("bernoulli_nll", (reals(), unit()), slow=True),
     Case("gaussian_nll", (reals(), reals(), reals())),
+    Case("gaussian_relative_entropy", (reals(), reals(), reals(), reals()), slow=True),
     Case("laplace_nll", (reals(), reals(), reals()), slow=True),
     Case("student_t_nll", (reals(), reals(), reals(), reals()), slow=True),
     Case("exponential_nll", (reals(), positive()), slow=True),

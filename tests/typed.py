@@ -13,7 +13,7 @@ import numpy as np
 
 import jaxce
 from jaxce import LinearLogits, ShardedLogits, SoftmaxStatistics
-from jaxce.metrics import Evaluation, EvaluationResult
+from jaxce.metrics import Accuracy, BinaryEvaluation, Evaluation, EvaluationResult, TopKAccuracy
 
 Vector = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -50,6 +50,11 @@ def evaluate(logits: jax.Array, labels: jax.Array) -> float:
     """A metric is empty, updated, merged and computed."""
     evaluation = Evaluation.empty(k=2).update(logits, labels, where=labels != -100)
     assert_type(evaluation, Evaluation)
+    assert_type(Accuracy.from_batch(logits, labels).update(logits, labels), Accuracy)
+    Accuracy.empty().update(logits, labels, mask=labels)  # pyright: ignore[reportCallIssue]
+    Accuracy.from_batch(logits)  # pyright: ignore[reportCallIssue]
+    TopKAccuracy.empty(k=2).update(logits, labels, k=2)  # pyright: ignore[reportCallIssue]
+    BinaryEvaluation.from_batch(logits, labels, threshold=0.4).update(logits, labels, weights=labels)
     result = evaluation.merge(Evaluation.empty(k=2)).compute()
     assert_type(result, EvaluationResult)
     return float(result.accuracy)

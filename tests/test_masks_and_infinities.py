@@ -218,6 +218,24 @@ def test_absent_classes_have_no_gradient() -> None:
     np.testing.assert_allclose(got, np.log(2), rtol=1e-6)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_log_softmax_at_an_absent_class_is_minus_the_loss_with_that_label(masked: bool) -> None:
+    """In value and derivative: [j = k] - p_j by the logit j, but 0 by one that is masked."""
+    x, keep = jnp.array([1.0, 5.0 if masked else -jnp.inf, 0.0, 2.0]), jnp.array([True, not masked, True, True])
+
+    def loss(x: jax.Array) -> jax.Array:
+        return jaxce.softmax_cross_entropy_with_integer_labels(x, jnp.array(1), where=keep)
+
+    def minus_log_p(x: jax.Array) -> jax.Array:
+        return -jaxce.log_softmax(x, where=keep)[1]
+
+    (value, slope), (expected, other) = (jax.value_and_grad(f)(x) for f in (minus_log_p, loss))
+    assert value == expected == jnp.inf
+    p = jax.nn.softmax(jnp.where(jnp.arange(4) == 1, -jnp.inf, x))
+    np.testing.assert_allclose(slope, np.asarray(p) - (not masked) * (np.arange(4) == 1), rtol=1e-6)
+    np.testing.assert_allclose(other, slope, rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_second_derivatives_beside_an_absent_class_are_those_without_it() -> None:
     x = jnp.array([0.3, -jnp.inf, 2.0, -1.0])

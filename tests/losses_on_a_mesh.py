@@ -1,6 +1,7 @@
-"""Sharded logits on eight simulated devices: what test_sharded.py runs in a process that has them.
+"""Losses on meshes of eight simulated devices, their values and what they cost: test_sharded.py runs this in a process that
+has them.
 
-By hand: ``XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m pytest tests/eight_devices.py``.
+By hand: ``XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m pytest tests/losses_on_a_mesh.py``.
 """
 
 from __future__ import annotations
@@ -621,6 +622,94 @@ def test_nothing_large_is_gathered_with_automatic_axes(kind: str) -> None:
     assert {c.kind for c in found} == {"all-reduce", "all-gather"}
     # The maximum, the sum and the label's logit, of each part of the classes; and the mean.
     assert 0 < sum(c.bytes * c.times for c in found) - gradients <= 3 * MODEL * row + 4
+
+
+PLACES: dict[str, tuple[P, P]] = {  # of hidden states [rows, features] and of a kernel [features, classes]
+    "rows": (P("data"), P()),
+    "all axes for rows": (P(("data", "model")), P()),
+    "classes": (P("data"), P(None, "model")),
+    "all axes for classes": (P(), P(None, ("data", "model"))),
+    "one axis for rows and classes": (P("data"), P(None, "data")),
+    "features of the kernel": (P("data"), P("model")),
+    "features of the kernel over all axes": (P(("data", "model")), P(("data", "model"))),
+    "features of both": (P("data", "model"), P("model")),
+    "features and classes": (P("data"), P("data", "model")),
+}
+USES: dict[str, Callable[[Any], Any]] = {
+    "no mesh": lambda m: contextlib.nullcontext(),
+    "jax.set_mesh": jax.set_mesh,
+    "with mesh": lambda m: m,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*with mesh:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("place", "use"),
+    [
+        pytest.param(
+            place,
+            use,
+            marks=()
+            if (place, use) in (("features of both", "no mesh"), ("features and classes", "with mesh"))
+            else pytest.mark.slow,
+        )
+        for place in PLACES
+        for use in USES
+        # How a mesh in use shards the classes isn't known while tracing: along one axis, it is taken.
+        if (place, use) != ("all axes for classes", "jax.set_mesh")
+    ],
+)
+def test_blocks_cost_a_device_no_more_than_the_array(place: str, use: str) -> None:
+    """Of memory and of the network: the kernel and its gradient cross it once each, and nothing as large as the logits."""
+    rows, features, classes = 2048, 32, 8192
+    m = mesh()
+    hidden, kernel = (
+        jax.ShapeDtypeStruct(shape, "float32", sharding=NamedSharding(m, spec))
+        for shape, spec in zip(((rows, features), (features, classes)), PLACES[place], strict=True)
+    )
+
+    def program(loss: Callable[..., Any]) -> Any:
+        gradient = jax.value_and_grad(lambda h, w: jnp.mean(integer(loss(h, w), jnp.arange(rows))), (0, 1))
+        outputs = NamedSharding(m, P()), (hidden.sharding, kernel.sharding)
+        return jax.jit(gradient, out_shardings=outputs).lower(hidden, kernel).compile()
+
+    array = program(jnp.matmul)
+    with USES[use](m):
+        blocks = program(jaxce.LinearLogits)
+    assert blocks.memory_analysis().temp_size_in_bytes <= array.memory_analysis().temp_size_in_bytes
+    found = programs.collectives(blocks.as_text())
+    inputs = 4 * features * (rows + classes)
+    assert sum(c.bytes * c.times for c in found) <= 2 * inputs + 4 * rows * MODEL * 4  # and parts of the rows' states
+
+
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_shard_map_over_some_axes(check_vma: bool) -> None:
+    """The features of the kernel lie along the other axis, which XLA partitions; gradients taken inside and outside."""
+    a = arrays("float32")
+    m = mesh()
+    hidden = jax.device_put(jnp.pad(a["hidden"], ((0, 0), (0, 1))), NamedSharding(m, P("data")))
+    kernel = jax.device_put(jnp.pad(a["kernel"], ((0, 1), (0, 0))), NamedSharding(m, P("model")))
+
+    def total(hidden: Any, kernel: Any, labels: Any) -> Any:
+        return jnp.sum(integer(jaxce.LinearLogits(hidden, kernel, block_size=5), labels))
+
+    def part(hidden: Any, kernel: Any, labels: Any) -> Any:
+        losses, pull = jax.vjp(lambda h: integer(jaxce.LinearLogits(h, kernel, block_size=5), labels), hidden)
+        return losses, pull(jnp.ones_like(losses))[0]
+
+    of_rows = jax.shard_map(
+        part,
+        mesh=m,
+        in_specs=(P("data"), P(), P("data")),
+        out_specs=(P("data"), P("data")),
+        axis_names={"data"},
+        check_vma=check_vma,
+    )
+    inside = jax.jit(of_rows)(hidden, kernel, a["labels"])[1]
+    outside = jax.jit(jax.grad(lambda h, w: jnp.sum(of_rows(h, w, a["labels"])[0]), (0, 1)))(hidden, kernel)
+    right = jax.grad(total, (0, 1))(*jax.device_get((hidden, kernel)), a["labels"])
+    for got, expected in ((inside, right[0]), *zip(outside, right, strict=True)):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)  # sums of a dozen terms of both signs
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
