@@ -43,7 +43,7 @@ counts                  poisson_nll(log_rate, counts)                           
 binary outcomes         bernoulli_nll(logits, x)                                           broadcast
 mean                    weighted_mean(losses, weights)                                     [B], [B] -> []
 report                  perplexity(nll), bits_per(nll, count)                              [B] -> [B]
-evaluate                metrics.Evaluation, and its metrics one by one                     see jaxce.metrics
+evaluate                metrics.Evaluation, metrics.BinaryEvaluation                     see jaxce.metrics
 ======================  =================================================================  =========================
 
 Predictions come first. Losses are one per example, in nats; ``base=2`` makes information measures bits. ``where`` selects

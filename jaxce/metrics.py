@@ -1,15 +1,17 @@
-r"""Evaluation metrics that add up: each is a frozen pytree of sums, which batches and devices merge in any order.
+r"""Evaluation metrics that add up: each is a frozen pytree of sums, which batches and devices merge in any order::
 
     metric = Accuracy.empty()
     for logits, labels in batches:
         metric = metric.update(logits, labels)   # the same as metric.merge(Accuracy.from_batch(logits, labels))
     metric.compute()
 
-| what is given | metrics |
-|---|---|
-| losses, or any values | `Mean`, `Perplexity`, `BitsPer` |
-| logits `[..., classes]`, integer labels | `Accuracy`, `TopKAccuracy`, `Brier`, `Calibration`; `Evaluation` has them all |
-| binary logits, `[N]` or `[N, K]`, labels of 0 and 1 | the same with `Binary` before the name, but top-k accuracy |
+=====================================  ===========================================================================
+given                                  metrics
+=====================================  ===========================================================================
+losses, or any values                  `Mean`, `Perplexity`, `BitsPer`
+logits [..., classes], integer labels  `Evaluation`, or `Accuracy`, `TopKAccuracy`, `Brier`, `Calibration`
+binary logits, labels of 0 and 1       `BinaryEvaluation`, or `BinaryAccuracy`, `BinaryBrier`, `BinaryCalibration`
+=====================================  ===========================================================================
 
 AUROC, F1 scores and confusion matrices are not here: scikit-learn has them (`roc_auc_score`, `f1_score`,
 `confusion_matrix`), for predictions gathered on the host.
@@ -598,8 +600,8 @@ class Calibration(_Bins):
     """Calibration error of the predicted class: how far the accuracy of examples is from their confidence; 0 without data.
 
     Confidence is the probability of the predicted class. Examples are put in bins of confidence, bin b of B holding those
-    in (b/B, (b+1)/B]. ``compute()`` is the expected calibration error, the mean over examples of their bin's |accuracy -
-    confidence|, ``compute("l2")`` and ``compute("max")`` other norms.
+    in (b/B, (b+1)/B]. ``compute()`` is the expected calibration error, the mean over examples of their bin's
+    abs(accuracy - confidence), ``compute("l2")`` and ``compute("max")`` other norms.
 
     >>> import jax.numpy as jnp
     >>> from jaxce.metrics import Calibration
@@ -918,7 +920,7 @@ class BinaryCalibration(_Bins):
     """Calibration error of yes-or-no questions: how far the share of yes is from its probability; 0 without data.
 
     Questions are put in bins of the probability of yes, bin b of B holding those in (b/B, (b+1)/B]. ``compute()`` is the
-    mean over questions of their bin's |share of yes - mean probability|, ``compute("l2")`` and ``compute("max")`` other
+    mean over questions of their bin's abs(share of yes - mean probability), ``compute("l2")`` and ``compute("max")`` other
     norms.
 
     >>> import jax.numpy as jnp

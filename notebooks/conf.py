@@ -57,7 +57,8 @@ def _short_types(app, what, name, obj, options, signature, result):
     if what == "class" and name.startswith("jaxce.metrics."):
         return "", None
     return [
-        text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text).replace("_M", "Self")
+        text
+        and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text).replace("_M", "Self").replace("_Nll", "Array | None")
         for text in (signature, result)
     ]
 
