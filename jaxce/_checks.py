@@ -84,7 +84,7 @@ class named:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, _ArgumentError):
             hint = next((f"; {hint}" for hint in map(self._fill, error.hints) if hint), "")
-            if not self.takes_any:  # else it is a method that another one has named
+            if not self.takes_any or error.args == (error.message,):  # else the method that it hands all on to is named
                 error.args = (f"{self.function}: {re.sub(r'^[a-zA-Z_]+: ', '', error.message)}{hint}",)
         elif not isinstance(error, TypeError | ValueError) or not str(error).startswith(f"{self.function}: "):
             return
@@ -158,6 +158,8 @@ class NamedMethods:
         for name, method in [*vars(cls).items()]:
             if isinstance(method, classmethod):
                 setattr(cls, name, classmethod(_naming_class(method.__func__)))
+            elif name == "__new__":
+                setattr(cls, name, staticmethod(_naming_class(method.__func__)))
             elif inspect.isfunction(method) and not name.startswith("_"):
                 setattr(cls, name, _naming_class(method))
 

@@ -53,8 +53,7 @@ def _arguments(
 
 def _number(function: str, argument: str, value: ArrayLike, observed: bool = False) -> Array:
     """A floating-point array; single integers are numbers too, and an observation may also be of booleans or integers."""
-    single = np.ndim(value) == 0 and jnp.issubdtype(getattr(value, "dtype", type(value)), np.integer)
-    return (_checks.real if single or observed else _checks.floating)(function, argument, value)
+    return _checks.real(function, argument, value) if observed else _checks.floating(function, argument, value)
 
 
 def _broadcast(function: str, **arrays: Array) -> list[Array]:

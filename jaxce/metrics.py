@@ -155,7 +155,8 @@ class Metric(_checks.NamedMethods):
         given = [*args, *kwargs.values()]
         if any(f.name not in kwargs for f in fields) or any(isinstance(x, Array | np.ndarray) for x in given):
             name = cls.__name__
-            raise TypeError(f"{name}: a metric must be made by {name}.empty() or {name}.from_batch(), got {name}(...)")
+            made = f"{name}.empty() or {name}.from_batch()"
+            raise TypeError(f"{name}: a metric must be made by {made}, got {name}(...)")
         return super().__new__(cls)
 
     def __reduce__(self) -> Any:
