@@ -9,7 +9,7 @@ the library's program and of its peer's:
 
 GB            what all kernels read and write in the device's memory, those in a loop as often as it turns. Of an array
               that is sliced, gathered from or updated in place only that part counts, and nothing that a TPU keeps on
-              the chip.
+              the chip. A scatter counts as reading and writing all of its array, in which a GPU changes a few numbers.
 kernels       how many are started.
 conditionals  how many branches on data there are: a GPU makes the host wait for each, a TPU keeps the memory of both.
 MB            XLA's figure for temporary memory.
@@ -172,7 +172,6 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONTROL = {"while", "conditional", "call", "async-start"}
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all", "partition-id"}
 _FREE |= {"replica-id", "opt-barrier", "add-dependency"} | _CONTROL
-_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # of their first operand, in place: which one has the new numbers
 _SLICES = {"slice", "dynamic-slice", "gather"}
 
 
@@ -257,7 +256,7 @@ def _read(program: Program, i: Instruction, n: int) -> int:
     """The bytes that an instruction reads of an operand."""
     size = _bytes(i.types[n])
     op = i.op.removesuffix("-start")
-    if n == 0 and op in _UPDATES:
+    if n == 0 and op == "dynamic-update-slice":
         return 0
     if n == 0 and op in _SLICES:
         return min(size, _bytes(i.result, anywhere=True))
@@ -277,7 +276,7 @@ def _written(program: Program, i: Instruction) -> int:
     outputs = _outputs(program, i)
     if len(outputs) != len(sizes):
         return sum(sizes)
-    updates = [_bytes(o.types[_UPDATES[o.op]], anywhere=True) if o.op in _UPDATES else math.inf for o in outputs]
+    updates = [_bytes(o.types[1], anywhere=True) if o.op == "dynamic-update-slice" else math.inf for o in outputs]
     return sum(int(min(pair)) for pair in zip(sizes, updates, strict=True))
 
 
