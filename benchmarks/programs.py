@@ -1,7 +1,7 @@
 """What the compilers for a TPU and a GPU make of the library's functions, beside Optax' or else the plain formula.
 
     pip install '.[programs]'                    # the compilers: neither TPU nor GPU nor CUDA has to be here
-    python benchmarks/programs.py tpu            # all of the table, in some minutes; or gpu
+    python benchmarks/programs.py tpu            # all of the table, in some minutes; or gpu; or one chip, such as b200
     python benchmarks/programs.py tpu --only 'integer labels' entropy
 
 Programs are compiled, by XLA's own compilers, for a TPU v5e and for an H100, and counted; nothing is run. A row says of
@@ -46,19 +46,48 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 import jaxce
 
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
+
+class Gpu(NamedTuple):
+    """What XLA's model of a GPU has to know; the figures are those that XLA publishes for the device."""
+
+    name: str
+    capability: int
+    cores: int
+    units: int  # for floating-point numbers in a core
+    gigahertz: float
+    bandwidth: int  # bytes a second
+    memory: int
+    cache: int  # the second level
+    shared: int  # memory of a core
+    shared_by_block: int
+
+    @property
+    def target(self) -> str:
+        """The text that XLA's compiler reads."""
+        return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  core_count: {self.cores}  fpus_per_core: {self.units}  clock_rate_ghz: {self.gigahertz}
+  shared_memory_per_block: 49152  shared_memory_per_core: {self.shared}
+  shared_memory_per_block_optin: {self.shared_by_block}
   block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000  l2_cache_size: 52428800  clock_rate_ghz: 1.98  device_memory_size: 84942979072
-  shared_memory_per_block_optin: 232448  cuda_compute_capability { major: 9 }
+  memory_bandwidth: {self.bandwidth}  l2_cache_size: {self.cache}  device_memory_size: {self.memory}
   registers_per_core_limit: 65536  registers_per_block_limit: 65536
-}
+  cuda_compute_capability {{ major: {self.capability} }}
+}}
 platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{self.name}"
 """
+
+
+GPUS = {
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 9, 132, 128, 1.98, 3352320000000, 84942979072, 52428800, 233472, 232448),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 8, 108, 64, 1.41, 2039040000000, 85100068864, 41943040, 167936, 166912),
+    "b200": Gpu("NVIDIA B200", 10, 148, 128, 1.965, 7672320000000, 191514411008, 132644864, 233472, 232448),
+}
+TPUS = {"v5e": "v5e:2x2", "v4": "v4:2x2x1", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+"""The smallest topologies of each."""
 
 TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -73,13 +102,15 @@ TPU = {
 
 
 def devices(kind: str, topology: str | None = None) -> list[Any]:
-    """The devices of a topology: of a "tpu" four v5e by default; of a "gpu" one H100, with "1x1x8" eight."""
-    if kind == "tpu":
+    """The devices of a topology: of a "tpu", a v5e, or another of `TPUS`; of a "gpu", an H100, or another of `GPUS`."""
+    if kind in TPUS or kind == "tpu":
         for name, value in TPU.items():
             os.environ.setdefault(name, value)
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology or "v5e:2x2").devices
-    options = {"target_config": H100, "topology": topology or "1x1x1"}
-    return topologies.get_topology_desc(platform="cuda", topology_name="H100", **options).devices
+        topology = topology or TPUS.get(kind, TPUS["v5e"])
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    gpu = GPUS.get(kind, GPUS["h100"])
+    options = {"target_config": gpu.target, "topology": topology or "1x1x1"}
+    return topologies.get_topology_desc(platform="cuda", topology_name=gpu.name, **options).devices
 
 
 def array(place: Any, shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
@@ -575,11 +606,12 @@ def row(kind: str, name: str, mode: str, struct: Struct, ours: Report, peer: Rep
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["tpu", "gpu"])
+    parser.add_argument("kind", choices=["tpu", "gpu", *TPUS, *GPUS])
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="functions with this in their name")
     args = parser.parse_args()
 
     place = devices(args.kind)[0]
+    args.kind = "gpu" if args.kind in GPUS else "tpu" if args.kind in TPUS else args.kind
     package = "libtpu" if args.kind == "tpu" else "jax-cuda13-plugin"
     print(f"{place.device_kind}, jax {jax.__version__}, {package} {importlib.metadata.version(package)}", end="")
     print(f", optax {optax.__version__}\n\n{heading(args.kind)}", flush=True)
