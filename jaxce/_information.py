@@ -406,15 +406,9 @@ _CROSS_ENTROPY = sum_of(
     Slope(lambda c: _finite(-c.log_q), lambda: (_finite, (_CROSS_ENTROPY,)), over_p=True),
     Slope(lambda c: -c.p, lambda: (lambda: -1.0, ())),
 )
-_TO_MEAN = sum_of(lambda c: c.p * _terms.logs_to_mean(c.delta)[0] / 2)
-_JENSEN_SHANNON = sum_of(  # of which the f by log p and by log q add up to the term itself
+_JENSEN_SHANNON = sum_of(
     _of(_terms.jensen_shannon_of_logs),
-    Slope(lambda c: _terms.logs_to_mean(c.delta)[0] / 2, lambda: (lambda by_p: by_p, (_TO_MEAN,)), over_p=True),
-    Slope(
-        lambda c: _terms.logs_to_mean(c.delta)[1] / 2,
-        lambda: (lambda total, by_p: total - by_p, (_JENSEN_SHANNON, _TO_MEAN)),
-        over_p=True,
-    ),
+    *(Slope(lambda c, side=side: _terms.logs_to_mean(c.delta)[side] / 2, over_p=True) for side in (0, 1)),
 )
 
 
