@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,11 @@ def _arguments(
 
 def _number(function: str, argument: str, value: ArrayLike, observed: bool = False) -> Array:
     """A floating-point array; single integers are numbers too, and an observation may also be of booleans or integers."""
-    return _checks.real(function, argument, value) if observed else _checks.floating(function, argument, value)
+    given: Any = value
+    single = np.ndim(given) == 0 and jnp.issubdtype(getattr(given, "dtype", type(given)), np.integer)
+    if single or observed:
+        return _checks.real(function, argument, given)
+    return _checks.floating(function, argument, given)
 
 
 def _broadcast(function: str, **arrays: Array) -> list[Array]:
