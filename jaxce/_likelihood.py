@@ -46,19 +46,12 @@ def _arguments(
 
     Masked elements observe 1 where all parameters are 0, which is ordinary for every distribution.
     """
-    arrays = {name: _number(function, name, value, name == observed) for name, value in given.items()}
+    arrays = {name: _checks.floating(function, name, value) for name, value in given.items() if name != observed}
+    if observed is not None:
+        arrays[observed] = _checks.real(function, observed, given[observed], _checks.compute_dtype(*arrays.values()))
     arrays = dict(zip(arrays, _broadcast(function, **arrays), strict=True))
     keep = _checks.where_elements(function, where, next(iter(arrays.values())).shape)
     return keep, [_checks.only(keep, a, float(name == observed)) for name, a in arrays.items()]
-
-
-def _number(function: str, argument: str, value: ArrayLike, observed: bool = False) -> Array:
-    """A floating-point array; single integers are numbers too, and an observation may also be of booleans or integers."""
-    given: Any = value
-    single = np.ndim(given) == 0 and jnp.issubdtype(getattr(given, "dtype", type(given)), np.integer)
-    if single or observed:
-        return _checks.real(function, argument, given)
-    return _checks.floating(function, argument, given)
 
 
 def _broadcast(function: str, **arrays: Array) -> list[Array]:
@@ -119,13 +112,15 @@ def _times_exp(x: Array, *exponents: Array) -> Array:
         high, low, most, digits, bias, integer = 190530846196 / 2**38, 1.6465949582897081e-12, 1e4, 52, 1023, jnp.int64
     exponents = tuple(lax.clamp(jnp.asarray(-most, x.dtype), e, jnp.asarray(most, x.dtype)) for e in exponents)
     powers = [lax.stop_gradient(jnp.floor(e * (1 / math.log(2)))) for e in exponents]
-    left = sum(powers[1:], powers[0])
-    for _ in range(4):
-        part = jnp.clip(left, 1 - bias, bias - 1)
-        left = left - part
-        x = x * lax.bitcast_convert_type((part.astype(integer) + bias) << digits, x.dtype)
+    # 2^power in four steps, which over- or underflow only in the direction of the result
+    total = jnp.clip(sum(powers[1:], powers[0]), -4 * (bias - 4), 4 * (bias - 4))
+    quarter = jnp.floor(total / 4)
+    step, last = (
+        lax.bitcast_convert_type((n.astype(integer) + bias) << digits, x.dtype) for n in (quarter, total - 3 * quarter)
+    )
+    x = x * step * step * step * last
     for e, power in zip(exponents, powers, strict=True):
-        x = product(x, _mantissa((e - power * high) - power * low))
+        x = _times_mantissa(x, (e - power * high) - power * low)
     return x
 
 
@@ -136,6 +131,18 @@ def _mantissa(x: Array) -> Array:
 
 
 _mantissa.defslopes(lambda x: (_mantissa(x),), times=product)
+
+
+@custom_jvp
+def _times_mantissa(x: Array, exponent: Array) -> Array:
+    """x exp(exponent): a plain product, which XLA:CPU fuses, as neither is 0 where the other is infinite."""
+    return x * jnp.exp(exponent)
+
+
+@_times_mantissa.defjvp
+def _times_mantissa_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    value = _times_mantissa(*primals)
+    return value, product(tangents[0], _mantissa(primals[1])) + product(value, tangents[1])
 
 
 def _exp(*exponents: Array) -> Array:
@@ -200,6 +207,17 @@ def _log1p_over(v: Array) -> Array:
     """log(1 + v) / v for 0 <= v <= 1."""
     s = v / (2 + v)
     return 2 / (2 + v) * (1 + s * s * _atanh_series(s * s))
+
+
+def _log1p(v: Array) -> Array:
+    """log(1 + v) for 0 <= v <= 1. XLA:CPU's own takes twenty times as long."""
+    return v * _log1p_over(v)
+
+
+def _log1p_any(v: Array) -> Array:
+    """log(1 + v) for v >= 0."""
+    small = v <= 1
+    return _log1p(jnp.where(small, v, 0)) + jnp.log(jnp.where(small, 1, 1 + v))
 
 
 def _log1p_excess(v: Array) -> Array:
@@ -313,7 +331,7 @@ def _binet(w: Array) -> Array:
 
 def _log_gamma_1p(x: Array) -> Array:
     """log Gamma(1 + x) for 0 <= x < 1 or so, to an ulp or two of 1."""
-    return (x + 0.5) * jnp.log1p(x) - x - (1 - _HALF_LOG_2PI) + _binet(1 / (1 + x))
+    return (x + 0.5) * _log1p(x) - x - (1 - _HALF_LOG_2PI) + _binet(1 / (1 + x))
 
 
 def _stirling(k: Array) -> Array:
@@ -496,7 +514,7 @@ def _student_t_parts(d: Array, log_scale: Array, log_df: Array) -> tuple[Array, 
     size = jnp.abs(jnp.where(near, 1, d))
     over = jnp.where(near, 0, _times_exp(_reciprocal(size), log_scale, log_df / 2))
     log_q = jnp.where(near, 0, _log_of(jnp.abs(q), _log(size) - log_scale - log_df / 2))
-    log_total = 2 * log_q + jnp.log1p(product(over, over))
+    log_total = 2 * log_q + _log1p(product(over, over))
     return near, jnp.where(near, z, 0), jnp.where(near, q, 0), jnp.where(near, 0, _reciprocal(size)), over, log_total
 
 
@@ -533,16 +551,18 @@ _student_t_tail.defslopes(_student_t_tail_slopes, times=product)
 
 def _student_t_constant(log_df: Array) -> Array:
     """log(sqrt(nu pi) Gamma(nu / 2) / Gamma((nu + 1) / 2))."""
+    large = log_df >= 1
     # nu >= e: (1 - nu log(1 + 1/nu)) / 2 + mu(nu / 2) - mu((nu + 1) / 2) + log(2 pi) / 2
-    i = _exp(-jnp.where(log_df >= 1, log_df, 1))
-    many = _deviance(i, i, i) / 2 + (_binet(2 * i) - _binet(2 * i / (1 + i))) + _HALF_LOG_2PI
+    i = _exp(-jnp.where(large, log_df, 1))
+    many = _deviance(i, i, i) / 2 + _HALF_LOG_2PI
     # below: Gamma(1 + nu / 2) and Gamma(1 + (nu + 1) / 2), which have no poles at nu = 0
-    log_few = jnp.where(log_df >= 1, 1, log_df)
+    log_few = jnp.where(large, 1, log_df)
     df = _exp(log_few)
     a, b = 1 + df / 2, 1.5 + df / 2
-    gammas = (a - 0.5) * jnp.log(a) - (b - 0.5) * jnp.log(b) + (0.5 + 0.5 * math.log(math.pi))
-    few = (gammas + (_binet(1 / a) - _binet(1 / b))) + jnp.log1p(df) - log_few / 2
-    return jnp.where(log_df >= 1, many, few)
+    few = (a - 0.5) * jnp.log(a) - (b - 0.5) * jnp.log(b) + (0.5 + 0.5 * math.log(math.pi))
+    few = few + (_log1p_any(df) - log_few / 2)
+    rest = _binet(jnp.where(large, 2 * i, 1 / a)) - _binet(jnp.where(large, 2 * i / (1 + i), 1 / b))
+    return jnp.where(large, many, few) + rest
 
 
 @compiled()
@@ -736,7 +756,7 @@ def _negative_binomial_excess(log_mean: Array, log_r: Array, k: Array) -> Array:
     gap, s, _, _, r_share = _negative_binomial_gap(log_mean, log_r, k)
     over_r = k * _exp(-log_r)
     e = _odds(log_mean, log_r)[0]
-    log_ratio = _log_of((1 + over_r) * r_share, jnp.log1p(over_r) - jnp.maximum(log_mean - log_r, 0) - jnp.log1p(e))
+    log_ratio = _log_of((1 + over_r) * r_share, _log1p_any(over_r) - jnp.maximum(log_mean - log_r, 0) - _log1p(e))
     root = _times_exp(gap, -log_r / 2)
     return _deviance(s, product(root, root), _times_exp(s - log_ratio, log_r))
 
@@ -758,7 +778,7 @@ def _negative_binomial_deviance(log_mean: Array, log_r: Array, k: Array) -> Arra
     some = jnp.where(k == 0, 1, k)
     per_count = 1 / some + _exp(-log_r)
     e = _odds(log_mean, log_r)[0]
-    log_ratio = _log_of(both * per_count, jnp.log(per_count) + jnp.minimum(log_mean, log_r) - jnp.log1p(e))
+    log_ratio = _log_of(both * per_count, jnp.log(per_count) + jnp.minimum(log_mean, log_r) - _log1p(e))
     s = -gap / some
     of_count = _deviance(jnp.where(k == 0, jnp.inf, s), -gap * s, -gap - product(k, log_ratio))
     return of_count + _negative_binomial_excess(log_mean, log_r, k)
@@ -812,17 +832,17 @@ def negative_binomial_nll(
     # r >= 1: of the three log Gammas, Stirling's formula leaves log(2 pi k (k + r) / r) / 2 and mu of each
     log_many = jnp.where(log_r >= 0, log_r, 0)
     i = _exp(-log_many)
-    rest = _stirling(k) + 0.5 * jnp.log1p(k * i) + (_binet(i) - _binet(i / (1 + k * i)))
+    rest = _stirling(k) + 0.5 * _log1p_any(k * i) + (_binet(i) - _binet(i / (1 + k * i)))
     many = _negative_binomial_deviance(log_mean, log_many, k) + jnp.where(k == 0, 0, rest)
     # r < 1: k log((m + r) / m) + r log((m + r) / r), and log Gammas of 1 + r, 1 + k and 1 + k + r
     log_few = jnp.where(log_r >= 0, 0, log_r)
     e, _, r_share = _odds(log_mean, log_few)
-    r, log_odds, log1p_e, a, b = _exp(log_few), log_mean - log_few, jnp.log1p(e), 1 + k, 1 + k + _exp(log_few)
+    r, log_odds, log1p_e, a, b = _exp(log_few), log_mean - log_few, _log1p(e), 1 + k, 1 + k + _exp(log_few)
     log_failure = jnp.where(log_odds > 0, log_odds, 0) + log1p_e  # log((m + r) / r)
     successes = product(k, jnp.where(log_odds > 0, 0, -log_odds) + log1p_e)
     failures = product(r, 1 - _log_of(a * r_share, jnp.log(a) - log_failure))
     gammas = (_log(jnp.where(k == 0, 1, k) + r) - log_few) + _log_gamma_1p(r)
-    gammas = gammas - (b - 0.5) * jnp.log1p(r / a) + (_binet(1 / a) - _binet(1 / b))
+    gammas = gammas - (b - 0.5) * _log1p(r / a) + (_binet(1 / a) - _binet(1 / b))
     few = jnp.where(k == 0, product(r, log_failure), successes + failures + gammas)
     return _checks.only(keep, jnp.where(valid, jnp.where(log_r >= 0, many, few), jnp.nan), 0)
 
@@ -862,7 +882,7 @@ def multivariate_normal_nll(
     """
     function = "multivariate_normal_nll"
     m, scale = _checks.floating(function, "location", location), _checks.floating(function, "scale_tril", scale_tril)
-    x = _number(function, "x", x, observed=True)
+    x = _checks.real(function, "x", x, _checks.compute_dtype(m, scale))
     for name, array in (("location", m), ("x", x)):
         if array.ndim < 1:
             raise ValueError(f"{function}: {name} must have at least one axis, got {array.dtype}[]")

@@ -927,7 +927,12 @@ def test_numbers_may_be_integers() -> None:
         assert jaxce.gaussian_nll(0, one, one) == jaxce.gaussian_nll(0.0, 1.0, 1.0)
         assert jaxce.poisson_nll(one, one) == jaxce.poisson_nll(1.0, 1.0)
         assert jaxce.gaussian_relative_entropy(one, one, one, one) == 0
-    with jax.enable_x64(True):  # a Python number takes the dtype of the arrays
+    with jax.enable_x64(True):
+        many = 2**30 + 1  # which is no float32
+        assert jaxce.poisson_nll(np.float64(3.0), np.array(many)) == jaxce.poisson_nll(
+            np.float64(3.0), np.float64(many)
+        )
+        # a Python number takes the dtype of the arrays
         assert jaxce.gaussian_nll(0.0, 1, jnp.zeros(2, "float32")).dtype == "float32"
 
 
