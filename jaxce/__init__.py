@@ -1,5 +1,6 @@
 """Cross-entropy for JAX: exact, composable, and never larger than it has to be."""
 
+from jaxce import _export as _export
 from jaxce import metrics as metrics
 from jaxce._information import (
     cross_entropy,

@@ -210,7 +210,8 @@ def _sum_and_gradient(options: _Options, names: tuple[str, ...], labels: Array, 
     dtype = _checks.compute_dtype(inputs["hidden"], kernel)
     examples = labels.size
     chunk_size = options.chunk_size or max(_EXAMPLES, inputs["hidden"].shape[-1])
-    chunks = max(1, -(-examples // (chunk_size * _mesh.devices(AxisType.Auto))))
+    known = examples if isinstance(examples, int) else 1  # unlike the symbolic sizes of jax.export
+    chunks = max(1, -(-known // (chunk_size * _mesh.devices(AxisType.Auto))))
 
     def loss_of(of_examples: Inputs, of_all: Inputs, labels: Array) -> Array:
         x = of_examples["products"]

@@ -81,7 +81,8 @@ def entry(x: Array, labels: Array, otherwise: Callable[[Array, Array], Array]) -
 def _is_whole(block: Block, strips: int) -> bool:
     """Whether a device has all of its classes in one piece, and more than a few."""
     *batch, classes = block.x.shape
-    return classes > _FEW and strips == 1 and _mesh.devices() == 1 and math.prod(batch) > 0
+    known = isinstance(classes, int)  # unlike a symbolic size of jax.export
+    return known and classes > _FEW and strips == 1 and _mesh.devices() == 1 and math.prod(batch) > 0
 
 
 def sums(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
