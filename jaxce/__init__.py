@@ -51,6 +51,7 @@ the valid examples or classes: for labels padded with -100 it is ``where=labels 
 ``weighted_mean(losses, labels != -100)``. Functions of logits take an array or `LinearLogits`, which are never stored.
 """
 
+from jaxce import _export as _export
 from jaxce import metrics as metrics
 from jaxce._information import (
     cross_entropy,

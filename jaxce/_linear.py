@@ -280,8 +280,10 @@ def _sum_and_gradient(
     """The sum and its derivatives by the inputs with these names, in the dtype of the logits."""
     rows, features = inputs["hidden"].shape
 
+    known = rows if isinstance(rows, int) else 1  # unlike the symbolic sizes of jax.export
+
     def in_chunks(size: int) -> int:
-        return max(1, -(-rows // (size * _mesh.devices(AxisType.Auto))))
+        return max(1, -(-known // (size * _mesh.devices(AxisType.Auto))))
 
     sizes = (options.chunk_size,) * 2 if options.chunk_size else (_EXAMPLES_ON_TPU, max(_EXAMPLES, features))
     on_tpu, elsewhere = map(in_chunks, sizes)

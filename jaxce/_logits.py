@@ -18,6 +18,14 @@ from jaxce._checks import AxisName
 from jaxce._rules import custom_jvp
 
 
+def _floating(function: str, argument: str, value: Any) -> Any:
+    """A floating-point array, or its shape and dtype alone, for `jax.eval_shape` and its like."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        _checks.floating(function, argument, jnp.zeros((), value.dtype))
+        return value
+    return _checks.floating(function, argument, value)
+
+
 @jax.tree_util.register_pytree_with_keys_class
 @_checks.named_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -31,6 +39,7 @@ class LinearLogits:
     the value nor a derivative needs memory for more than a block of logits, and the kernel is never copied whole (for a
     kernel in half precision its gradient is accumulated in float32, in an array of the kernel's shape). The classes
     are the last axis. It is a pytree: it passes through `jax.jit`, `jax.vmap`, `jax.lax.scan` and their like.
+    ``logits[:, :-1]`` has some of the rows, ``logits / t`` another temperature and ``logits + b`` another bias.
 
     float16 and bfloat16 are multiplied as they are and summed in float32; in float32 JAX's own matmul precision holds.
     Where hidden and kernel are both bfloat16, cotangents of logits are rounded to bfloat16 before they are multiplied, and
@@ -72,8 +81,8 @@ class LinearLogits:
 
     def __post_init__(self) -> None:
         name = "LinearLogits"
-        hidden = _checks.floating(name, "hidden", self.hidden)
-        kernel = _checks.floating(name, "kernel", self.kernel)
+        hidden = _floating(name, "hidden", self.hidden)
+        kernel = _floating(name, "kernel", self.kernel)
         if hidden.ndim < 1:
             raise ValueError(f"{name}: hidden must have an axis of features, got shape {hidden.shape}")
         if kernel.ndim != 2:
@@ -90,7 +99,7 @@ class LinearLogits:
             raise ValueError(f"{name}: kernel must have at least one class, got shape {kernel.shape}")
         bias = None
         if self.bias is not None:
-            bias = _checks.floating(name, "bias", self.bias)
+            bias = _floating(name, "bias", self.bias)
             _checks.same_shape(name, "bias", bias, (kernel.shape[class_axis],), "one number per class")
         size = self.block_size
         if size is not None:
@@ -151,6 +160,48 @@ class LinearLogits:
             x = x + jnp.broadcast_to(self.bias.astype(x.dtype), x.shape)
         return shape_logits(x, self.temperature, self.soft_cap)
 
+    __array_ufunc__ = None  # of NumPy's arrays: that they leave sums to this class
+
+    def __getitem__(self, index: Any) -> LinearLogits:
+        """The logits of some rows; all classes of them."""
+        given = index if isinstance(index, tuple) else (index,)
+        takes = [0 if i is None or i is Ellipsis else max(1, i.ndim if _is_mask(i) else 1) for i in given]
+        last = given[-1] if given else ...
+        if (any(i is Ellipsis for i in given) and last is not Ellipsis) or sum(takes) >= self.ndim:
+            if not (isinstance(last, slice) and last == slice(None)):
+                raise IndexError(
+                    f"LinearLogits: an index must leave the axis of classes whole, got {index!r}; to take some classes "
+                    "give LinearLogits a part of the kernel, or a where= to the loss"
+                )
+        return dataclasses.replace(self, hidden=self.hidden[index])
+
+    def __truediv__(self, temperature: ArrayLike) -> LinearLogits:
+        """The logits at a temperature."""
+        self._demand_no_soft_cap("divide by a number before it is applied, give temperature=")
+        temperature = _checks.option("LinearLogits", "temperature", temperature, _checks.POSITIVE)
+        if self.temperature is not None:
+            before, temperature = (jnp.asarray(t).astype(self.dtype) for t in (self.temperature, temperature))
+            temperature = before * temperature
+        return dataclasses.replace(self, temperature=temperature)
+
+    def __add__(self, bias: ArrayLike) -> LinearLogits:
+        """The logits with one more bias."""
+        self._demand_no_soft_cap("add a bias before it is applied, give bias=")
+        more = _floating("LinearLogits", "bias", bias)
+        _checks.same_shape("LinearLogits", "bias", more, (self.classes,), "one number per class")
+        if self.temperature is not None:  # by which the bias of the product is divided
+            more = more * jnp.asarray(self.temperature).astype(more.dtype)
+        if self.bias is not None:
+            more, before = _checks.upcast(more, self.bias)
+            more = more + before
+        return dataclasses.replace(self, bias=more)
+
+    __radd__ = __add__
+
+    def _demand_no_soft_cap(self, hint: str) -> None:
+        if self.soft_cap is not None:
+            raise TypeError(f"LinearLogits: what has a soft cap must stay as it is; to {hint}, else use materialize()")
+
     @property
     def half(self) -> bool:
         """Whether all products are of two bfloat16 numbers."""
@@ -169,6 +220,10 @@ class LinearLogits:
         options = {name: getattr(self, name) for name in ("soft_cap", "temperature", "block_size", "axis_name")}
         parts += [f"{name}={value!r}" for name, value in options.items() if value is not None]
         return f"LinearLogits({whole}{', '.join(parts)})"
+
+
+def _is_mask(index: Any) -> bool:
+    return hasattr(index, "dtype") and index.dtype == bool
 
 
 _CHILDREN = ("hidden", "kernel", "bias", "soft_cap", "temperature")
@@ -222,7 +277,7 @@ class ShardedLogits:
 
     def __post_init__(self) -> None:
         name = "ShardedLogits"
-        logits = _checks.floating(name, "logits", self.logits)
+        logits = _floating(name, "logits", self.logits)
         if logits.ndim < 1:
             raise ValueError(f"{name}: logits must have an axis of classes, got shape {logits.shape}")
         object.__setattr__(self, "logits", logits)

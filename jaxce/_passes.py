@@ -232,6 +232,8 @@ def add_up(
 
 def _even(spec: Spec) -> int:
     """The size of equal blocks, if they need be no smaller than half: what is left would be copied with the tangents."""
+    if spec.size == spec.length:
+        return spec.size
     least = max(1, spec.size // 2)
     return next((n for n in range(spec.size, least - 1, -1) if spec.length % n == 0), spec.size)
 

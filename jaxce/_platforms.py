@@ -85,7 +85,8 @@ def rank(read: Read, inputs: Inputs, label: Array, of_rows: dict[str, int], dtyp
 
 def _is_whole(shape: tuple[int, ...], strips: int) -> bool:
     """Whether a device has all classes of a block of this shape in one piece, and there is anything."""
-    return strips == 1 and _mesh.devices() == 1 and math.prod(shape) > 0
+    known = isinstance(shape[-1], int)  # unlike a symbolic size of jax.export
+    return known and strips == 1 and _mesh.devices() == 1 and math.prod(shape) > 0
 
 
 def entry(x: Array, labels: Array, otherwise: Callable[[Array, Array], Array]) -> Array:
@@ -142,7 +143,7 @@ def _by_rows(function: Callable[[Inputs], Any], inputs: Inputs, of_rows: dict[st
     """function(inputs), one number or several for each row of a shape, by chunks of rows that stay in the cache."""
     *batch, classes = shape
     rows, size = math.prod(batch), _rows_of_a_chunk(classes)
-    if size >= rows:
+    if not isinstance(rows, int) or size >= rows:
         return function(inputs)
 
     def flat(x: Array, trailing: int) -> Array:

@@ -1,14 +1,16 @@
 """Functions with derivative rules of their own that hold wherever the function ends up.
 
-`jax.custom_jvp` in jax 0.10 forgets its rule where a loop is differentiated twice: `lax.scan` partially evaluates its
+`jax.custom_jvp` forgets its rule, up to jax 0.11, where a loop is differentiated twice: `lax.scan` partially evaluates its
 body to find what doesn't change from step to step, and there replaces each such function that does by its plain body,
-whose derivative is another one. (Newer ones keep it.) Here the function is a primitive, which partial evaluation leaves
-whole.
+whose derivative is another one. Here the function is a primitive, which partial evaluation leaves whole.
+
+This file ends when the oldest supported jax is 0.12, of which tests/test_rules.py tells.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
+from jax.experimental.jet import jet_rules
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
@@ -150,11 +153,31 @@ def _transpose(cotangents: Any, *args: Any, jaxpr: Any, rule: Any) -> list[Any]:
     return [found.get(i) for i in range(len(args))]
 
 
+def _jet(primals: Any, series: Any, *, jaxpr: Any, rule: Any) -> tuple[list[Any], list[list[Any]]]:
+    """The Taylor coefficients of the function along a curve whose own are given, by its rule as often as there are some."""
+    order = max(map(len, series))
+
+    def derivatives(t: Array) -> Any:
+        def point(x: Any, terms: Any) -> Any:
+            if not jnp.issubdtype(x.dtype, jnp.inexact):
+                return x
+            return x + sum(c * (t**k).astype(c.dtype) for k, c in enumerate(terms, 1))
+
+        return _ruled.bind(*map(point, primals, series), jaxpr=jaxpr, rule=rule)
+
+    out = []
+    for k in range(order + 1):
+        out.append([d / math.factorial(k) for d in derivatives(jnp.zeros(()))] if k else derivatives(jnp.zeros(())))
+        derivatives = functools.partial(lambda f, t: jax.jvp(f, (t,), (jnp.ones(()),))[1], derivatives)
+    return out[0], [list(terms) for terms in zip(*out[1:], strict=True)]
+
+
 _ruled.def_impl(_evaluate)
 _ruled.def_abstract_eval(lambda *args, jaxpr, rule: jaxpr.out_avals)
 ad.primitive_jvps[_ruled] = _jvp
 ad.primitive_transposes[_ruled] = _transpose
 batching.fancy_primitive_batchers[_ruled] = _batch
+jet_rules[_ruled] = _jet
 mlir.register_lowering(_ruled, mlir.lower_fun(_evaluate, multiple_results=True))
 
 

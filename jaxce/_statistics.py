@@ -81,7 +81,8 @@ class Logits(NamedTuple):
         """Integer labels, -1 where one is no class."""
         name = self.spec.axis_name
         classes = self.classes * (1 if name is None else lax.axis_size(name))
-        valid = (labels >= 0) & (labels < classes) if classes <= jnp.iinfo(labels.dtype).max else labels >= 0
+        beyond = isinstance(classes, int) and classes > jnp.iinfo(labels.dtype).max  # no label is
+        valid = labels >= 0 if beyond else (labels >= 0) & (labels < classes)
         return jnp.where(valid, labels, -1).astype(jnp.int32)
 
     def with_weights(self, function: str, class_weights: ArrayLike | None) -> Logits:
@@ -141,7 +142,8 @@ def _read_linear(logits: LinearLogits, dtype: np.dtype, there: Array | None) -> 
     inputs["hidden"] = _mesh.whole(inputs["hidden"], -1)
     strips = _mesh.strips(logits.classes)
     length = logits.classes // strips
-    rows = max(1, math.prod(logits.shape[:-1]) // _mesh.devices(AxisType.Auto))
+    known = all(isinstance(n, int) for n in logits.shape[:-1])  # unlike the symbolic sizes of jax.export
+    rows = max(1, math.prod(logits.shape[:-1]) // _mesh.devices(AxisType.Auto)) if known else 1
     if logits.block_size is None:
         least, most = CLASSES
         part = max(least // strips, -(-length // (1024 if strips == 1 else 512)) * 128)

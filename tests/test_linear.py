@@ -469,6 +469,70 @@ def test_mixed_precision_and_float64_targets() -> None:
         assert integer(x, LABELS).dtype == "float32"
 
 
+def test_shapes_in_place_of_arrays() -> None:
+    """For `jax.eval_shape` and `jax.jit(...).lower`."""
+    hidden, kernel, bias = (jax.ShapeDtypeStruct(s, "bfloat16") for s in ((N, D), (D, V), (V,)))
+    x = jaxce.LinearLogits(hidden, kernel, bias=bias)
+    assert (x.shape, x.dtype) == ((N, V), "float32")
+    assert jax.eval_shape(lambda x: integer(x, LABELS), x).shape == (N,)
+    with pytest.raises(TypeError, match="LinearLogits: kernel must be a floating-point array"):
+        jaxce.LinearLogits(hidden, jax.ShapeDtypeStruct((D, V), "int32"))
+
+
+ROWS_OF: dict[str, Any] = {
+    "all but the last": np.s_[:, :-1],
+    "the first": 0,
+    "one": (0, 1),
+    "an ellipsis": np.s_[..., :1, :],
+    "an ellipsis at the end": np.s_[0, ...],
+    "every axis": np.s_[:, :1, :],
+    "a new axis": np.s_[:, None],
+    "some": np.array([1, 0]),
+    "a mask": np.array([[True, False, True], [False, True, True]]),
+}
+
+
+@pytest.mark.parametrize("rows", ROWS_OF)
+def test_indices_of_rows(rows: str) -> None:
+    a = arguments()
+    x = linear(a | {"hidden": jnp.stack([a["hidden"], -a["hidden"]])})
+    np.testing.assert_array_equal(x[ROWS_OF[rows]].hidden, x.hidden[ROWS_OF[rows]])
+    close(x[ROWS_OF[rows]].materialize(), x.materialize()[ROWS_OF[rows]], rtol=1e-6, atol=1e-6)
+
+
+def test_temperatures_and_biases_by_operators() -> None:
+    a = arguments()
+    del a["soft_cap"]
+    more = jnp.cos(jnp.arange(V, dtype="float32"))
+    for x in (linear(a), linear({n: a[n] for n in ("hidden", "kernel")})):
+        whole = x.materialize()
+        for got, right in [
+            (x / 3, whole / 3),
+            (x / jnp.float32(3), whole / 3),
+            (x + more, whole + more[None]),
+            (more + x, whole + more[None]),
+            (np.asarray(more) + x / 2, whole / 2 + more[None]),
+        ]:
+            assert isinstance(got, jaxce.LinearLogits)
+            close(got.materialize(), right, rtol=1e-5, atol=1e-6)  # a temperature divides after the bias is added
+
+
+def test_what_operators_refuse() -> None:
+    x, capped = jaxce.LinearLogits(H, W), jaxce.LinearLogits(H, W, soft_cap=2.0)
+    for call, error, message in [
+        (lambda: x[..., 0], IndexError, "an index must leave the axis of classes whole, .* give LinearLogits a part"),
+        (lambda: x[:, :2], IndexError, "an index must leave the axis of classes whole"),
+        (lambda: x[0, 0, 0], IndexError, "an index must leave the axis of classes whole"),
+        (lambda: x + 1.0, ValueError, "bias must have one number per class"),
+        (lambda: x / 0, ValueError, "temperature must be a positive number"),
+        (lambda: x / W[0], ValueError, "temperature must have no axes"),
+        (lambda: capped / 2, TypeError, "give temperature="),
+        (lambda: capped + W[0], TypeError, "give bias="),
+    ]:
+        with pytest.raises(error, match=message):
+            call()
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 

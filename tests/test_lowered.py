@@ -105,6 +105,96 @@ def test_a_program_for_all_platforms_holds_the_choice() -> None:
     chex.assert_trees_all_equal(exported.call(*args), program("integer, modified", array)(*args))
 
 
+ROWS, CLASSES = export.symbolic_shape("n, k")
+ELEMENTWISE = [
+    *("entropy", "surprisal", "perplexity", "mutual_information", "log_softmax", "logsumexp", "smooth_labels"),
+    *("cross_entropy", "relative_entropy", "jensen_shannon_divergence", "kl_divergence", "generalized_kl_divergence"),
+    *("kl_divergence_with_log_targets", "categorical_cross_entropy", "binary_cross_entropy", "bits_per", "mixture_nll"),
+    *("sigmoid_binary_cross_entropy", "sigmoid_focal_loss", "bernoulli_nll", "poisson_nll", "exponential_nll"),
+    *("gaussian_nll", "laplace_nll", "gamma_nll", "negative_binomial_nll", "student_t_nll", "weighted_mean"),
+    *("jensen_shannon_divergence_with_logits", "cross_entropy_with_logits", "poly_loss_cross_entropy"),
+]
+ARRAYS = {
+    "gaussian_nll": 3,
+    "laplace_nll": 3,
+    "gamma_nll": 3,
+    "negative_binomial_nll": 3,
+    "student_t_nll": 4,
+} | dict.fromkeys(("entropy", "surprisal", "perplexity", "mutual_information", "log_softmax", "logsumexp"), 1)
+"""How many arrays of one shape a function takes, if not two."""
+
+
+def twice(exported: Any) -> None:
+    """That its derivatives of two orders can be exported, too."""
+    exported.vjp().vjp()
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize(
+    "name", [n if n == "integer, modified" else pytest.param(n, marks=pytest.mark.slow) for n in LOSSES]
+)
+def test_any_number_of_rows_is_exported(name: str, make: Callable[..., Any]) -> None:
+    """With as many classes as are given, and of arrays with any number of classes, too."""
+
+    def losses(x: jax.Array, hidden: jax.Array, kernel: jax.Array, y: jax.Array, t: jax.Array) -> jax.Array:
+        return LOSSES[name](make(x, hidden, kernel), y, t)
+
+    classes = CLASSES if make is array else K
+    args = (
+        struct(ROWS, classes),
+        struct(ROWS, D),
+        struct(D, classes),
+        struct(ROWS, dtype="int32"),
+        struct(ROWS, classes),
+    )
+    exported = export.export(jax.jit(losses))(*args)
+    twice(exported)
+    for rows in (1, 5):
+        rng = np.random.default_rng(rows)
+        x, hidden, kernel, t = (
+            jnp.asarray(rng.uniform(size=s), "float32") for s in ((rows, K), (rows, D), (D, K), (rows, K))
+        )
+        y = jnp.asarray(rng.integers(K, size=rows), "int32")
+        got, right = exported.call(x, hidden, kernel, y, t), losses(x, hidden, kernel, y, t)
+        np.testing.assert_allclose(got, right, rtol=2e-6)  # the classes meet in another order
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "entropy" else pytest.param(n, marks=pytest.mark.slow) for n in ELEMENTWISE]
+)
+def test_any_number_of_rows_and_classes_is_exported(name: str) -> None:
+    """Of whatever takes arrays of one shape."""
+    given = [0.1] if name == "smooth_labels" else []
+    arrays = [struct(ROWS, CLASSES)] * (1 if given else ARRAYS.get(name, 2))
+    twice(export.export(jax.jit(lambda *a: getattr(jaxce, name)(*a, *given)))(*arrays))
+
+
+def test_own_types_are_written_down() -> None:
+    """As arguments and as results, with what isn't an array in them."""
+    pytest.importorskip("flatbuffers", reason="serialize needs it")
+    h, y = jnp.ones((3, 4)), jnp.array([0, 1, 3])
+    m = jaxce.metrics
+    for value in (
+        jaxce.LinearLogits(h, h.T, bias=jnp.ones(3), class_axis=-1, block_size=2, axis_name=("a", "b")),
+        jaxce.ShardedLogits(h, "model"),
+        jaxce.softmax_statistics(h, y),
+        m.Sum(jnp.ones(()), jnp.zeros(())),
+        m.Calibration.from_batch(h, y, bins=4),
+        m.TopKAccuracy.from_batch(h, y, k=2),
+        m.Evaluation.from_batch(h, y, k=2, bins=4),
+        m.Perplexity.empty(),
+    ):
+        doubled = jax.jit(lambda value: jax.tree.map(lambda x: 2 * x, value))
+        back = export.deserialize(export.export(doubled)(value).serialize(vjp_order=1)).call(value)
+        assert jax.tree.structure(back) == jax.tree.structure(value)
+        chex.assert_trees_all_equal(back, doubled(value))
+    assert (
+        export.deserialize(export.export(doubled)(m.Evaluation.empty()).serialize())
+        .out_tree.unflatten(jax.tree.leaves(m.Evaluation.empty()))
+        .options.per_class
+    )
+
+
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
 
