@@ -1,4 +1,4 @@
-r"""The state of a row: what is known of its logits from some of the classes, and how two such states meet.
+r"""The state of a row: what is known of its logits from some of the classes, and how such states meet.
 
 Every number here can be had for a part of the classes and merged with that of another part, in any order. With the
 maximum :math:`m`, the gaps :math:`g_k = m - x_k \ge 0` and :math:`s = \sum_{k \ne \text{top}} e^{-g_k}`, where *top* is

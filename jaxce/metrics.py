@@ -470,6 +470,8 @@ class Accuracy(_Score):
 class TopKAccuracy(_Score):
     """Weighted share of examples whose label is among the k largest logits, of equal ones the first; 0 without data.
 
+    A class that is masked, or whose logit is -inf, is never among them.
+
     >>> import jax.numpy as jnp
     >>> from jaxce.metrics import TopKAccuracy
     >>> print(TopKAccuracy.from_batch(jnp.array([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]]), jnp.array([1, 2]), k=2).compute())

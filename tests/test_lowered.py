@@ -84,12 +84,19 @@ def test_a_program_is_that_of_the_platform_it_is_for(name: str, make: Callable[.
     numbers = [re.findall(r"%\d+:(\d+) = stablehlo.reduce", text) for text in texts]
     if make is array:  # one reduction for a state, of each of two softmaxes, and one for all sums of terms
         passes = {"focal": 2, "relative entropy": 3}.get(name, 1)
-        # A GPU gathers the labels, and has one number less to reduce then.
+        # A CPU gathers the labels, and has one number less to reduce then; a GPU only those of longer rows.
         labelled = name in ("integer", "integer, modified", "statistics")
-        assert ["gather" in text for text in texts[1:]] == [False, labelled]
-        fewer = [int(a) - int(b) for a, b in zip(numbers[1], numbers[2], strict=True)]
-        assert fewer == [int(labelled), *[0] * (passes - 1)]
-        assert numbers[0] and set(numbers[0]) <= set(numbers[2])  # the same numbers meet on a CPU
+        assert ["gather" in text for text in texts] == [labelled, False, False]
+        assert numbers[1] == numbers[2] and len(numbers[1]) == passes
+        assert {int(n) for n in numbers[0]} == {int(numbers[1][0]) - labelled}  # the same numbers meet on a CPU
+
+
+def test_a_gpu_gathers_the_labels_of_long_rows() -> None:
+    shapes = jax.ShapeDtypeStruct((8, 1024), "bfloat16"), jax.ShapeDtypeStruct((8,), "int32")
+    traced = jax.jit(jaxce.softmax_cross_entropy_with_integer_labels).trace(*shapes)
+    texts = [traced.lower(lowering_platforms=(p,)).as_text() for p in ("tpu", "cuda")]
+    assert ["gather" in text for text in texts] == [False, True]
+    assert [re.findall(r"%\d+:(\d+) = stablehlo.reduce", text) for text in texts] == [["3"], ["2"]]
 
 
 def test_a_program_for_all_platforms_holds_the_choice() -> None:

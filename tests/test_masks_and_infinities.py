@@ -282,6 +282,16 @@ def test_two_infinite_logits_are_a_tie(classes: int) -> None:
     np.testing.assert_array_equal(jaxce.softmax_statistics(x).prediction, [0, 1, 0])
 
 
+@pytest.mark.parametrize("classes", [3, 40])
+def test_the_prediction_of_a_row_with_a_nan_is_class_0(classes: int) -> None:
+    """Wherever it is, and whatever else is in the row; and so is that of a row without any class."""
+    x = np.tile(np.linspace(-1, 1, classes, dtype=np.float32), (4, 1))
+    x[0, 0] = x[1, classes // 2] = x[2, -1] = NAN
+    x[1, -1] = INF
+    x[3] = -INF
+    np.testing.assert_array_equal(jaxce.softmax_statistics(x).prediction, 0)
+
+
 @pytest.mark.parametrize("name", some(EVERYTHING, *QUICK))
 def test_nan_spreads_in_rows_that_count_and_no_further(name: str) -> None:
     x = RNG.normal(size=(3, 4))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +21,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
+
+from jaxce import _platforms
+from jaxce._state import Ask, Block, State
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -108,6 +114,52 @@ def broken_on(kind: str) -> Iterator[str]:
     for claim in CLAIMS:
         for what in broken(kind, place, claim):
             yield f"{claim.name}, {claim.mode}, {claim.struct}: {what}"
+    if kind == "gpu":
+        for name in ("H100", *OTHER_GPUS):
+            yield from broken_states(name)
+
+
+ASKS = {
+    "the maximum and the sum": Ask(),
+    "statistics": Ask(entropy=True, prediction=True),
+    "a Brier score": Ask(squares=True, prediction=True),
+    "smoothing": Ask(uniform=True, rest=True),
+}
+OTHER_GPUS = {
+    "A100": {"major": 8, "core_count": 108, "fpus_per_core": 64, "clock_rate_ghz": 1.41, "l2_cache_size": 41943040}
+    | {"memory_bandwidth": 2039000000000, "shared_memory_per_core": 167936, "shared_memory_per_block_optin": 166912},
+    "B200": {"major": 10, "core_count": 148, "clock_rate_ghz": 1.965, "l2_cache_size": 132644864}
+    | {"memory_bandwidth": 7672000000000, "device_memory_size": 190626267136},
+}
+"""In what XLA's description of them differs from that of an H100."""
+
+
+def broken_states(name: str) -> Iterator[str]:
+    """All numbers of a state come from one kernel of a GPU, which reads the logits once and needs no memory."""
+    description = programs.H100
+    for key, value in OTHER_GPUS.get(name, {}).items():
+        description = re.sub(rf"{key}: [\d.]+", f"{key}: {value}", description)
+    options = {"target_config": description, "topology": "1x1x1"}
+    place = topologies.get_topology_desc(platform="cuda", topology_name=name, **options).devices[0]
+    arrays = {
+        n: programs.array(place, WIDE[0], d) for n, d in (("x", WIDE[1]), ("targets", "float32"), ("mask", "bool"))
+    }
+    cases = {n: (ask, ["x"]) for n, ask in ASKS.items()}
+    cases |= {"statistics, masked": (ASKS["statistics"], ["x", "mask"]), "dense": (Ask(rest=True), ["x", "targets"])}
+    for what, (ask, used) in cases.items():
+
+        def read(part: dict[str, jax.Array]) -> Block:
+            x = jnp.where(part["mask"], part["x"], -jnp.inf) if "mask" in part else part["x"]
+            return Block(x, 0, jax.lax.broadcasted_iota(jnp.int32, x.shape, 1), targets=part.get("targets"))
+
+        def state(part: dict[str, jax.Array], ask: Ask = ask) -> State:
+            return _platforms._in_parts(read, part, ask, jnp.dtype("float32"))
+
+        inputs = {n: arrays[n] for n in used}
+        found = programs.report(state, inputs)
+        once = sum(math.prod(a.shape) * a.dtype.itemsize for a in inputs.values()) / 1e9
+        if found.kernels != 1 or found.gigabytes > 1.01 * once or found.temporary_mb > 0.1:
+            yield f"{name}, {what}: {found.kernels} kernels, {found.gigabytes / once:.2f} reads, {found.temporary_mb} MB"
 
 
 ROWS, FEATURES, CLASSES = 1024, 256, 131072
