@@ -297,7 +297,7 @@ def differential_entropy(
     Source: H. A. Noughabi, Entropy estimation using numerical methods, 2015, and the papers that it names.
     """
     log_base = _checks.log_base("differential_entropy", base)
-    (array,) = _checks.upcast(_checks.real("differential_entropy", "samples", samples))
+    (array,) = _checks.upcast(_checks.floating("differential_entropy", "samples", samples))
     given = _checks.axes("differential_entropy", axis, array.ndim)
     if len(given) != 1:
         raise ValueError(f"differential_entropy: axis must name one axis, got {axis!r}")

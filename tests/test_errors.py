@@ -117,7 +117,8 @@ def bad_calls() -> list[Any]:
     rows: list[tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]] = []
     for name, (args, floating, labels) in VALID.items():
         for i, argument in enumerate(floating):
-            for bad in (INTS, BOOLS, None):  # text is refused by jax.jit, in words of its own
+            # Counts and hits are numbers as well. Text is refused by jax.jit, in words of its own.
+            for bad in (X.astype(complex), None) if argument in ("joint", "losses") else (INTS, BOOLS, None):
                 rows.append((name, (*args[:i], bad, *args[i + 1 :]), {}, TypeError, argument))
         second = SECOND.get(name, "labels")
         if labels in ("dense", "exact"):

@@ -147,7 +147,7 @@ def pairs(name: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     eps = float(np.finfo(dtype).eps)
     for a, distance in itertools.product(first[np.isfinite(first)].tolist(), (0, eps, 1e-6, 1e-4, 1e-2, 0.3, 1)):
         x = np.exp(a) if logs[0] else a
-        y = x * (1 + distance * rng.choice([-0.5, 0.5, 1]))
+        y = x * (1 + distance * float(rng.choice([-0.5, 0.5, 1])))
         made.append((a, np.log(y) if logs[1] and y else y))
     # What counts as 0 on some devices only, of the numbers and of their differences, is left out.
     most, tiny = float(np.finfo(dtype).max), float(np.finfo(dtype).tiny)

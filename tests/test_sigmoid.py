@@ -228,8 +228,9 @@ def test_focal_derivatives_in_the_tails(dtype: str) -> None:
         sizes = far * np.array([0.003, 0.03, 0.1, 0.2, 0.33, 0.36, 0.4, 0.5, 0.502, 0.51, 0.63, 0.7, 0.9, 0.98, 1.2, 3])
         grid = list(itertools.product([*sizes, *-sizes], (0, 1, 0.25, 0.75), (*GAMMAS, 0)))
         x, t, g = (np.array(column, dtype) for column in zip(*grid, strict=True))
-        # 1 - p_t is good to 3 ulp, and to a power gamma times; beyond what p can be, half an ulp for each nat of the power.
-        limit = 12 + 6 * g + np.where(abs(x) > far, abs(x) * (g + 1) / 2, 0)
+        # 1 - p_t is good to 3 ulp, and to a power gamma times; half an ulp for each nat of the power beyond what p can be,
+        # and in float64, as XLA:CPU's powers have there.
+        limit = 12 + 6 * g + np.where((abs(x) > far) | (dtype == "float64"), abs(x) * (g + 1) / 2, 0)
         with mpmath.workdps(60 if dtype == "float32" else 700):
             exact = [exact_focal(*point) for point in zip(x.tolist(), t.tolist(), g.tolist(), strict=True)]
             most = float(jnp.finfo(dtype).max)
