@@ -132,7 +132,8 @@ def linear_cross_entropy(
     Returns:
       A number, in the dtype of the logits and at least float32. With ``has_aux`` a pair of it and of two arrays of the
       shape of the labels, as `jax.value_and_grad` takes it with its own ``has_aux``: each example's loss and its
-      log-normalizer :math:`\operatorname{logsumexp}(x)`, both 0 where the weight is 0, and without derivatives.
+      log-normalizer :math:`\operatorname{logsumexp}(x)`, both 0 where the weight is 0, and without derivatives. Beside a
+      gradient from three products they cost nothing, else one more product.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxce
