@@ -146,7 +146,8 @@ def array(function: str, argument: str, value: ArrayLike) -> Array:
 def floating(function: str, argument: str, value: ArrayLike) -> Array:
     """``value`` as an array of floating-point numbers; a single number may be an integer."""
     hint = f"; {argument} come first, labels second" if argument in ("logits", "probs", "log_probs") else ""
-    if jnp.ndim(value) == 0 and jnp.issubdtype(jnp.result_type(value), jnp.integer):
+    dtype = getattr(value, "dtype", type(value))
+    if getattr(value, "ndim", 0) == 0 and (dtype is int or isinstance(dtype, np.dtype) and dtype.kind in "iu"):
         value = jnp.asarray(value, jnp.result_type(float))
     array = _array(function, argument, value, jnp.floating, "a floating-point array", hint)
     if array.dtype.itemsize == 1:  # neither the range nor, on every device, an exact path to float32
