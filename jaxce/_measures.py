@@ -32,6 +32,7 @@ how the entropy comes by gaps in place of :math:`-\log p_k`.)
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -105,7 +106,7 @@ def _(primals: Any, tangents: Any) -> Any:
     (x, row), (dx, drow) = primals, tangents
     value = log_probability(x, row)
     mean, top = (beside(v, x) for v in (drow.log_normalizer, drow.top))
-    return value, jnp.where(value > np.log(MOST), -top, dx - mean)
+    return value, jnp.where(value > math.log(MOST), -top, dx - mean)
 
 
 @custom_jvp

@@ -74,6 +74,9 @@ class Logits(NamedTuple):
         _checks.same_shape(function, "weights", w, y.shape, "the shape of labels")
         chosen = self._class(y)
         bad = (chosen < 0) & (w != 0)
+        for name, mask in self.inputs.items():  # in a row that takes no part nothing is bad
+            if name in ("rows", "entries"):
+                bad &= (mask if name == "rows" else mask.any(-1))[..., None]
         shares = jnp.where(bad, jnp.nan, w).astype(self.dtype)
         return self._with(chosen=jnp.where(bad, 0, chosen), shares=shares)
 
