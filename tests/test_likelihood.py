@@ -506,7 +506,8 @@ EXTREME = {
 @pytest.mark.parametrize("name", EXTREME)
 def test_extreme_parameters(name: str, dtype: str) -> None:
     """Value, gradient and Hessian, each where it and the value can be written in the dtype."""
-    rows = np.stack(extremes(name, dtype), -1).astype(dtype)
+    single = dtype == "float32"
+    rows = np.stack(extremes(name, dtype, 500 if single else 100), -1).astype(dtype)
     varying = tuple(range(rows.shape[1] - ("counts" in inspect.signature(getattr(jaxce, name)).parameters)))
     with jax.enable_x64(dtype == "float64"):
         function = getattr(jaxce, name)
@@ -522,7 +523,7 @@ def test_extreme_parameters(name: str, dtype: str) -> None:
     got = np.stack([value, *gradient, *(hessian[i][j] for i, j in upper)], -1)
     names = ["value", *(f"d{i}" for i in varying), *(f"d{i}d{j}" for i, j in upper)]
     most, tiny = M(float(np.finfo(dtype).max)), M(float(np.finfo(dtype).tiny))
-    with mpmath.workdps(120):
+    with mpmath.workdps(120 if single else 1300):  # terms of exp(1400) cancel to numbers near 1
         exact = []
         for row in rows:
             at = EXTREME[name](*(M(float(v)) for v in row))
