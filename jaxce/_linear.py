@@ -187,9 +187,10 @@ def _total(
         _checks.same_shape(_NAME, "class_weights", modifiers["class_weights"], (logits.classes,), of)
 
     # What a row holds that takes no part must not be multiplied by anything, even 0.
-    hidden, labels = jnp.where(counts[..., None], logits.hidden, 0), jnp.where(counts, labels, 0)
+    hidden = jnp.where(counts[..., None], _mesh.whole(jnp.asarray(logits.hidden), -1), 0)
+    labels = jnp.where(counts, labels, 0)
     fields = {name: getattr(logits, name) for name in ("bias", "soft_cap", "temperature")}
-    fields["kernel"] = _mesh.gather_features(logits.kernel, logits.class_axis)
+    fields["kernel"] = _mesh.whole(jnp.asarray(logits.kernel), -1 - logits.class_axis)
     fields |= {"hidden": hidden.reshape(labels.size, hidden.shape[-1]), "weights": weights.reshape(labels.size)}
     inputs = {name: jnp.asarray(value) for name, value in (fields | modifiers).items() if value is not None}
     inputs = {

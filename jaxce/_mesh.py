@@ -98,11 +98,6 @@ def strips(classes: int) -> int:
     return math.gcd(classes, jax.device_count() if mesh.empty else math.lcm(*_sizes(AxisType.Auto)))
 
 
-def gather_features(kernel: Array, class_axis: int) -> Array:
-    """A kernel whose features are whole on each device, as `whole`."""
-    return whole(kernel, -1 - class_axis)
-
-
 def whole(x: Array, axis: int) -> Array:
     """An array that isn't sharded along an axis, whatever mesh with automatic axis types it may lie on; so its gradient.
 

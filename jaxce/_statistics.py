@@ -73,10 +73,10 @@ class Logits(NamedTuple):
         w = _checks.real(function, "weights", weights, self.dtype)
         _checks.same_shape(function, "weights", w, y.shape, "the shape of labels")
         chosen = self._class(y)
-        bad = (chosen < 0) & (w != 0)
-        for name, mask in self.inputs.items():  # in a row that takes no part nothing is bad
+        for name, mask in self.inputs.items():  # a row that takes no part has no weight, whatever it holds
             if name in ("rows", "entries"):
-                bad &= (mask if name == "rows" else mask.any(-1))[..., None]
+                w = jnp.where((mask if name == "rows" else mask.any(-1))[..., None], w, 0)
+        bad = (chosen < 0) & (w != 0)
         shares = jnp.where(bad, jnp.nan, w).astype(self.dtype)
         return self._with(chosen=jnp.where(bad, 0, chosen), shares=shares)
 
@@ -141,7 +141,7 @@ def _read_linear(logits: LinearLogits, dtype: np.dtype, there: Array | None) -> 
     if there is not None:  # what a row holds that takes no part must not be multiplied by anything
         there = jnp.broadcast_to(there, logits.shape[:-1])
         inputs["hidden"] = jnp.where(there[..., None], inputs["hidden"], 0)
-    inputs["kernel"] = _mesh.gather_features(inputs["kernel"], logits.class_axis)
+    inputs["kernel"] = _mesh.whole(inputs["kernel"], -1 - logits.class_axis)
     inputs["hidden"] = _mesh.whole(inputs["hidden"], -1)
     strips = _mesh.strips(logits.classes)
     length = logits.classes // strips

@@ -45,8 +45,6 @@ def pairs() -> list[Any]:
         for dtype in DTYPES:
             quick = not case.slow and dtype == DTYPES[i % 3]
             marks = [] if quick else [pytest.mark.slow]
-            if case.function == "log_softmax":
-                marks.append(pytest.mark.xfail(reason="its rule compares with a float64 of NumPy's"))
             rows.append(pytest.param(case, dtype, marks=marks, id=f"{case.name}-{dtype}"))
     return rows
 
@@ -175,22 +173,9 @@ def test_no_nan_is_formed(case: Case) -> None:
 
 
 def masked() -> list[Any]:
-    """The functions that take a mask, and what is known to be wrong of them."""
-    rows = []
-    for case in CASES:
-        reason = ""
-        if case.integers and case.function.startswith(("softmax", "poly")):
-            reason = "a label that is no class makes a NaN before the mask takes it away"
-        if case.function in ("entropy", "jensen_shannon_divergence"):
-            reason = "a Hessian-vector product forms a NaN in a row that is masked"
-        if case.takes_where and not case.reduces:  # of what reduces the mask is of the entries: see test_reduction.py
-            marks = [pytest.mark.slow] if case.slow else []
-            rows.append(
-                pytest.param(
-                    case, marks=[*marks, *([pytest.mark.xfail(reason=reason)] if reason else [])], id=case.name
-                )
-            )
-    return rows
+    """The functions that take a mask; of what reduces the mask is of the entries: see test_reduction.py."""
+    cases = [case for case in CASES if case.takes_where and not case.reduces]
+    return [pytest.param(case, marks=[pytest.mark.slow] if case.slow else [], id=case.name) for case in cases]
 
 
 @pytest.mark.parametrize("case", masked())
