@@ -189,6 +189,8 @@ def _total(
     # What a row holds that takes no part must not be multiplied by anything, even 0.
     hidden = jnp.where(counts[..., None], _mesh.whole(jnp.asarray(logits.hidden), -1), 0)
     labels = jnp.where(counts, labels, 0)
+    if labels.dtype.itemsize <= 4:  # 8 bits may be too few for the number of classes
+        labels = labels.astype(jnp.int32)
     fields = {name: getattr(logits, name) for name in ("bias", "soft_cap", "temperature")}
     fields["kernel"] = _mesh.whole(jnp.asarray(logits.kernel), -1 - logits.class_axis)
     fields |= {"hidden": hidden.reshape(labels.size, hidden.shape[-1]), "weights": weights.reshape(labels.size)}
