@@ -484,7 +484,7 @@ def extremes(name: str, dtype: str, count: int = 500) -> list[np.ndarray]:
             return [s, observed]
         case "gamma_nll":
             x = np.where(observed == 0, 1, observed)
-            return [s, t, np.where(rng.uniform(size=count) < 0.3, np.exp(np.clip(s - t, -largest, largest)), x)]
+            return [s, t, np.where(rng.uniform(size=count) < 0.3, 1.001 * np.exp(np.clip(s - t, -largest, largest)), x)]
         case "poisson_nll":
             return [s, counts]
     return [s, t, counts]
