@@ -12,17 +12,20 @@ import functools
 import inspect
 import math
 import operator
-import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import jax.typing
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
-from jax.typing import ArrayLike
+
+_Entry = jax.typing.ArrayLike
+ArrayLike = _Entry | Sequence[_Entry] | Sequence[Sequence[_Entry]] | Sequence[Sequence[Sequence[_Entry]]]
+"""What is, or becomes, an array: lists are accepted, too."""
 
 Axis = int | Sequence[int]
 AxisName = str | tuple[str, ...]
@@ -82,12 +85,11 @@ class named:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, _ArgumentError):
-            hint = next((f"; {hint}" for hint in map(self._fill, error.hints) if hint), "")
-            if not self.takes_any or error.args == (error.message,):  # else the method that it hands all on to is named
-                error.args = (f"{self.function}: {re.sub(r'^[a-zA-Z_]+: ', '', error.message)}{hint}",)
-        elif not isinstance(error, TypeError | ValueError) or not str(error).startswith(f"{self.function}: "):
+        if not isinstance(error, _ArgumentError):
             return
+        hint = next((f"; {hint}" for hint in map(self._fill, error.hints) if hint), "")
+        if not self.takes_any or error.args == (error.message,):  # else the method that it hands all on to is named
+            error.args = (f"{self.function}: {error.message}{hint}",)
         if jax.config.jax_traceback_filtering != "off":  # type: ignore[attr-defined]
             error.__traceback__ = error.__cause__ = error.__context__ = None
             getattr(error, "__notes__", []).clear()  # JAX says there which of its frames it has left out
@@ -305,7 +307,7 @@ def compiled(*static: str, **numbers: Number) -> Callable[[_F], _F]:
 
         def read(name: str, value: Any) -> Any:
             if name in numbers:
-                return option(function.__name__, name, value, numbers[name])
+                return option(name, value, numbers[name])
             if value is None and name in naming.required and not private:
                 raise ArgumentTypeError(f"{name} must be an array of numbers, got None")
             return _static(name, value) if name in static else _host_array(name, value)
@@ -396,47 +398,47 @@ def describe(value: Any) -> str:
     return reprlib.repr(value)
 
 
-def _array(function: str, argument: str, value: ArrayLike, kind: Any, expected: str, *hints: str) -> Array:
+def _array(argument: str, value: ArrayLike, kind: Any, expected: str, *hints: str) -> Array:
     try:  # what only describes an array is one for all that is asked here
         array: Any = value if isinstance(value, jax.ShapeDtypeStruct) else jnp.asarray(value)
     except (TypeError, ValueError):
         got = "None" if value is None else type(value).__name__
-        raise ArgumentTypeError(f"{function}: {argument} must be {expected}, got {got}") from None
+        raise ArgumentTypeError(f"{argument} must be {expected}, got {got}") from None
     if not jnp.issubdtype(array.dtype, kind):
-        raise ArgumentTypeError(f"{function}: {argument} must be {expected}, got {describe(array)}", *hints)
+        raise ArgumentTypeError(f"{argument} must be {expected}, got {describe(array)}", *hints)
     return array
 
 
-def array(function: str, argument: str, value: ArrayLike) -> Array:
+def array(argument: str, value: ArrayLike) -> Array:
     """``value`` as an array of numbers."""
-    return _array(function, argument, value, np.generic, "an array of numbers")
+    return _array(argument, value, np.generic, "an array of numbers")
 
 
-def floating(function: str, argument: str, value: ArrayLike) -> Array:
+def floating(argument: str, value: ArrayLike) -> Array:
     """``value`` as an array of floating-point numbers; a single number may be an integer."""
-    array = _array(function, argument, value, np.generic, "a floating-point array")
+    array = _array(argument, value, np.generic, "a floating-point array")
     if array.ndim == 0 and jnp.issubdtype(array.dtype, jnp.integer):
         array = lax.convert_element_type(array, float)
     order = f"{{{argument}}} come first, {{labels}} second"
-    array = _array(function, argument, array, jnp.floating, "a floating-point array", order)
+    array = _array(argument, array, jnp.floating, "a floating-point array", order)
     if array.dtype.itemsize == 1:  # neither the range nor, on every device, an exact path to float32
         expected = "float16, bfloat16, float32 or float64"
-        raise ArgumentTypeError(f"{function}: {argument} must be {expected}, got {describe(array)}")
+        raise ArgumentTypeError(f"{argument} must be {expected}, got {describe(array)}")
     return array
 
 
-def real(function: str, argument: str, value: ArrayLike, dtype: Any = np.float32) -> Array:
+def real(argument: str, value: ArrayLike, dtype: Any = np.float32) -> Array:
     """``value`` as an array of floating-point numbers, of ``dtype`` where they are booleans or integers."""
-    given = array(function, argument, value)
-    return floating(function, argument, given if jnp.issubdtype(given.dtype, jnp.inexact) else given.astype(dtype))
+    given = array(argument, value)
+    return floating(argument, given if jnp.issubdtype(given.dtype, jnp.inexact) else given.astype(dtype))
 
 
-def integer(function: str, argument: str, value: ArrayLike, *hints: str) -> Array:
+def integer(argument: str, value: ArrayLike, *hints: str) -> Array:
     """``value`` as an array of integers."""
-    return _array(function, argument, value, jnp.integer, "an integer array", *hints)
+    return _array(argument, value, jnp.integer, "an integer array", *hints)
 
 
-def boolean(function: str, argument: str, value: ArrayLike) -> Array:
+def boolean(argument: str, value: ArrayLike) -> Array:
     """``value`` as an array of booleans; of integers those that aren't 0 are True."""
     array = jnp.asarray(value)
     if jnp.issubdtype(array.dtype, jnp.integer):
@@ -444,11 +446,11 @@ def boolean(function: str, argument: str, value: ArrayLike) -> Array:
     if jnp.issubdtype(array.dtype, jnp.floating):
         mask = f"for a mask give {{{argument}}}=mask != 0"
         raise ArgumentTypeError(
-            f"{function}: {argument} must be a boolean or integer array, got {describe(array)}",
+            f"{argument} must be a boolean or integer array, got {describe(array)}",
             f"{mask}, for weights {{weighted_mean}}{{second:.0}}",
             mask,
         )
-    return _array(function, argument, array, jnp.bool_, "a boolean or integer array")
+    return _array(argument, array, jnp.bool_, "a boolean or integer array")
 
 
 def compute_dtype(*arrays: Any) -> np.dtype:
@@ -466,53 +468,53 @@ def upcast(*arrays: Array) -> tuple[Array, ...]:
     return tuple(a.astype(dtype) for a in arrays)
 
 
-def axes(function: str, axis: Axis, ndim: int) -> tuple[int, ...]:
+def axes(axis: Axis, ndim: int) -> tuple[int, ...]:
     """``axis`` as non-negative integers, in the order given."""
     try:
         given = tuple(operator.index(a) for a in (axis if isinstance(axis, Sequence) else (axis,)))
         if any(isinstance(a, bool) for a in (axis, *given)):
             raise TypeError
     except TypeError:
-        raise ArgumentTypeError(f"{function}: axis must be {_AXIS}, got {describe(axis)}") from None
+        raise ArgumentTypeError(f"axis must be {_AXIS}, got {describe(axis)}") from None
     if ndim == 0:
-        raise ArgumentValueError(f"{function}: axis must name an axis, got {axis!r} for a scalar")
+        raise ArgumentValueError(f"axis must name an axis, got {axis!r} for a scalar")
     if not given or any(not -ndim <= a < ndim for a in given):
-        raise ArgumentValueError(f"{function}: axis must name one or more of the {ndim} axes, got {axis!r}")
+        raise ArgumentValueError(f"axis must name one or more of the {ndim} axes, got {axis!r}")
     result = tuple(a % ndim for a in given)
     if len(set(result)) != len(result):
-        raise ArgumentValueError(f"{function}: axis must name each axis once, got {axis!r}")
+        raise ArgumentValueError(f"axis must name each axis once, got {axis!r}")
     return result
 
 
-def axis_name(function: str, names: Any) -> AxisName:
+def axis_name(names: Any) -> AxisName:
     """Names of mesh axes, each once."""
     given = names if isinstance(names, tuple) else (names,)
     if not given or any(not isinstance(name, str) for name in given) or len(set(given)) != len(given):
-        raise ArgumentValueError(f"{function}: axis_name must be {_AXIS_NAME}, got {names!r}")
+        raise ArgumentValueError(f"axis_name must be {_AXIS_NAME}, got {names!r}")
     return names
 
 
-def same_shape(function: str, argument: str, array: Array, shape: tuple[int, ...], of: str, *hints: str) -> None:
+def same_shape(argument: str, array: Array, shape: tuple[int, ...], of: str, *hints: str) -> None:
     """An error unless the array has exactly this shape; ``of`` says in the message whose shape it is."""
     if array.shape != shape:
-        raise ArgumentValueError(f"{function}: {argument} must have {of}, {shape}, got {describe(array)}", *hints)
+        raise ArgumentValueError(f"{argument} must have {of}, {shape}, got {describe(array)}", *hints)
 
 
-def scalar_or(function: str, argument: str, array: Array, shape: tuple[int, ...], of: str) -> None:
+def scalar_or(argument: str, array: Array, shape: tuple[int, ...], of: str) -> None:
     """An error unless the array is a scalar or has exactly this shape, which is described by ``of``."""
     if array.shape not in ((), shape):
         expected = f"a scalar or have {of}, {shape}"
-        raise ArgumentValueError(f"{function}: {argument} must be {expected}, got {describe(array)}")
+        raise ArgumentValueError(f"{argument} must be {expected}, got {describe(array)}")
 
 
 def labels_of_rows(
-    function: str, labels: ArrayLike, shape: tuple[int, ...], class_axes: tuple[int, ...], of: str = "the logits"
+    labels: ArrayLike, shape: tuple[int, ...], class_axes: tuple[int, ...], of: str = "the logits"
 ) -> Array:
     """One integer label for each row of something of ``shape``."""
-    batch, given = batch_shape(shape, class_axes), np.shape(labels)
+    batch, given = batch_shape(shape, class_axes), np.shape(cast(Any, labels))
     hint = labels_hint(given, shape, class_axes)
-    y = integer(function, "labels", labels, "give {labels}.astype(int)" if given == batch else hint)
-    same_shape(function, "labels", y, batch, f"the shape of {of} without their class axes", hint)
+    y = integer("labels", labels, "give {labels}.astype(int)" if given == batch else hint)
+    same_shape("labels", y, batch, f"the shape of {of} without their class axes", hint)
     return y
 
 
@@ -531,44 +533,44 @@ def labels_hint(labels: tuple[int, ...], shape: tuple[int, ...], class_axes: tup
     return ""
 
 
-def option(function: str, argument: str, value: Any, kind: Number) -> Any:
+def option(argument: str, value: Any, kind: Number) -> Any:
     """An option: a number, checked, or an array, with axes if it broadcasts; None if it makes no difference."""
     if value is None:
         return None
     if isinstance(value, int | float | np.number) and not isinstance(value, bool):
         if not kind.valid(float(value)):
-            raise ArgumentValueError(f"{function}: {argument} must be {kind.expected}, got {value!r}")
+            raise ArgumentValueError(f"{argument} must be {kind.expected}, got {value!r}")
         return None if value == kind.neutral else float(value)
     if kind.broadcasts:
         value = _host_array(argument, value)
     if not hasattr(value, "dtype"):
-        raise ArgumentTypeError(f"{function}: {argument} must be {kind.expected}, got {value!r}")
+        raise ArgumentTypeError(f"{argument} must be {kind.expected}, got {value!r}")
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating) and not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ArgumentTypeError(f"{function}: {argument} must be {kind.expected}, got {describe(array)}")
+        raise ArgumentTypeError(f"{argument} must be {kind.expected}, got {describe(array)}")
     if array.ndim and not kind.broadcasts:
-        raise ArgumentValueError(f"{function}: {argument} must be a scalar, got {describe(array)}")
+        raise ArgumentValueError(f"{argument} must be a scalar, got {describe(array)}")
     return array
 
 
-def positive_integer(function: str, argument: str, value: Any, expected: str = "a positive integer") -> int:
+def positive_integer(argument: str, value: Any, expected: str = "a positive integer") -> int:
     """An integer of at least 1, of Python or NumPy, as Python's."""
     number = _static(argument, value)
     if isinstance(number, bool) or not isinstance(number, int | float):
-        raise ArgumentTypeError(f"{function}: {argument} must be {expected}, got {describe(value)}")
+        raise ArgumentTypeError(f"{argument} must be {expected}, got {describe(value)}")
     if not (1 <= number < math.inf and number == int(number)):
-        raise ArgumentValueError(f"{function}: {argument} must be {expected}, got {value!r}")
+        raise ArgumentValueError(f"{argument} must be {expected}, got {value!r}")
     return int(number)
 
 
-def log_base(function: str, base: Any) -> float | None:
+def log_base(base: Any) -> float | None:
     """The natural logarithm of ``base``; None, for nats, stays None."""
     if base is None:
         return None
     if not isinstance(base, int | float) or isinstance(base, bool):
-        raise ArgumentTypeError(f"{function}: base must be {_BASE}, got {describe(base)}")
+        raise ArgumentTypeError(f"base must be {_BASE}, got {describe(base)}")
     if not 0 < base < math.inf or base == 1:
-        raise ArgumentValueError(f"{function}: base must be {_BASE}, got {base!r}")
+        raise ArgumentValueError(f"base must be {_BASE}, got {base!r}")
     return math.log(base)
 
 
@@ -586,22 +588,20 @@ def batch_shape(shape: tuple[int, ...], class_axes: tuple[int, ...]) -> tuple[in
     return tuple(n for a, n in enumerate(shape) if a not in class_axes)
 
 
-def where_mask(
-    function: str, where: ArrayLike, shape: tuple[int, ...], class_axes: tuple[int, ...]
-) -> tuple[str, Array]:
+def where_mask(where: ArrayLike, shape: tuple[int, ...], class_axes: tuple[int, ...]) -> tuple[str, Array]:
     """``where`` as a mask of "rows", of "classes" or of "entries", with the classes last.
 
     A mask with as many axes as the batch says which rows take part, and has the batch's shape. One with as many axes as
     ``shape`` says which entries do, and broadcasts to it; its axes of rows may stay of length 1.
     """
-    mask = boolean(function, "where", where)
+    mask = boolean("where", where)
     batch = batch_shape(shape, class_axes)
     if mask.shape == batch:
         return "rows", mask
     if mask.ndim != len(shape) or any(n not in (1, m) for n, m in zip(mask.shape, shape, strict=True)):
         axes = ", ".join(["None"] * (len(shape) - mask.ndim))
         raise ArgumentValueError(
-            f"{function}: where must have the batch shape, {batch}, to say which rows take part, or {len(shape)} axes that "
+            f"where must have the batch shape, {batch}, to say which rows take part, or {len(shape)} axes that "
             f"broadcast to {shape} to say which entries do, got {describe(mask)}",
             f"for a mask of classes give {{where}}[{axes}]" if 0 < mask.ndim < len(shape) else "",
         )
@@ -612,26 +612,26 @@ def where_mask(
     return ("classes", mask.reshape(-1)) if math.prod(mask.shape[:-1]) == 1 else ("entries", mask)
 
 
-def where_entries(function: str, where: ArrayLike, shape: tuple[int, ...], class_axes: tuple[int, ...]) -> Array:
+def where_entries(where: ArrayLike, shape: tuple[int, ...], class_axes: tuple[int, ...]) -> Array:
     """``where`` as a mask of every entry, in place."""
-    where_mask(function, where, shape, class_axes)
-    mask = boolean(function, "where", where)
+    where_mask(where, shape, class_axes)
+    mask = boolean("where", where)
     if mask.ndim < len(shape):
         mask = jnp.expand_dims(mask, class_axes)
     return jnp.broadcast_to(mask, shape)
 
 
-def where_elements(function: str, where: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
+def where_elements(where: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
     """``where`` of an elementwise function as a mask of its result, which has this shape; None if all take part."""
     if where is None:
         return None
-    mask = boolean(function, "where", where)
+    mask = boolean("where", where)
     missing = len(shape) - mask.ndim
     if missing == 0 and all(n in (1, m) for n, m in zip(mask.shape, shape, strict=True)):
         return jnp.broadcast_to(mask, shape)
     new = ", ".join(["None"] * missing)
     raise ArgumentValueError(
-        f"{function}: where must have as many axes as the result and broadcast to it, {shape}, got {describe(mask)}",
+        f"where must have as many axes as the result and broadcast to it, {shape}, got {describe(mask)}",
         f"for a mask of the first axes give {{where}}[..., {new}], of the last where[{new}]" if missing > 0 else "",
     )
 
@@ -645,7 +645,6 @@ def only(mask: Array | None, array: Array, otherwise: float) -> Array:
 
 
 def dense(
-    function: str,
     argument: str,
     value: ArrayLike,
     shape: tuple[int, ...],
@@ -658,9 +657,9 @@ def dense(
     Booleans and integers come out in ``dtype``. Where integers with fewer axes would be class numbers, which are never
     broadcast, ``classes`` names the function that takes those.
     """
-    x = array(function, argument, value)
+    x = array(argument, value)
     numbers = not jnp.issubdtype(x.dtype, jnp.floating) and classes is not None and x.ndim < len(shape)
-    x = real(function, argument, x, dtype)
+    x = real(argument, x, dtype)
     fits = x.ndim <= len(shape) and all(n in (1, m) for n, m in zip(x.shape[::-1], shape[::-1], strict=False))
     if fits and not numbers:
         return jnp.broadcast_to(x, shape)
@@ -670,5 +669,5 @@ def dense(
     elif [n for n in x.shape if n != 1] == [n for n in shape if n != 1]:
         hint = f"give {{{argument}}}.reshape({shape})"
     raise ArgumentValueError(
-        f"{function}: {argument} must have the shape of {of}, {shape}, or broadcast to it, got {describe(value)}", hint
+        f"{argument} must have the shape of {of}, {shape}, or broadcast to it, got {describe(value)}", hint
     )

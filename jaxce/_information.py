@@ -14,10 +14,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 from jaxce import _checks, _terms
-from jaxce._checks import Axis, compiled
+from jaxce._checks import ArrayLike, Axis, compiled
 from jaxce._logits import AnyLogits, NotArray
 from jaxce._measures import ENTROPY, Class, Measure, Slope, measure, replaced, sum_of
 from jaxce._mesh import on_each_device
@@ -25,20 +24,18 @@ from jaxce._rules import custom_jvp, largest, product
 from jaxce._statistics import read_logits
 
 
-def classes_of(
-    function: str, axis: Axis, where: ArrayLike | None, fill: float, **arguments: ArrayLike
-) -> tuple[Array, ...]:
+def classes_of(axis: Axis, where: ArrayLike | None, fill: float, **arguments: ArrayLike) -> tuple[Array, ...]:
     """The arguments in their common dtype, classes last, with ``fill`` wherever ``where`` is False."""
-    arrays = [_checks.floating(function, name, value) for name, value in arguments.items()]
+    arrays = [_checks.floating(name, value) for name, value in arguments.items()]
     (first, shape), *_ = [(name, array.shape) for name, array in zip(arguments, arrays, strict=True)]
     for name, array in zip(arguments, arrays, strict=True):
-        _checks.same_shape(function, name, array, shape, f"the shape of {first}")
-    class_axes = _checks.axes(function, axis, len(shape))
+        _checks.same_shape(name, array, shape, f"the shape of {first}")
+    class_axes = _checks.axes(axis, len(shape))
     if math.prod(shape[a] for a in class_axes) == 0:
-        raise ValueError(f"{function}: {first} must have at least one class, got shape {shape}")
+        raise _checks.ArgumentValueError(f"{first} must have at least one class, got shape {shape}")
     upcast = _checks.upcast(*arrays)
     if where is not None:
-        keep = _checks.where_entries(function, where, shape, class_axes)
+        keep = _checks.where_entries(where, shape, class_axes)
         upcast = tuple(jnp.where(keep, a, fill) for a in upcast)
     return tuple(_checks.classes_last(a, class_axes) for a in upcast)
 
@@ -70,8 +67,8 @@ def surprisal(p: ArrayLike, *, base: float | None = None) -> Array:
 
     Source: C. E. Shannon, A mathematical theory of communication, 1948.
     """
-    log_base = _checks.log_base("surprisal", base)
-    (array,) = _checks.upcast(_checks.floating("surprisal", "p", p))
+    log_base = _checks.log_base(base)
+    (array,) = _checks.upcast(_checks.floating("p", p))
     return _in_base(_terms.neg_log(array), log_base)
 
 
@@ -97,8 +94,8 @@ def entropy(p: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, ba
 
     Source: C. E. Shannon, A mathematical theory of communication, 1948.
     """
-    log_base = _checks.log_base("entropy", base)
-    (array,) = classes_of("entropy", axis, where, 0, p=p)
+    log_base = _checks.log_base(base)
+    (array,) = classes_of(axis, where, 0, p=p)
     return _in_base(_terms.total(_terms.neg_x_log_x(array)), log_base)
 
 
@@ -128,8 +125,8 @@ def cross_entropy(
 
     Source: T. M. Cover and J. A. Thomas, Elements of Information Theory, 2006, section 2.3: H(p) + D(p||q).
     """
-    log_base = _checks.log_base("cross_entropy", base)
-    a, b = classes_of("cross_entropy", axis, where, 0, p=p, q=q)
+    log_base = _checks.log_base(base)
+    a, b = classes_of(axis, where, 0, p=p, q=q)
     return _in_base(_terms.total(_terms.neg_x_log_y(a, b)), log_base)
 
 
@@ -163,8 +160,8 @@ def relative_entropy(
 
     Source: I. Csiszar, Why least squares and maximum entropy?, 1991 (the generalised form).
     """
-    log_base = _checks.log_base("relative_entropy", base)
-    a, b = classes_of("relative_entropy", axis, where, 0, p=p, q=q)
+    log_base = _checks.log_base(base)
+    a, b = classes_of(axis, where, 0, p=p, q=q)
     return _in_base(jnp.sum(_terms.bregman(a, b), -1), log_base)
 
 
@@ -194,8 +191,8 @@ def jensen_shannon_divergence(
 
     Source: J. Lin, Divergence measures based on the Shannon entropy, 1991.
     """
-    log_base = _checks.log_base("jensen_shannon_divergence", base)
-    a, b = classes_of("jensen_shannon_divergence", axis, where, 0, p=p, q=q)
+    log_base = _checks.log_base(base)
+    a, b = classes_of(axis, where, 0, p=p, q=q)
     return _in_base(jnp.sum(_terms.jensen_shannon(a, b), -1), log_base)
 
 
@@ -255,11 +252,11 @@ def mutual_information(joint: ArrayLike, axis: Axis = (-2, -1), *, base: float |
 
     Source: T. M. Cover and J. A. Thomas, Elements of Information Theory, 2006, section 2.3.
     """
-    log_base = _checks.log_base("mutual_information", base)
-    (array,) = _checks.upcast(_checks.real("mutual_information", "joint", joint))
-    pair = _checks.axes("mutual_information", axis, array.ndim)
+    log_base = _checks.log_base(base)
+    (array,) = _checks.upcast(_checks.real("joint", joint))
+    pair = _checks.axes(axis, array.ndim)
     if len(pair) != 2:
-        raise ValueError(f"mutual_information: axis must name two axes, got {axis!r}")
+        raise _checks.ArgumentValueError(f"axis must name two axes, got {axis!r}")
     return _in_base(_mutual_information(_scaled(jnp.moveaxis(array, pair, (-2, -1)), (-2, -1))), log_base)
 
 
@@ -296,18 +293,17 @@ def differential_entropy(
 
     Source: H. A. Noughabi, Entropy estimation using numerical methods, 2015, and the papers that it names.
     """
-    log_base = _checks.log_base("differential_entropy", base)
-    (array,) = _checks.upcast(_checks.floating("differential_entropy", "samples", samples))
-    given = _checks.axes("differential_entropy", axis, array.ndim)
+    log_base = _checks.log_base(base)
+    (array,) = _checks.upcast(_checks.floating("samples", samples))
+    given = _checks.axes(axis, array.ndim)
     if len(given) != 1:
-        raise ValueError(f"differential_entropy: axis must name one axis, got {axis!r}")
+        raise _checks.ArgumentValueError(f"axis must name one axis, got {axis!r}")
     x = jnp.sort(jnp.moveaxis(array, given[0], -1), axis=-1)
     n = x.shape[-1]
     m = math.floor(math.sqrt(n) + 0.5) if window_length is None else window_length
     if not isinstance(m, int | np.integer) or isinstance(m, bool) or not 2 <= 2 * m < n:
-        raise ValueError(
-            f"differential_entropy: window_length must be an integer of at least 1 and less than half of the {n} samples,"
-            f" got {m!r}"
+        raise _checks.ArgumentValueError(
+            f"window_length must be an integer of at least 1 and less than half of the {n} samples, got {m!r}"
         )
     m = int(m)
     if method == "auto":
@@ -340,8 +336,8 @@ def differential_entropy(
         per_step = _terms.ratio(jnp.sum(away * away, axis=-1), jnp.sum(away * steps, axis=-1))
         logs, constant = -(_terms.neg_log(width) + _terms.neg_log(per_step)), math.log(n)
     else:
-        raise ValueError(
-            f'differential_entropy: method must be "auto", "vasicek", "van es", "ebrahimi" or "correa", got {method!r}'
+        raise _checks.ArgumentValueError(
+            f'method must be "auto", "vasicek", "van es", "ebrahimi" or "correa", got {method!r}'
         )
     value = jnp.mean(logs, axis=-1) + constant + jnp.where(large[..., 0], math.log(4), 0)
     return _in_base(value, log_base)
@@ -351,7 +347,6 @@ def differential_entropy(
 
 
 def _measure(
-    function: str,
     p_logits: AnyLogits,
     q_logits: AnyLogits,
     axis: Axis,
@@ -360,16 +355,16 @@ def _measure(
 ) -> tuple[Any, tuple[Array, ...]]:
     """The measures, and in which rows of either any class is there."""
     given = {"p_logits": p_logits, "q_logits": q_logits}
-    arrays = {n: x if isinstance(x, NotArray) else _checks.floating(function, n, x) for n, x in given.items()}
+    arrays = {n: x if isinstance(x, NotArray) else _checks.floating(n, x) for n, x in given.items()}
     names = [x.axis_name if isinstance(x, NotArray) else None for x in arrays.values()]
     if names[0] != names[1]:
-        raise ValueError(
-            f"{function}: q_logits must be sharded over the axis_name of p_logits, {names[0]!r}, got {names[1]!r}"
+        raise _checks.ArgumentValueError(
+            f"q_logits must be sharded over the axis_name of p_logits, {names[0]!r}, got {names[1]!r}"
         )
     p, q = arrays.values()
     if p.shape != q.shape:
-        raise ValueError(f"{function}: q_logits must have the shape of p_logits, {p.shape}, got shape {q.shape}")
-    read = [read_logits(function, n, x, axis, where, p, q) for n, x in arrays.items()]
+        raise _checks.ArgumentValueError(f"q_logits must have the shape of p_logits, {p.shape}, got shape {q.shape}")
+    read = [read_logits(n, x, axis, where, p, q) for n, x in arrays.items()]
     size, strips = min(z.spec.size for z in read), max(z.spec.strips for z in read)
     specs = tuple(z.spec._replace(size=size, strips=strips) for z in read)
     values, states = measure(specs, tuple(z.inputs for z in read), measures)
@@ -444,8 +439,8 @@ def entropy_with_logits(
 
     Source: Cover and Thomas, Elements of Information Theory, 2006, section 2.1.
     """
-    log_base = _checks.log_base("entropy_with_logits", base)
-    z = read_logits("entropy_with_logits", "logits", logits, axis, where)
+    log_base = _checks.log_base(base)
+    z = read_logits("logits", logits, axis, where)
     return _in_base(z.measure(ENTROPY)[0][0], log_base)
 
 
@@ -481,9 +476,8 @@ def cross_entropy_with_logits(
 
     Source: Murphy, Probabilistic Machine Learning: An Introduction, 2022, section 6.1.2.
     """
-    name = "cross_entropy_with_logits"
-    log_base = _checks.log_base(name, base)
-    (value,), (p_there, q_there) = _measure(name, p_logits, q_logits, axis, where, _CROSS_ENTROPY)
+    log_base = _checks.log_base(base)
+    (value,), (p_there, q_there) = _measure(p_logits, q_logits, axis, where, _CROSS_ENTROPY)
     return _in_base(jnp.where(p_there & q_there, value, 0), log_base)
 
 
@@ -520,9 +514,8 @@ def relative_entropy_with_logits(
 
     Source: S. Kullback and R. A. Leibler, On information and sufficiency, 1951.
     """
-    name = "relative_entropy_with_logits"
-    log_base = _checks.log_base(name, base)
-    (total, off), (p_there, q_there) = _measure(name, p_logits, q_logits, axis, where, _RELATIVE_ENTROPY, _OFF)
+    log_base = _checks.log_base(base)
+    (total, off), (p_there, q_there) = _measure(p_logits, q_logits, axis, where, _RELATIVE_ENTROPY, _OFF)
     value = replaced(jnp.maximum(total - off**2 / 2, 0), total)
     return _in_base(jnp.where(p_there, jnp.where(q_there, value, jnp.inf), 0), log_base)
 
@@ -560,8 +553,7 @@ def jensen_shannon_divergence_with_logits(
 
     Source: J. Lin, Divergence measures based on the Shannon entropy, 1991.
     """
-    name = "jensen_shannon_divergence_with_logits"
-    log_base = _checks.log_base(name, base)
-    (total, off), there = _measure(name, p_logits, q_logits, axis, where, _JENSEN_SHANNON, _OFF)
+    log_base = _checks.log_base(base)
+    (total, off), there = _measure(p_logits, q_logits, axis, where, _JENSEN_SHANNON, _OFF)
     value = replaced(jnp.maximum(total - off**2 / 8, 0), total)
     return _in_base(jnp.where(there[0] & there[1], value, 0), log_base)

@@ -23,10 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 from jaxce import _checks
-from jaxce._checks import Axis, compiled
+from jaxce._checks import ArrayLike, Axis, compiled
 from jaxce._rules import custom_jvp, product
 from jaxce._sigmoid import sigmoid_binary_cross_entropy
 from jaxce._statistics import logsumexp
@@ -38,24 +37,22 @@ _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 # ---------------------------------------------------------------------------------------------------- arguments
 
 
-def _arguments(
-    function: str, where: ArrayLike | None, observed: str | None, **given: ArrayLike
-) -> tuple[Array | None, list[Array]]:
+def _arguments(where: ArrayLike | None, observed: str | None, **given: ArrayLike) -> tuple[Array | None, list[Array]]:
     """The mask (None: all elements), and the arguments in their common dtype and shape.
 
     Masked elements observe 1 where all parameters are 0, which is ordinary for every distribution.
     """
-    arrays = {name: _checks.floating(function, name, value) for name, value in given.items() if name != observed}
+    arrays = {name: _checks.floating(name, value) for name, value in given.items() if name != observed}
     if observed is not None:
-        arrays[observed] = _checks.real(function, observed, given[observed], _checks.compute_dtype(*arrays.values()))
-    arrays = dict(zip(arrays, _broadcast(function, **arrays), strict=True))
-    keep = _checks.where_elements(function, where, next(iter(arrays.values())).shape)
+        arrays[observed] = _checks.real(observed, given[observed], _checks.compute_dtype(*arrays.values()))
+    arrays = dict(zip(arrays, _broadcast(**arrays), strict=True))
+    keep = _checks.where_elements(where, next(iter(arrays.values())).shape)
     return keep, [_checks.only(keep, a, float(name == observed)) for name, a in arrays.items()]
 
 
-def _broadcast(function: str, **arrays: Array) -> list[Array]:
+def _broadcast(**arrays: Array) -> list[Array]:
     """The arrays in their common dtype and shape, which no array with fewer axes than others may enlarge."""
-    shape = _common_shape(function, {name: (a, a.shape) for name, a in arrays.items()})
+    shape = _common_shape({name: (a, a.shape) for name, a in arrays.items()})
     return [jnp.broadcast_to(a, shape) for a in _upcast(*arrays.values())]
 
 
@@ -65,7 +62,7 @@ def _upcast(*arrays: Array) -> tuple[Array, ...]:
     return tuple(a.astype(_checks.compute_dtype(*(strong or arrays))) for a in arrays)
 
 
-def _common_shape(function: str, arrays: dict[str, tuple[Array, tuple[int, ...]]]) -> tuple[int, ...]:
+def _common_shape(arrays: dict[str, tuple[Array, tuple[int, ...]]]) -> tuple[int, ...]:
     """The shape to which all broadcast. Each array comes with the shape of its batch."""
     shape: tuple[int, ...] = ()
     before: list[str] = []
@@ -73,8 +70,8 @@ def _common_shape(function: str, arrays: dict[str, tuple[Array, tuple[int, ...]]
         try:
             shape = jnp.broadcast_shapes(shape, own)
         except ValueError:
-            raise ValueError(
-                f"{function}: {name} must broadcast with {' and '.join(before)}, {shape}, got {_checks.describe(array)}"
+            raise _checks.ArgumentValueError(
+                f"{name} must broadcast with {' and '.join(before)}, {shape}, got {_checks.describe(array)}"
             ) from None
         before.append(name)
     full = [own for _, own in arrays.values() if len(own) == len(shape)]
@@ -87,8 +84,8 @@ def _common_shape(function: str, arrays: dict[str, tuple[Array, tuple[int, ...]]
             new = ", ".join(["None"] * (len(shape) - len(own)))
             fits = math.prod(own) == math.prod(written)
             hint = f"{name}.reshape({written}) to pair it with {other}, or " if fits else ""
-            raise ValueError(
-                f"{function}: {name} must have {len(shape)} axes, as {other} {_checks.describe(arrays[other][0])} has, or "
+            raise _checks.ArgumentValueError(
+                f"{name} must have {len(shape)} axes, as {other} {_checks.describe(arrays[other][0])} has, or "
                 f"broadcast to its shape, got {_checks.describe(array)}, which would make the result {shape}; give {hint}"
                 f"{name}[{new}] for all combinations"
             )
@@ -370,7 +367,7 @@ def bernoulli_nll(logits: ArrayLike, x: ArrayLike, *, where: ArrayLike | None = 
     References:
         Cox, "The Regression Analysis of Binary Sequences", JRSS B 20 (1958).
     """
-    keep, (z, x) = _arguments("bernoulli_nll", where, "x", logits=logits, x=x)
+    keep, (z, x) = _arguments(where, "x", logits=logits, x=x)
     return _checks.only(keep, jnp.where((x >= 0) & (x <= 1), sigmoid_binary_cross_entropy(z, x), jnp.nan), 0)
 
 
@@ -411,7 +408,7 @@ def gaussian_nll(
     References:
         Gauss, "Theoria motus corporum coelestium" (1809), section 177.
     """
-    keep, (m, s, x) = _arguments("gaussian_nll", where, "x", location=location, log_scale=log_scale, x=x)
+    keep, (m, s, x) = _arguments(where, "x", location=location, log_scale=log_scale, x=x)
     z = _times_exp(x - m, -s)
     return _checks.only(keep, 0.5 * product(z, z) + s + (_HALF_LOG_2PI if full else 0), 0)
 
@@ -457,7 +454,6 @@ def gaussian_relative_entropy(
         Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014, https://arxiv.org/abs/1312.6114.
     """
     keep, (m, s, q_m, q_s) = _arguments(
-        "gaussian_relative_entropy",
         where,
         None,
         p_location=p_location,
@@ -501,7 +497,7 @@ def laplace_nll(location: ArrayLike, log_scale: ArrayLike, x: ArrayLike, *, wher
     References:
         Laplace, "Memoire sur la probabilite des causes par les evenements" (1774).
     """
-    keep, (m, s, x) = _arguments("laplace_nll", where, "x", location=location, log_scale=log_scale, x=x)
+    keep, (m, s, x) = _arguments(where, "x", location=location, log_scale=log_scale, x=x)
     z = _times_exp(x - m, -s)
     return _checks.only(keep, product(z, lax.sign(z)) + s + math.log(2), 0)  # jnp.abs has the derivative 1 at 0
 
@@ -594,9 +590,7 @@ def student_t_nll(
     References:
         Student, "The Probable Error of a Mean", Biometrika 6 (1908).
     """
-    keep, (m, s, log_df, x) = _arguments(
-        "student_t_nll", where, "x", location=location, log_scale=log_scale, log_df=log_df, x=x
-    )
+    keep, (m, s, log_df, x) = _arguments(where, "x", location=location, log_scale=log_scale, log_df=log_df, x=x)
     return _checks.only(keep, _student_t_tail(x - m, s, log_df) + s + _student_t_constant(log_df), 0)
 
 
@@ -628,7 +622,7 @@ def exponential_nll(log_rate: ArrayLike, x: ArrayLike, *, where: ArrayLike | Non
     References:
         Johnson, Kotz and Balakrishnan, "Continuous Univariate Distributions" 1 (1994), chapter 19.
     """
-    keep, (log_rate, x) = _arguments("exponential_nll", where, "x", log_rate=log_rate, x=x)
+    keep, (log_rate, x) = _arguments(where, "x", log_rate=log_rate, x=x)
     return _checks.only(keep, jnp.where(x >= 0, _times_exp(x, log_rate) - log_rate, jnp.nan), 0)
 
 
@@ -662,9 +656,7 @@ def gamma_nll(
     References:
         Johnson, Kotz and Balakrishnan, "Continuous Univariate Distributions" 1 (1994), chapter 17.
     """
-    keep, (log_a, log_rate, x) = _arguments(
-        "gamma_nll", where, "x", log_concentration=log_concentration, log_rate=log_rate, x=x
-    )
+    keep, (log_a, log_rate, x) = _arguments(where, "x", log_concentration=log_concentration, log_rate=log_rate, x=x)
     positive = jnp.where(x > 0, x, 1)
     log_x = _log(positive)
     # alpha >= 1, and alpha and beta x both divided by a number without which they would overflow
@@ -714,7 +706,7 @@ def poisson_nll(log_rate: ArrayLike, counts: ArrayLike, *, full: bool = True, wh
     References:
         Poisson, "Recherches sur la probabilite des jugements" (1837), section 81.
     """
-    keep, (log_rate, k) = _arguments("poisson_nll", where, "counts", log_rate=log_rate, counts=counts)
+    keep, (log_rate, k) = _arguments(where, "counts", log_rate=log_rate, counts=counts)
     rate, valid = _exp(log_rate), k >= 0
     k = lax.stop_gradient(jnp.where(valid, k, 0))
     if full:
@@ -824,7 +816,7 @@ def negative_binomial_nll(
         Hilbe, "Negative Binomial Regression" (2011), section 8.2 (NB2).
     """
     keep, (log_mean, log_r, k) = _arguments(
-        "negative_binomial_nll", where, "counts", log_mean=log_mean, log_concentration=log_concentration, counts=counts
+        where, "counts", log_mean=log_mean, log_concentration=log_concentration, counts=counts
     )
     valid = k >= 0
     k = lax.stop_gradient(jnp.where(valid, k, 0))
@@ -879,21 +871,20 @@ def multivariate_normal_nll(
     References:
         Anderson, "An Introduction to Multivariate Statistical Analysis" (2003), section 2.3.
     """
-    function = "multivariate_normal_nll"
-    m, scale = _checks.floating(function, "location", location), _checks.floating(function, "scale_tril", scale_tril)
-    x = _checks.real(function, "x", x, _checks.compute_dtype(m, scale))
+    m, scale = _checks.floating("location", location), _checks.floating("scale_tril", scale_tril)
+    x = _checks.real("x", x, _checks.compute_dtype(m, scale))
     for name, array in (("location", m), ("x", x)):
         if array.ndim < 1:
-            raise ValueError(f"{function}: {name} must have at least one axis, got {array.dtype}[]")
+            raise _checks.ArgumentValueError(f"{name} must have at least one axis, got {array.dtype}[]")
     n = m.shape[-1]
-    _checks.same_shape(function, "scale_tril", scale, (*scale.shape[:-2], n, n), "two last axes as long as location's")
-    _checks.same_shape(function, "x", x, (*x.shape[:-1], n), "as many entries as location")
+    _checks.same_shape("scale_tril", scale, (*scale.shape[:-2], n, n), "two last axes as long as location's")
+    _checks.same_shape("x", x, (*x.shape[:-1], n), "as many entries as location")
     vectors = {"location": (m, m.shape), "scale_tril": (scale, scale.shape[:-1]), "x": (x, x.shape)}
-    batch = _common_shape(function, vectors)[:-1]
+    batch = _common_shape(vectors)[:-1]
     m, scale, x = _upcast(m, scale, x)
     m, scale, x = (jnp.expand_dims(v, range(len(batch) + core - v.ndim)) for v, core in ((m, 1), (scale, 2), (x, 1)))
     d = x - m
-    if (keep := _checks.where_elements(function, where, batch)) is not None:
+    if (keep := _checks.where_elements(where, batch)) is not None:
         d = jnp.where(keep[..., None], d, 0)
         # A scale that several vectors share takes part if one of them does.
         shared = tuple(a for a in range(len(batch)) if scale.shape[a] == 1)
@@ -948,13 +939,12 @@ def mixture_nll(
     References:
         Bishop, "Mixture Density Networks" (1994).
     """
-    function = "mixture_nll"
-    weights = _checks.floating(function, "log_weights", log_weights)
-    nll = _checks.floating(function, "component_nll", component_nll)
-    weights, nll = _broadcast(function, log_weights=weights, component_nll=nll)
-    axes = _checks.axes(function, axis, nll.ndim)
+    weights = _checks.floating("log_weights", log_weights)
+    nll = _checks.floating("component_nll", component_nll)
+    weights, nll = _broadcast(log_weights=weights, component_nll=nll)
+    axes = _checks.axes(axis, nll.ndim)
     if where is not None:
-        weights = jnp.where(_checks.where_entries(function, where, nll.shape, axes), weights, -jnp.inf)
+        weights = jnp.where(_checks.where_entries(where, nll.shape, axes), weights, -jnp.inf)
     joint = weights - jnp.where(weights != -jnp.inf, nll, 0)
     # Components whose posterior is 0 in this dtype are selected away, as their tangents may be infinite.
     least = jnp.max(lax.stop_gradient(joint), axes, keepdims=True) + math.log(float(jnp.finfo(joint.dtype).tiny))

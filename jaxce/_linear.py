@@ -25,18 +25,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jax.sharding import AxisType
-from jax.typing import ArrayLike
 
 from jaxce import _checks, _mesh, _platforms
-from jaxce._checks import FINITE, SHARE, AxisName, compiled
+from jaxce._checks import FINITE, SHARE, ArrayLike, AxisName, compiled
 from jaxce._logits import LinearLogits, product, shape_logits
 from jaxce._mesh import on_each_device
 from jaxce._reduction import weighted_mean
 from jaxce._rules import custom_jvp
 from jaxce._softmax import softmax_cross_entropy_with_integer_labels
 from jaxce._statistics import logsumexp
-
-_NAME = "linear_cross_entropy"
 
 _EXAMPLES = 512
 """How many examples a chunk has at least. By default it has as many as there are features: each chunk reads and writes the
@@ -149,16 +146,16 @@ def linear_cross_entropy(
       Hsu et al., Liger Kernel, https://arxiv.org/abs/2410.10989, section 3.2.
     """
     if not isinstance(logits, LinearLogits):
-        raise TypeError(f"{_NAME}: logits must be LinearLogits, got {_checks.describe(logits)}")
-    y = _checks.labels_of_rows(_NAME, labels, logits.shape, (logits.ndim - 1,))
+        raise _checks.ArgumentTypeError(f"logits must be LinearLogits, got {_checks.describe(logits)}")
+    y = _checks.labels_of_rows(labels, logits.shape, (logits.ndim - 1,))
     all_count = weights is None
     w = jnp.ones(y.shape, logits.dtype) if weights is None else jnp.asarray(weights)
-    _checks.same_shape(_NAME, "weights", w, y.shape, "the shape of the labels")
+    _checks.same_shape("weights", w, y.shape, "the shape of the labels")
     w = w.astype(logits.dtype)
     if chunk_size is not None:
-        chunk_size = _checks.positive_integer(_NAME, "chunk_size", chunk_size, "None or a positive integer")
+        chunk_size = _checks.positive_integer("chunk_size", chunk_size, "None or a positive integer")
     if not isinstance(has_aux, bool):
-        raise TypeError(f"{_NAME}: has_aux must be True or False, got {has_aux!r}")
+        raise _checks.ArgumentTypeError(f"has_aux must be True or False, got {has_aux!r}")
 
     total, aux = _total(logits, y, w, label_smoothing, class_weights, z_loss, chunk_size, has_aux, all_count)
     mean = weighted_mean(total, normalizer=jnp.sum(w) if normalizer is None else normalizer)
@@ -182,9 +179,9 @@ def _total(
     given = {"label_smoothing": label_smoothing, "z_loss": z_loss, "class_weights": class_weights}
     modifiers: Any = {name: value for name, value in given.items() if value is not None}
     if "class_weights" in modifiers:
-        modifiers["class_weights"] = _checks.real(_NAME, "class_weights", modifiers["class_weights"])
+        modifiers["class_weights"] = _checks.real("class_weights", modifiers["class_weights"])
         of = "one number per class"
-        _checks.same_shape(_NAME, "class_weights", modifiers["class_weights"], (logits.classes,), of)
+        _checks.same_shape("class_weights", modifiers["class_weights"], (logits.classes,), of)
 
     # What a row holds that takes no part must not be multiplied by anything, even 0.
     hidden = jnp.where(counts[..., None], _mesh.whole(jnp.asarray(logits.hidden), -1), 0)
@@ -200,7 +197,7 @@ def _total(
         for name, value in inputs.items()
     }
     if axis_name is not None:
-        _mesh.check(_NAME, "logits", axis_name, inputs["kernel"])
+        _mesh.check("logits", axis_name, inputs["kernel"])
     inputs = _mesh.vary(inputs, _mesh.varying(inputs, labels))
     options = _Options(chunk_size, logits.class_axis, logits.block_size, axis_name, has_aux, all_count)
     weighted_sum = _sum_by_blocks if "label_smoothing" in inputs else _weighted_sum

@@ -11,19 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
-from jax.typing import ArrayLike
 
 from jaxce import _checks
-from jaxce._checks import AxisName
+from jaxce._checks import ArrayLike, AxisName
 from jaxce._rules import custom_jvp
 
 
-def _floating(function: str, argument: str, value: Any) -> Any:
+def _floating(argument: str, value: Any) -> Any:
     """A floating-point array, or its shape and dtype alone, for `jax.eval_shape` and its like."""
     if isinstance(value, jax.ShapeDtypeStruct):
-        _checks.floating(function, argument, jnp.zeros((), value.dtype))
+        _checks.floating(argument, jnp.zeros((), value.dtype))
         return value
-    return _checks.floating(function, argument, value)
+    return _checks.floating(argument, value)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -80,40 +79,43 @@ class LinearLogits:
     axis_name: AxisName | None = None
 
     def __post_init__(self) -> None:
-        name = "LinearLogits"
-        hidden = _floating(name, "hidden", self.hidden)
-        kernel = _floating(name, "kernel", self.kernel)
+        hidden = _floating("hidden", self.hidden)
+        kernel = _floating("kernel", self.kernel)
         if hidden.ndim < 1:
-            raise ValueError(f"{name}: hidden must have an axis of features, got shape {hidden.shape}")
+            raise _checks.ArgumentValueError(f"hidden must have an axis of features, got shape {hidden.shape}")
         if kernel.ndim != 2:
-            raise ValueError(f"{name}: kernel must have two axes, features and classes, got shape {kernel.shape}")
+            raise _checks.ArgumentValueError(
+                f"kernel must have two axes, features and classes, got shape {kernel.shape}"
+            )
         if self.class_axis not in (-2, -1, 0, 1) or isinstance(self.class_axis, bool):
-            raise ValueError(f"{name}: class_axis must be 0 or -1, an axis of the kernel, got {self.class_axis!r}")
+            raise _checks.ArgumentValueError(
+                f"class_axis must be 0 or -1, an axis of the kernel, got {self.class_axis!r}"
+            )
         class_axis = 0 if self.class_axis in (0, -2) else -1
         if kernel.shape[-1 - class_axis] != hidden.shape[-1]:
-            raise ValueError(
-                f"{name}: kernel must have as many features as hidden, {hidden.shape[-1]}, on axis {-1 - class_axis}, "
+            raise _checks.ArgumentValueError(
+                f"kernel must have as many features as hidden, {hidden.shape[-1]}, on axis {-1 - class_axis}, "
                 f"got shape {kernel.shape}"
             )
         if kernel.shape[class_axis] == 0:
-            raise ValueError(f"{name}: kernel must have at least one class, got shape {kernel.shape}")
+            raise _checks.ArgumentValueError(f"kernel must have at least one class, got shape {kernel.shape}")
         bias = None
         if self.bias is not None:
-            bias = _floating(name, "bias", self.bias)
-            _checks.same_shape(name, "bias", bias, (kernel.shape[class_axis],), "one number per class")
+            bias = _floating("bias", self.bias)
+            _checks.same_shape("bias", bias, (kernel.shape[class_axis],), "one number per class")
         size = self.block_size
         if size is not None:
-            size = _checks.positive_integer(name, "block_size", size, "None or a positive integer")
-        temperature = _checks.option(name, "temperature", self.temperature, _checks.POSITIVE)
+            size = _checks.positive_integer("block_size", size, "None or a positive integer")
+        temperature = _checks.option("temperature", self.temperature, _checks.POSITIVE)
         fields = {
             "hidden": hidden,
             "kernel": kernel,
             "bias": bias,
             "class_axis": class_axis,
-            "soft_cap": _checks.option(name, "soft_cap", self.soft_cap, _checks.POSITIVE),
+            "soft_cap": _checks.option("soft_cap", self.soft_cap, _checks.POSITIVE),
             "temperature": None if isinstance(temperature, float) and temperature == 1 else temperature,
             "block_size": size,
-            "axis_name": None if self.axis_name is None else _checks.axis_name(name, self.axis_name),
+            "axis_name": None if self.axis_name is None else _checks.axis_name(self.axis_name),
         }
         self._set(fields)
 
@@ -170,7 +172,7 @@ class LinearLogits:
         if (any(i is Ellipsis for i in given) and last is not Ellipsis) or sum(takes) >= self.ndim:
             if not (isinstance(last, slice) and last == slice(None)):
                 raise IndexError(
-                    f"LinearLogits: an index must leave the axis of classes whole, got {index!r}; to take some classes "
+                    f"an index must leave the axis of classes whole, got {index!r}; to take some classes "
                     "give LinearLogits a part of the kernel, or a where= to the loss"
                 )
         return dataclasses.replace(self, hidden=self.hidden[index])
@@ -178,7 +180,7 @@ class LinearLogits:
     def __truediv__(self, temperature: ArrayLike) -> LinearLogits:
         """The logits at a temperature."""
         self._demand_no_soft_cap("divide by a number before it is applied, give temperature=")
-        temperature = _checks.option("LinearLogits", "temperature", temperature, _checks.POSITIVE)
+        temperature = _checks.option("temperature", temperature, _checks.POSITIVE)
         if self.temperature is not None:
             before, temperature = (jnp.asarray(t).astype(self.dtype) for t in (self.temperature, temperature))
             temperature = before * temperature
@@ -187,8 +189,8 @@ class LinearLogits:
     def __add__(self, bias: ArrayLike) -> LinearLogits:
         """The logits with one more bias."""
         self._demand_no_soft_cap("add a bias before it is applied, give bias=")
-        more = _floating("LinearLogits", "bias", bias)
-        _checks.same_shape("LinearLogits", "bias", more, (self.classes,), "one number per class")
+        more = _floating("bias", bias)
+        _checks.same_shape("bias", more, (self.classes,), "one number per class")
         if self.temperature is not None:  # by which the bias of the product is divided
             more = more * jnp.asarray(self.temperature).astype(more.dtype)
         if self.bias is not None:
@@ -200,7 +202,9 @@ class LinearLogits:
 
     def _demand_no_soft_cap(self, hint: str) -> None:
         if self.soft_cap is not None:
-            raise TypeError(f"LinearLogits: what has a soft cap must stay as it is; to {hint}, else use materialize()")
+            raise _checks.ArgumentTypeError(
+                f"what has a soft cap must stay as it is; to {hint}, else use materialize()"
+            )
 
     @property
     def half(self) -> bool:
@@ -276,12 +280,11 @@ class ShardedLogits:
     axis_name: AxisName
 
     def __post_init__(self) -> None:
-        name = "ShardedLogits"
-        logits = _floating(name, "logits", self.logits)
+        logits = _floating("logits", self.logits)
         if logits.ndim < 1:
-            raise ValueError(f"{name}: logits must have an axis of classes, got shape {logits.shape}")
+            raise _checks.ArgumentValueError(f"logits must have an axis of classes, got shape {logits.shape}")
         object.__setattr__(self, "logits", logits)
-        object.__setattr__(self, "axis_name", _checks.axis_name(name, self.axis_name))
+        object.__setattr__(self, "axis_name", _checks.axis_name(self.axis_name))
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         """The array, and the axis, which is static."""

@@ -24,22 +24,22 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _T = TypeVar("_T")
 
 
-def index(function: str, axis_name: AxisName) -> Array:
+def index(axis_name: AxisName) -> Array:
     """This device's place on the axis."""
     try:
         return lax.axis_index(axis_name)
     except NameError:
-        raise ValueError(
-            f"{function}: axis_name must be an axis that is mapped where the function is called, as inside of "
+        raise _checks.ArgumentValueError(
+            f"axis_name must be an axis that is mapped where the function is called, as inside of "
             f"jax.shard_map, got {axis_name!r}"
         ) from None
 
 
-def check(function: str, argument: str, axis_name: AxisName, classes: Array) -> None:
+def check(argument: str, axis_name: AxisName, classes: Array) -> None:
     """Demand that what has an axis of classes is sharded over the mesh axis."""
-    if not varying(index(function, axis_name)) <= varying(classes):
-        raise ValueError(
-            f"{function}: {argument} must be sharded over {axis_name!r}, which is their axis_name, "
+    if not varying(index(axis_name)) <= varying(classes):
+        raise _checks.ArgumentValueError(
+            f"{argument} must be sharded over {axis_name!r}, which is their axis_name, "
             f"got the same {_checks.describe(classes)} on all of its devices"
         )
 
@@ -171,7 +171,7 @@ def _run_on_each_device(function: Callable[..., Any], given: dict[str, Any], res
     leaves, tree = jax.tree.flatten(arrays)
     logits = [x for name, x in arrays.items() if name.endswith("logits")]
     shape = logits[0].shape
-    axes = _checks.axes(function.__name__, given.get("axis", -1), len(shape))
+    axes = _checks.axes(given.get("axis", -1), len(shape))
     batch = [a for a in range(len(shape)) if a not in axes]
     places = [place for name, x in sorted(arrays.items()) for place in _places(name, x, shape, batch, axes[0])]
     mesh = next(jax.typeof(leaf).sharding.mesh for leaf in leaves if any(_spec(leaf)))

@@ -11,10 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 from jaxce import _checks, _platforms
-from jaxce._checks import Axis, compiled
+from jaxce._checks import ArrayLike, Axis, compiled
 from jaxce._rules import custom_jvp, product
 from jaxce._terms import (
     bregman_from,
@@ -97,7 +96,6 @@ _INTEGER = {"probs": "categorical_cross_entropy_with_integer_labels", "log_predi
 
 
 def _dense(
-    function: str,
     names: tuple[str, str],
     prediction: ArrayLike,
     target: ArrayLike,
@@ -106,20 +104,19 @@ def _dense(
     absent: tuple[float, float],
 ) -> tuple[Array, Array]:
     """Prediction and target with the classes last; what is masked holds ``absent``, which adds nothing."""
-    x = _checks.floating(function, names[0], prediction)
+    x = _checks.floating(names[0], prediction)
     if names[1] == "log_targets":  # whole numbers are no logarithms
-        target = _checks.floating(function, names[1], target)
-    t = _checks.dense(function, names[1], target, x.shape, _checks.compute_dtype(x), names[0], _INTEGER[names[0]])
-    class_axes = _checks.axes(function, axis, x.ndim)
+        target = _checks.floating(names[1], target)
+    t = _checks.dense(names[1], target, x.shape, _checks.compute_dtype(x), names[0], _INTEGER[names[0]])
+    class_axes = _checks.axes(axis, x.ndim)
     x, t = _checks.upcast(x, t)
     if where is not None:
-        keep = _checks.where_entries(function, where, x.shape, class_axes)
+        keep = _checks.where_entries(where, x.shape, class_axes)
         x, t = (jnp.where(keep, a, fill) for a, fill in zip((x, t), absent, strict=True))
     return _checks.classes_last(x, class_axes), _checks.classes_last(t, class_axes)
 
 
 def _pick(
-    function: str,
     name: str,
     prediction: ArrayLike,
     labels: ArrayLike,
@@ -129,16 +126,16 @@ def _pick(
     certain: float,
 ) -> Array:
     """The entry of each row that its label names: ``impossible`` if masked, ``certain`` if no entry is left."""
-    x = _checks.floating(function, name, prediction)
-    class_axes = _checks.axes(function, axis, x.ndim)
-    y = _checks.labels_of_rows(function, labels, x.shape, class_axes, name)
+    x = _checks.floating(name, prediction)
+    class_axes = _checks.axes(axis, x.ndim)
+    y = _checks.labels_of_rows(labels, x.shape, class_axes, name)
     x = _checks.classes_last(x, class_axes)
     y = y.astype(jnp.result_type(int))  # which holds all classes, as the labels' own dtype may not
     valid = (y >= 0) & (y < x.shape[-1])
     (picked,) = _checks.upcast(_entry(x, y))
     if where is None:
         return picked * jnp.where(valid, 1, jnp.nan).astype(picked.dtype)
-    keep = _checks.classes_last(_checks.where_entries(function, where, x.shape, class_axes), class_axes)
+    keep = _checks.classes_last(_checks.where_entries(where, x.shape, class_axes), class_axes)
     counts = keep.any(axis=-1)
     # Multiplied by NaN, not replaced by it, so that a bad label has a derivative of NaN, too.
     picked *= jnp.where(valid | ~counts, 1, jnp.nan).astype(picked.dtype)
@@ -202,7 +199,7 @@ def categorical_cross_entropy(
 
     Source: Good, "Rational Decisions", JRSS B 14 (1952).
     """
-    q, t = _dense("categorical_cross_entropy", ("probs", "labels"), probs, labels, axis, where, (1.0, 0.0))
+    q, t = _dense(("probs", "labels"), probs, labels, axis, where, (1.0, 0.0))
     return total(neg_x_log_y(t, q))
 
 
@@ -240,8 +237,7 @@ def categorical_cross_entropy_with_integer_labels(
 
     Source: Good, "Rational Decisions", JRSS B 14 (1952).
     """
-    function = "categorical_cross_entropy_with_integer_labels"
-    return neg_log(_pick(function, "probs", probs, labels, axis, where, 0.0, 1.0))
+    return neg_log(_pick("probs", probs, labels, axis, where, 0.0, 1.0))
 
 
 @compiled()
@@ -274,10 +270,9 @@ def binary_cross_entropy(probs: ArrayLike, labels: ArrayLike, *, where: ArrayLik
 
     Source: Good, "Rational Decisions", JRSS B 14 (1952).
     """
-    function = "binary_cross_entropy"
-    q = _checks.floating(function, "probs", probs)
-    t = _checks.dense(function, "labels", labels, q.shape, _checks.compute_dtype(q), "probs")
-    keep = _checks.where_elements(function, where, q.shape)
+    q = _checks.floating("probs", probs)
+    t = _checks.dense("labels", labels, q.shape, _checks.compute_dtype(q), "probs")
+    keep = _checks.where_elements(where, q.shape)
     q, t = _checks.upcast(q, t)
     q, t = _checks.only(keep, q, 0.5), _checks.only(keep, t, 1)
     return _checks.only(keep, neg_x_log_y(t, q) + neg_x_log_not_y(1 - t, q), 0)
@@ -323,7 +318,7 @@ def kl_divergence(
     Source: Kullback and Leibler, "On Information and Sufficiency", Ann. Math. Stat. 22 (1951).
     """
     names = ("log_predictions", "targets")
-    return total(_kl_term(*_dense("kl_divergence", names, log_predictions, targets, axis, where, (0.0, 1.0))))
+    return total(_kl_term(*_dense(names, log_predictions, targets, axis, where, (0.0, 1.0))))
 
 
 @compiled("axis")
@@ -361,8 +356,8 @@ def kl_divergence_with_log_targets(
 
     Source: Kullback and Leibler, "On Information and Sufficiency", Ann. Math. Stat. 22 (1951).
     """
-    function, names = "kl_divergence_with_log_targets", ("log_predictions", "log_targets")
-    return total(_log_target_term(*_dense(function, names, log_predictions, log_targets, axis, where, (0.0, 0.0))))
+    names = ("log_predictions", "log_targets")
+    return total(_log_target_term(*_dense(names, log_predictions, log_targets, axis, where, (0.0, 0.0))))
 
 
 @compiled("axis")
@@ -400,8 +395,8 @@ def generalized_kl_divergence(
 
     Source: Csiszar, "Why Least Squares and Maximum Entropy?", Ann. Stat. 19 (1991).
     """
-    function, names = "generalized_kl_divergence", ("log_predictions", "targets")
-    terms = _generalized_kl_term(*_dense(function, names, log_predictions, targets, axis, where, (0.0, 1.0)))
+    names = ("log_predictions", "targets")
+    terms = _generalized_kl_term(*_dense(names, log_predictions, targets, axis, where, (0.0, 1.0)))
     return total(terms)
 
 
@@ -438,4 +433,4 @@ def nll(log_probs: ArrayLike, labels: ArrayLike, axis: Axis = -1, where: ArrayLi
 
     Source: Good, "Rational Decisions", JRSS B 14 (1952).
     """
-    return 0 - _pick("nll", "log_probs", log_probs, labels, axis, where, -jnp.inf, 0.0)
+    return 0 - _pick("log_probs", log_probs, labels, axis, where, -jnp.inf, 0.0)

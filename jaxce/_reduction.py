@@ -7,21 +7,19 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 from jaxce import _checks
-from jaxce._checks import Axis, AxisName, compiled
+from jaxce._checks import ArrayLike, Axis, AxisName, compiled
 from jaxce._terms import ratio
 
 
 def _weights(losses: Array, weights: ArrayLike) -> Array:
-    w = _checks.real("weighted_mean", "weights", weights, losses.dtype)
+    w = _checks.real("weights", weights, losses.dtype)
     try:
         return jnp.broadcast_to(w, losses.shape)
     except ValueError:
-        raise ValueError(
-            f"weighted_mean: weights must have the shape of losses, {losses.shape}, or broadcast to it, "
-            f"got {_checks.describe(w)}"
+        raise _checks.ArgumentValueError(
+            f"weights must have the shape of losses, {losses.shape}, or broadcast to it, got {_checks.describe(w)}"
         ) from None
 
 
@@ -84,9 +82,8 @@ def weighted_mean(
 
     Source: Cauchy's weighted mean; Hardy, Littlewood and Polya, "Inequalities" (1934), chapter 2.
     """
-    function = "weighted_mean"
-    x = _checks.real(function, "losses", losses)
-    axes = tuple(range(x.ndim)) if axis is None else _checks.axes(function, axis, x.ndim)
+    x = _checks.real("losses", losses)
+    axes = tuple(range(x.ndim)) if axis is None else _checks.axes(axis, x.ndim)
     total: Any
     if weights is None:
         (x,) = _checks.upcast(x)
@@ -103,8 +100,8 @@ def weighted_mean(
     if axis_name is not None:
         numerator = lax.psum(numerator, axis_name)
     if normalizer is not None:
-        total = _checks.real(function, "normalizer", normalizer, numerator.dtype)
-        _checks.scalar_or(function, "normalizer", total, numerator.shape, "the shape of the result")
+        total = _checks.real("normalizer", normalizer, numerator.dtype)
+        _checks.scalar_or("normalizer", total, numerator.shape, "the shape of the result")
         numerator, total = _checks.upcast(numerator, total)
     elif axis_name is not None:
         total = lax.psum(total, axis_name)
@@ -137,8 +134,8 @@ def perplexity(nll: ArrayLike, *, base: float | None = None) -> Array:
 
     Source: Jelinek et al., "Perplexity, a measure of the difficulty of speech recognition tasks", JASA 62 (1977).
     """
-    x = _checks.floating("perplexity", "nll", nll)
-    log_base = _checks.log_base("perplexity", base)
+    x = _checks.floating("nll", nll)
+    log_base = _checks.log_base(base)
     (x,) = _checks.upcast(x)
     return jnp.exp(x) if log_base is None else jnp.power(jnp.asarray(base, x.dtype), x)
 
@@ -168,9 +165,9 @@ def bits_per(nll: ArrayLike, count: ArrayLike) -> Array:
 
     Source: Shannon, "A Mathematical Theory of Communication", Bell System Technical Journal 27 (1948).
     """
-    x = _checks.floating("bits_per", "nll", nll)
-    n = _checks.real("bits_per", "count", count, _checks.compute_dtype(x))
-    _checks.scalar_or("bits_per", "count", n, x.shape, "the shape of nll")
+    x = _checks.floating("nll", nll)
+    n = _checks.real("count", count, _checks.compute_dtype(x))
+    _checks.scalar_or("count", n, x.shape, "the shape of nll")
     x, n = _checks.upcast(x, n)
     n = jnp.broadcast_to(n, x.shape)
     empty = (x == 0) & (n == 0)

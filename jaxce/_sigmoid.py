@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 
 from jaxce import _checks, _platforms
-from jaxce._checks import NOT_NEGATIVE, SHARE, compiled
+from jaxce._checks import NOT_NEGATIVE, SHARE, ArrayLike, compiled
 from jaxce._rules import custom_jvp, largest, product
 from jaxce._terms import neg_log, ratio
 
@@ -275,13 +274,11 @@ def _weighted_focal_slopes(x: Array, t: Array, gamma: Array, alpha: Array) -> tu
 _weighted_focal.defslopes(_weighted_focal_slopes)
 
 
-def _arguments(
-    function: str, logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None
-) -> tuple[Array | None, Array, Array]:
+def _arguments(logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None) -> tuple[Array | None, Array, Array]:
     """What takes part (None: everything), logits and labels: a yes at log-odds 0 in place of what doesn't."""
-    x = _checks.floating(function, "logits", logits)
-    t = _checks.dense(function, "labels", labels, x.shape, _checks.compute_dtype(x), "logits")
-    keep = _checks.where_elements(function, where, x.shape)
+    x = _checks.floating("logits", logits)
+    t = _checks.dense("labels", labels, x.shape, _checks.compute_dtype(x), "logits")
+    keep = _checks.where_elements(where, x.shape)
     if keep is not None:  # of a selection among 16-bit floats XLA for a TPU makes a kernel of its own
         x, t = _checks.upcast(x, t)
     return keep, _checks.only(keep, x, 0), _checks.only(keep, t, 1)
@@ -342,13 +339,12 @@ def sigmoid_binary_cross_entropy(
 
     Source: Cox, "The Regression Analysis of Binary Sequences", JRSS B 20 (1958).
     """
-    function = "sigmoid_binary_cross_entropy"
-    keep, x, t = _arguments(function, logits, labels, where)
+    keep, x, t = _arguments(logits, labels, where)
     if pos_weight is None and label_smoothing is None:
         loss = _binary_cross_entropy(x, t)
     else:
         factor = 1 if pos_weight is None else pos_weight
-        w = _checks.dense(function, "pos_weight", factor, x.shape, _checks.compute_dtype(x, t), "logits")
+        w = _checks.dense("pos_weight", factor, x.shape, _checks.compute_dtype(x, t), "logits")
         x, t, w = _checks.upcast(x, t, _checks.only(keep, w, 1))
         loss = _weighted(x, t, w, jnp.asarray(0 if label_smoothing is None else label_smoothing).astype(x.dtype))
     return _checks.only(keep, loss, 0)
@@ -396,11 +392,10 @@ def sigmoid_focal_loss(
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, https://arxiv.org/abs/1708.02002.
     """
-    function = "sigmoid_focal_loss"
-    keep, x, t = _arguments(function, logits, labels, where)
+    keep, x, t = _arguments(logits, labels, where)
     given = {"alpha": 1 if alpha is None else alpha, "gamma": 0 if gamma is None else gamma}
     dtype = _checks.compute_dtype(x, t)
-    arrays = (_checks.dense(function, name, value, x.shape, dtype, "logits") for name, value in given.items())
+    arrays = (_checks.dense(name, value, x.shape, dtype, "logits") for name, value in given.items())
     x, t, a, g = _checks.upcast(x, t, *(_checks.only(keep, array, 1) for array in arrays))
     if alpha is not None:
         loss = _weighted_focal(x, t, g, a)

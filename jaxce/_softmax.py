@@ -8,10 +8,9 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from jaxce import _checks
-from jaxce._checks import FINITE, NOT_NEGATIVE, SHARE, Axis, compiled
+from jaxce._checks import FINITE, NOT_NEGATIVE, SHARE, ArrayLike, Axis, compiled
 from jaxce._logits import AnyLogits
 from jaxce._measures import GIVEN, LOG_NORMALIZER, NLL, UNIFORM, WEIGHT, Class, Measure, replaced, sum_of
 from jaxce._mesh import on_each_device
@@ -75,9 +74,8 @@ def softmax_cross_entropy_with_integer_labels(
       Goodfellow, Bengio and Courville, Deep Learning, 2016, section 6.2.2.3; for label smoothing Szegedy et al.,
       https://arxiv.org/abs/1512.00567, section 7; for z-loss Chowdhery et al., https://arxiv.org/abs/2204.02311, section 5.
     """
-    name = "softmax_cross_entropy_with_integer_labels"
-    z = read_logits(name, "logits", logits, axis, where)
-    z = z.with_labels(name, labels).with_weights(name, class_weights)
+    z = read_logits("logits", logits, axis, where)
+    z = z.with_labels(labels).with_weights(class_weights)
     return _modified(z, NLL, label_smoothing, z_loss)
 
 
@@ -126,10 +124,9 @@ def softmax_cross_entropy(
     Reference:
       Murphy, Probabilistic Machine Learning: An Introduction, 2022, sections 6.1 and 10.3.
     """
-    name = "softmax_cross_entropy"
-    given = _checks.array(name, "labels", labels)
-    z = read_logits(name, "logits", logits, axis, where, _wide(given))
-    z = z.with_targets(name, given).with_weights(name, class_weights)
+    given = _checks.array("labels", labels)
+    z = read_logits("logits", logits, axis, where, _wide(given))
+    z = z.with_targets(given).with_weights(class_weights)
     return _modified(z, GIVEN, label_smoothing, z_loss)
 
 
@@ -193,10 +190,9 @@ def _with_sparse_labels(
     z_loss: Any,
 ) -> Array:
     """With names that tell the devices of a mesh that neither labels nor weights have an axis of classes."""
-    name = "softmax_cross_entropy_with_sparse_labels"
-    weights = _checks.array(name, "weights", shares)
-    z = read_logits(name, "logits", logits, axis, where, _wide(weights))
-    z = z.with_shares(name, chosen, weights).with_weights(name, class_weights)
+    weights = _checks.array("weights", shares)
+    z = read_logits("logits", logits, axis, where, _wide(weights))
+    z = z.with_shares(chosen, weights).with_weights(class_weights)
     return _modified(z, GIVEN, label_smoothing, z_loss)
 
 
@@ -247,7 +243,7 @@ def softmax_focal_loss(
     Reference:
       Lin et al., Focal Loss for Dense Object Detection, https://arxiv.org/abs/1708.02002.
     """
-    return _by_label_dtype("softmax_focal_loss", logits, labels, axis, where, class_weights, _focal, gamma)
+    return _by_label_dtype(logits, labels, axis, where, class_weights, _focal, gamma)
 
 
 @compiled("axis", epsilon=FINITE)
@@ -288,7 +284,7 @@ def poly_loss_cross_entropy(
     Reference:
       Leng et al., PolyLoss, https://arxiv.org/abs/2204.12511.
     """
-    return _by_label_dtype("poly_loss_cross_entropy", logits, labels, axis, where, class_weights, _poly, epsilon)
+    return _by_label_dtype(logits, labels, axis, where, class_weights, _poly, epsilon)
 
 
 @compiled("axis", alpha=SHARE)
@@ -314,11 +310,10 @@ def smooth_labels(labels: ArrayLike, alpha: ArrayLike, *, axis: Axis = -1, where
     Reference:
       Szegedy et al., Rethinking the Inception Architecture, https://arxiv.org/abs/1512.00567, section 7.
     """
-    name = "smooth_labels"
-    (t,) = _checks.upcast(_checks.real(name, "labels", labels))
-    class_axes = _checks.axes(name, axis, t.ndim)
+    (t,) = _checks.upcast(_checks.real("labels", labels))
+    class_axes = _checks.axes(axis, t.ndim)
     share = jnp.zeros((), t.dtype) if alpha is None else jnp.asarray(alpha).astype(t.dtype)
-    keep = jnp.ones(t.shape, bool) if where is None else _checks.where_entries(name, where, t.shape, class_axes)
+    keep = jnp.ones(t.shape, bool) if where is None else _checks.where_entries(where, t.shape, class_axes)
     count = jnp.sum(keep, class_axes, dtype=t.dtype, keepdims=True)
     return jnp.where(keep, (1 - share) * t + share / jnp.maximum(count, 1), 0)
 
@@ -347,7 +342,6 @@ Loss = Callable[[Array, Array], Array]
 
 
 def _by_label_dtype(
-    function: str,
     logits: AnyLogits,
     labels: ArrayLike,
     axis: Axis,
@@ -357,15 +351,15 @@ def _by_label_dtype(
     option: Any,
 ) -> Array:
     """sum_k w_k t_k loss(-log p_k), or the label's term where labels are classes; cross-entropy if the option is None."""
-    given = _checks.array(function, "labels", labels)
-    z = read_logits(function, "logits", logits, axis, where, _wide(given)).with_weights(function, class_weights)
+    given = _checks.array("labels", labels)
+    z = read_logits("logits", logits, axis, where, _wide(given)).with_weights(class_weights)
     option = None if option is None else jnp.asarray(option).astype(z.dtype)
     if jnp.issubdtype(given.dtype, jnp.integer) and given.shape != z.shape:
-        z = z.with_labels(function, given)
+        z = z.with_labels(given)
         (nll, *weight), _ = z.measure(NLL, *(() if class_weights is None else (WEIGHT,)))
         value = nll if option is None else loss(nll, option)
         return weigh(*weight, value) if weight else value
-    z = z.with_targets(function, given)
+    z = z.with_targets(given)
     if option is None:
         return z.measure(GIVEN)[0][0]
     return z.measure(_of_targets(loss), options=(option,))[0][0]

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType
-from jax.typing import ArrayLike
 
 from jaxce import _checks, _mesh
-from jaxce._checks import Axis, compiled
+from jaxce._checks import ArrayLike, Axis, compiled
 from jaxce._logits import AnyLogits, LinearLogits, NotArray, ShardedLogits
 from jaxce._measures import ENTROPY, LOG_NORMALIZER, NLL, Measure, log_probabilities, measure
 from jaxce._mesh import on_each_device
@@ -45,33 +44,33 @@ class Logits(NamedTuple):
         """How many classes there are, on this device."""
         return self.spec.classes
 
-    def with_labels(self, function: str, labels: ArrayLike) -> Logits:
+    def with_labels(self, labels: ArrayLike) -> Logits:
         """With integer labels, one for each row; -1 of one that is no class."""
-        y = _checks.labels_of_rows(function, labels, self.shape, self.axes)
+        y = _checks.labels_of_rows(labels, self.shape, self.axes)
         return self._with(labels=self._class(y))
 
-    def with_targets(self, function: str, labels: ArrayLike) -> Logits:
+    def with_targets(self, labels: ArrayLike) -> Logits:
         """With dense labels."""
         of = "the logits" + ("" if self.spec.axis_name is None else " on each device")
         t = jnp.asarray(labels)
         if not jnp.issubdtype(t.dtype, jnp.floating):  # integers might have been meant as classes
             hint = _checks.labels_hint(t.shape, self.shape, self.axes)
-            _checks.same_shape(function, "labels", t, self.shape, f"the shape of {of}", hint)
-        whole = _checks.dense(function, "labels", t, self.shape, self.dtype, of)
+            _checks.same_shape("labels", t, self.shape, f"the shape of {of}", hint)
+        whole = _checks.dense("labels", t, self.shape, self.dtype, of)
         # Axes of rows stay of length 1 where they are: a block of the logits may be all that is ever there.
         given = (1,) * (len(self.shape) - t.ndim) + t.shape
         t = whole[tuple(slice(n if a not in self.axes else None) for a, n in enumerate(given))]
         return self._with(targets=_checks.classes_last(t, self.axes))
 
-    def with_shares(self, function: str, labels: ArrayLike, weights: ArrayLike) -> Logits:
+    def with_shares(self, labels: ArrayLike, weights: ArrayLike) -> Logits:
         """With several classes for each row, and a share of its targets for each."""
-        y = _checks.integer(function, "labels", labels)
+        y = _checks.integer("labels", labels)
         batch = _checks.batch_shape(self.shape, self.axes)
         if y.shape[:-1] != batch or y.ndim != len(batch) + 1:
             of = f"the shape of the logits with any number of labels in place of the class axes, {(*batch, 'k')}"
-            raise ValueError(f"{function}: labels must have {of}, got {_checks.describe(y)}")
-        w = _checks.real(function, "weights", weights, self.dtype)
-        _checks.same_shape(function, "weights", w, y.shape, "the shape of labels")
+            raise _checks.ArgumentValueError(f"labels must have {of}, got {_checks.describe(y)}")
+        w = _checks.real("weights", weights, self.dtype)
+        _checks.same_shape("weights", w, y.shape, "the shape of labels")
         chosen = self._class(y)
         for name, mask in self.inputs.items():  # a row that takes no part has no weight, whatever it holds
             if name in ("rows", "entries"):
@@ -88,12 +87,12 @@ class Logits(NamedTuple):
         valid = labels >= 0 if beyond else (labels >= 0) & (labels < classes)
         return jnp.where(valid, labels, -1).astype(jnp.int32)
 
-    def with_weights(self, function: str, class_weights: ArrayLike | None) -> Logits:
+    def with_weights(self, class_weights: ArrayLike | None) -> Logits:
         """With weights of the classes, unless these are None."""
         if class_weights is None:
             return self
-        weights = _checks.real(function, "class_weights", class_weights, self.dtype)
-        _checks.same_shape(function, "class_weights", weights, (self.classes,), "one number per class")
+        weights = _checks.real("class_weights", class_weights, self.dtype)
+        _checks.same_shape("class_weights", weights, (self.classes,), "one number per class")
         return self._with(weights=weights)
 
     def _with(self, **inputs: Array) -> Logits:
@@ -108,29 +107,27 @@ class Logits(NamedTuple):
         return values, state
 
 
-def read_logits(
-    function: str, argument: str, logits: AnyLogits, axis: Axis, where: ArrayLike | None, *others: Any
-) -> Logits:
+def read_logits(argument: str, logits: AnyLogits, axis: Axis, where: ArrayLike | None, *others: Any) -> Logits:
     """``logits`` past the door. They are computed with in the widest dtype of them, ``others`` and float32."""
     if not isinstance(logits, NotArray):
-        logits = _checks.floating(function, argument, logits)
-    axes = _checks.axes(function, axis, logits.ndim)
-    masks = {} if where is None else dict([_checks.where_mask(function, where, logits.shape, axes)])
+        logits = _checks.floating(argument, logits)
+    axes = _checks.axes(axis, logits.ndim)
+    masks = {} if where is None else dict([_checks.where_mask(where, logits.shape, axes)])
     dtype = _checks.compute_dtype(logits, *others)
     if isinstance(logits, LinearLogits):
         if axes != (logits.ndim - 1,):
-            raise ValueError(
-                f"{function}: axis must be the last one where {argument} is computed by blocks, got {axis!r}"
+            raise _checks.ArgumentValueError(
+                f"axis must be the last one where {argument} is computed by blocks, got {axis!r}"
             )
         there = masks.get("rows", masks["entries"].any(-1) if "entries" in masks else None)
         spec, inputs = _read_linear(logits, dtype, there)
     else:
         x = _checks.classes_last(logits.logits if isinstance(logits, ShardedLogits) else logits, axes)
         if x.shape[-1] == 0:
-            raise ValueError(f"{function}: {argument} must have at least one class, got shape {logits.shape}")
+            raise _checks.ArgumentValueError(f"{argument} must have at least one class, got shape {logits.shape}")
         spec, inputs = Spec(dtype, x.shape[-1], x.shape[-1]), {"array": x}
     if isinstance(logits, NotArray) and logits.axis_name is not None:
-        _mesh.check(function, argument, logits.axis_name, inputs["kernel"] if "kernel" in inputs else inputs["array"])
+        _mesh.check(argument, logits.axis_name, inputs["kernel"] if "kernel" in inputs else inputs["array"])
         spec = spec._replace(axis_name=logits.axis_name)
     return Logits(spec, inputs | masks, axes, logits.shape)
 
@@ -215,10 +212,10 @@ def softmax_statistics(
       >>> print(f"{nll:.4f} {log_normalizer:.4f} {entropy:.4f} {prediction}")
       0.4076 3.4076 0.8324 2
     """
-    z = read_logits("softmax_statistics", "logits", logits, axis, where)
+    z = read_logits("logits", logits, axis, where)
     measures = [LOG_NORMALIZER, ENTROPY]
     if labels is not None:
-        z = z.with_labels("softmax_statistics", labels)
+        z = z.with_labels(labels)
         measures.append(NLL)
     (log_normalizer, entropy, *nll), state = z.measure(*measures, prediction=True)
     return SoftmaxStatistics(nll[0] if nll else None, log_normalizer, entropy, state.predicted)
@@ -246,7 +243,7 @@ def logsumexp(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None
       >>> print(jaxce.logsumexp(jnp.array([0.0, -50.0])))
       1.92875e-22
     """
-    return read_logits("logsumexp", "logits", logits, axis, where).measure(LOG_NORMALIZER)[0][0]
+    return read_logits("logits", logits, axis, where).measure(LOG_NORMALIZER)[0][0]
 
 
 @compiled("axis")
@@ -274,7 +271,7 @@ def log_softmax(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = No
     if isinstance(logits, LinearLogits):  # as large as the logits
         whole = logits.materialize()
         logits = whole if logits.axis_name is None else ShardedLogits(whole, logits.axis_name)
-    z = read_logits("log_softmax", "logits", logits, axis, where)
+    z = read_logits("logits", logits, axis, where)
     batch = [a for a in range(len(z.shape)) if a not in z.axes]
     order = [*batch, *z.axes]  # of the axes now
     values = log_probabilities(z.spec, z.inputs).reshape([z.shape[a] for a in order])

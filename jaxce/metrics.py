@@ -44,10 +44,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from jaxce import _checks, _platforms
-from jaxce._checks import AxisName, compiled
+from jaxce._checks import ArrayLike, AxisName, compiled
 from jaxce._logits import AnyLogits
 from jaxce._measures import NLL, measure, replaced, sum_of
 from jaxce._mesh import on_each_device
@@ -156,7 +156,7 @@ class Metric(_checks.NamedMethods):
         if any(f.name not in kwargs for f in fields) or any(isinstance(x, Array | np.ndarray) for x in given):
             name = cls.__name__
             made = f"{name}.empty() or {name}.from_batch()"
-            raise TypeError(f"{name}: a metric must be made by {made}, got {name}(...)")
+            raise _checks.ArgumentTypeError(f"a metric must be made by {made}, got {name}(...)")
         return super().__new__(cls)
 
     def __reduce__(self) -> Any:
@@ -187,9 +187,11 @@ class Metric(_checks.NamedMethods):
         """The metric of all the data of both, which must have the same options."""
         name = type(self).__name__
         if type(other) is not type(self):
-            raise TypeError(f"{name}: other must be a {name}, got {type(other).__name__}")
+            raise _checks.ArgumentTypeError(f"other must be a {name}, got {type(other).__name__}")
         if other._options() != self._options():
-            raise ValueError(f"{name}: other must have the same options, {self._options()}, got {other._options()}")
+            raise _checks.ArgumentValueError(
+                f"other must have the same options, {self._options()}, got {other._options()}"
+            )
         return _merged(self, other)
 
     def psum(self: _M, axis_name: AxisName) -> _M:
@@ -206,22 +208,22 @@ def _is_sum(x: Any) -> bool:
     return isinstance(x, Sum)
 
 
-def _per_example(function: str, argument: str, value: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+def _per_example(argument: str, value: Any, shape: tuple[int, ...], dtype: Any) -> Array:
     """One number for each example; 1 where nothing is given."""
     if value is None:
         return jnp.ones(shape, dtype)
-    array = _checks.real(function, argument, value, dtype).astype(dtype)
-    _checks.same_shape(function, argument, array, shape, "one number for each example")
+    array = _checks.real(argument, value, dtype).astype(dtype)
+    _checks.same_shape(argument, array, shape, "one number for each example")
     return array
 
 
-def _row_weights(function: str, shape: tuple[int, ...], dtype: Any, weights: Any, where: Any) -> Array:
+def _row_weights(shape: tuple[int, ...], dtype: Any, weights: Any, where: Any) -> Array:
     """How much each example counts."""
-    w = _per_example(function, "weights", weights, shape, dtype)
+    w = _per_example("weights", weights, shape, dtype)
     if where is None:
         return w
-    mask = _checks.boolean(function, "where", where)
-    _checks.same_shape(function, "where", mask, shape, "one truth value for each example")
+    mask = _checks.boolean("where", where)
+    _checks.same_shape("where", mask, shape, "one truth value for each example")
     return jnp.where(mask, w, 0)
 
 
@@ -248,12 +250,10 @@ class _Ratio(Metric):
 _ratio = functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "weight"], meta_fields=[])
 
 
-@compiled("function", "argument")
-def _mean_of(
-    values: ArrayLike, weights: ArrayLike | None, where: ArrayLike | None, function: str, argument: str
-) -> list[Sum]:
-    (x,) = _checks.upcast(_checks.floating(function, argument, values))
-    w = _row_weights(function, x.shape, x.dtype, weights, where)
+@compiled("argument")
+def _mean_of(values: ArrayLike, weights: ArrayLike | None, where: ArrayLike | None, argument: str) -> list[Sum]:
+    (x,) = _checks.upcast(_checks.floating(argument, values))
+    w = _row_weights(x.shape, x.dtype, weights, where)
     return _sums(_weighted(x, w), w, axes=x.ndim)
 
 
@@ -271,7 +271,7 @@ class Mean(_Ratio):
     @classmethod
     def from_batch(cls, values: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None) -> Mean:
         """Values of any shape; weights and where of the same shape."""
-        return cls(*_mean_of(values, weights, where, cls.__name__, "values"))
+        return cls(*_mean_of(values, weights, where, "values"))
 
     def update(self, values: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None) -> Mean:
         """This metric and that of one more batch, given as to ``from_batch``."""
@@ -291,7 +291,7 @@ class Perplexity(_Ratio):
     @classmethod
     def from_batch(cls, nll: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None) -> Perplexity:
         """Losses of any shape; weights and where of the same shape."""
-        return cls(*_mean_of(nll, weights, where, cls.__name__, "nll"))
+        return cls(*_mean_of(nll, weights, where, "nll"))
 
     def update(self, nll: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None) -> Perplexity:
         """This metric and that of one more batch, given as to ``from_batch``."""
@@ -305,9 +305,9 @@ class Perplexity(_Ratio):
 
 @compiled()
 def _per_unit(nll: ArrayLike, units: ArrayLike, weights: ArrayLike | None, where: ArrayLike | None) -> list[Sum]:
-    (x,) = _checks.upcast(_checks.floating("BitsPer", "nll", nll))
-    w = _row_weights("BitsPer", x.shape, x.dtype, weights, where)
-    n = _per_example("BitsPer", "units", units, x.shape, x.dtype)
+    (x,) = _checks.upcast(_checks.floating("nll", nll))
+    w = _row_weights(x.shape, x.dtype, weights, where)
+    n = _per_example("units", units, x.shape, x.dtype)
     return _sums(_weighted(x, w), _weighted(n, w), axes=x.ndim)
 
 
@@ -355,16 +355,16 @@ class _Rows(NamedTuple):
 
 
 def _rows(
-    function: str, logits: Any, labels: Any, weights: Any, where: Any, k: int | None = None, brier: bool = False
+    logits: Any, labels: Any, weights: Any, where: Any, k: int | None = None, brier: bool = False
 ) -> tuple[_Rows, Array]:
     """The examples and their weights."""
-    rows = _examples(logits, labels, -1, where, function, k, brier)
-    return rows, jnp.where(rows.present, _per_example(function, "weights", weights, rows.nll.shape, rows.nll.dtype), 0)
+    rows = _examples(logits, labels, -1, where, k, brier)
+    return rows, jnp.where(rows.present, _per_example("weights", weights, rows.nll.shape, rows.nll.dtype), 0)
 
 
 @on_each_device("batch")
-def _examples(logits: Any, labels: Any, axis: int, where: Any, function: str, k: int | None, brier: bool) -> _Rows:
-    z = read_logits(function, "logits", logits, axis, where).with_labels(function, labels)
+def _examples(logits: Any, labels: Any, axis: int, where: Any, k: int | None, brier: bool) -> _Rows:
+    z = read_logits("logits", logits, axis, where).with_labels(labels)
     spec = z.spec._replace(chunks=1, ask=Ask(prediction=True, squares=brier))
     return by_rows(z.spec.chunks, (z.inputs,), functools.partial(_rows_of, spec, k))
 
@@ -421,9 +421,9 @@ def _totals(rows: _Rows | _Answers, w: Array, *values: Array, bins: int | None =
     return [*(Sum(jnp.where(bad, jnp.nan, t.hi), t.lo) for t in totals), weight]
 
 
-@compiled("name", "of", "k")
-def _score(logits: Any, labels: Any, weights: Any, where: Any, name: str, of: str, k: int | None) -> list[Sum]:
-    rows, w = _rows(name, logits, labels, weights, where, k, of == "brier")
+@compiled("of", "k")
+def _score(logits: Any, labels: Any, weights: Any, where: Any, of: str, k: int | None) -> list[Sum]:
+    rows, w = _rows(logits, labels, weights, where, k, of == "brier")
     return _totals(rows, w, getattr(rows, of))
 
 
@@ -439,7 +439,7 @@ class _Score(_Ratio):
         where: ArrayLike | None = None,
     ) -> _S:
         """Logits [..., classes] and labels [...], weights as labels, where as labels or logits."""
-        return cls(*_score(logits, labels, weights, where, cls.__name__, cls._of, None))
+        return cls(*_score(logits, labels, weights, where, cls._of, None))
 
     def update(
         self: _S, logits: AnyLogits, labels: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None
@@ -484,7 +484,7 @@ class TopKAccuracy(_Score):
     @classmethod
     def empty(cls, *, k: int = 5, dtype: DTypeLike = jnp.float32) -> TopKAccuracy:
         """The metric of no data."""
-        return cls(Sum.empty(dtype), Sum.empty(dtype), _checks.positive_integer("TopKAccuracy", "k", k))
+        return cls(Sum.empty(dtype), Sum.empty(dtype), _checks.positive_integer("k", k))
 
     @classmethod
     def from_batch(
@@ -497,8 +497,8 @@ class TopKAccuracy(_Score):
         k: int = 5,
     ) -> TopKAccuracy:
         """Logits [..., classes] and labels [...], weights as labels, where as labels or logits."""
-        k = _checks.positive_integer("TopKAccuracy", "k", k)
-        return cls(*_score(logits, labels, weights, where, cls.__name__, cls._of, k), k=k)
+        k = _checks.positive_integer("k", k)
+        return cls(*_score(logits, labels, weights, where, cls._of, k), k=k)
 
     def _options(self) -> dict[str, Any]:
         return {"k": self.k}
@@ -549,7 +549,7 @@ class _Bins(Metric):
     @classmethod
     def empty(cls: type[_B], *, bins: int = 15, dtype: DTypeLike = jnp.float32) -> _B:
         """The metric of no data."""
-        bins = _checks.positive_integer(cls.__name__, "bins", bins)
+        bins = _checks.positive_integer("bins", bins)
         return cls(*(Sum.empty(dtype, bins) for _ in range(3)), bins=bins)
 
     def _options(self) -> dict[str, Any]:
@@ -563,7 +563,7 @@ class _Bins(Metric):
                 or "max", the largest (the maximum calibration error).
         """
         if norm not in NORMS:
-            raise ValueError(f"{type(self).__name__}: norm must be one of {NORMS}, got {norm!r}")
+            raise _checks.ArgumentValueError(f"norm must be one of {NORMS}, got {norm!r}")
         return _calibration_error(self, norm)
 
     def curve(self) -> ReliabilityCurve:
@@ -594,7 +594,7 @@ def _calibration_error(metric: Any, norm: str) -> Array:
 
 @compiled("bins")
 def _calibration(logits: Any, labels: ArrayLike, weights: Any, where: Any, bins: int) -> list[Sum]:
-    rows, w = _rows("Calibration", logits, labels, weights, where)
+    rows, w = _rows(logits, labels, weights, where)
     return _totals(rows, w, rows.confidence, rows.correct, bins=bins)
 
 
@@ -628,7 +628,7 @@ class Calibration(_Bins):
         bins: int = 15,
     ) -> Calibration:
         """Logits [..., classes] and labels [...], weights as labels, where as labels or logits."""
-        bins = _checks.positive_integer("Calibration", "bins", bins)
+        bins = _checks.positive_integer("bins", bins)
         return cls(*_calibration(logits, labels, weights, where, bins), bins=bins)
 
     def update(
@@ -669,15 +669,15 @@ class _Options(NamedTuple):
 
 
 def _options_of(k: int, bins: int, per_class: bool) -> _Options:
-    k, bins = (_checks.positive_integer("Evaluation", name, n) for name, n in (("k", k), ("bins", bins)))
+    k, bins = (_checks.positive_integer(name, n) for name, n in (("k", k), ("bins", bins)))
     return _Options(k, bins, bool(per_class))
 
 
 @compiled("options")
 def _evaluate(logits: Any, labels: ArrayLike, weights: Any, where: Any, units: Any, options: _Options) -> Evaluation:
     k = options.k if options.per_class else None
-    rows, w = _rows("Evaluation", logits, labels, weights, where, k, brier=options.per_class)
-    n = _per_example("Evaluation", "units", units, w.shape, w.dtype)
+    rows, w = _rows(logits, labels, weights, where, k, brier=options.per_class)
+    n = _per_example("units", units, w.shape, w.dtype)
     asked = (values for values in (rows.top, rows.brier) if values is not None)
     nll, n, correct, *rest, weight = _totals(rows, w, rows.nll, n, rows.correct, *asked)
     bins = Calibration(*_totals(rows, w, rows.confidence, rows.correct, bins=options.bins), bins=options.bins)
@@ -793,22 +793,18 @@ class _Answers(NamedTuple):
     yes: Array  # 1 or 0
 
 
-def _answers(
-    function: str, logits: Any, labels: Any, weights: Any, where: Any, threshold: float
-) -> tuple[_Answers, Array]:
+def _answers(logits: Any, labels: Any, weights: Any, where: Any, threshold: float) -> tuple[_Answers, Array]:
     """The elements and their weights."""
-    (x,) = _checks.upcast(_checks.floating(function, "logits", logits))
-    y = _checks.real(function, "labels", labels, x.dtype).astype(x.dtype)
-    _checks.same_shape(function, "labels", y, x.shape, "the shape of the logits", _reshape_hint("labels", y, x))
+    (x,) = _checks.upcast(_checks.floating("logits", logits))
+    y = _checks.real("labels", labels, x.dtype).astype(x.dtype)
+    _checks.same_shape("labels", y, x.shape, "the shape of the logits", _reshape_hint("labels", y, x))
     w = jnp.ones_like(x)
     if weights is not None:
-        w = _checks.real(function, "weights", weights, x.dtype).astype(x.dtype)
+        w = _checks.real("weights", weights, x.dtype).astype(x.dtype)
         fits = w.ndim == x.ndim and all(n in (1, m) for n, m in zip(w.shape, x.shape, strict=True))
-        _checks.same_shape(
-            function, "weights", w, x.shape if not fits else w.shape, "the shape of the logits or 1s in it"
-        )
+        _checks.same_shape("weights", w, x.shape if not fits else w.shape, "the shape of the logits or 1s in it")
         w = jnp.broadcast_to(w, x.shape)
-    keep = _checks.where_elements(function, where, x.shape)
+    keep = _checks.where_elements(where, x.shape)
     x, y, w = (_checks.only(keep, a, 0) for a in (x, y, w))
     sign = 1 - 2 * y
     miss = jax.nn.sigmoid(sign * x)  # the probability of the other answer, which isn't formed as 1 - p
@@ -821,19 +817,17 @@ def _reshape_hint(name: str, given: Array, wanted: Array) -> str:
     return f"; give {name}.reshape({wanted.shape})" if given.size == wanted.size else ""
 
 
-def _threshold(function: str, threshold: float) -> float:
+def _threshold(threshold: float) -> float:
     if isinstance(threshold, bool) or not isinstance(threshold, int | float | np.number):
-        raise TypeError(f"{function}: threshold must be a number in (0, 1), got {_checks.describe(threshold)}")
+        raise _checks.ArgumentTypeError(f"threshold must be a number in (0, 1), got {_checks.describe(threshold)}")
     if not 0 < threshold < 1:
-        raise ValueError(f"{function}: threshold must be a number in (0, 1), got {threshold!r}")
+        raise _checks.ArgumentValueError(f"threshold must be a number in (0, 1), got {threshold!r}")
     return float(threshold)
 
 
-@compiled("name", "of", "threshold")
-def _binary_score(
-    logits: Any, labels: Any, weights: Any, where: Any, name: str, of: str, threshold: float
-) -> list[Sum]:
-    answers, w = _answers(name, logits, labels, weights, where, threshold)
+@compiled("of", "threshold")
+def _binary_score(logits: Any, labels: Any, weights: Any, where: Any, of: str, threshold: float) -> list[Sum]:
+    answers, w = _answers(logits, labels, weights, where, threshold)
     return _totals(answers, w, getattr(answers, of))
 
 
@@ -856,7 +850,7 @@ class BinaryAccuracy(_Ratio):
     @classmethod
     def empty(cls, *, threshold: float = 0.5, dtype: DTypeLike = jnp.float32) -> BinaryAccuracy:
         """The metric of no data."""
-        return cls(Sum.empty(dtype), Sum.empty(dtype), _threshold("BinaryAccuracy", threshold))
+        return cls(Sum.empty(dtype), Sum.empty(dtype), _threshold(threshold))
 
     @classmethod
     def from_batch(
@@ -869,8 +863,8 @@ class BinaryAccuracy(_Ratio):
         threshold: float = 0.5,
     ) -> BinaryAccuracy:
         """Logits (log-odds of yes) of any shape, labels of 0 and 1 of the same; weights and where broadcast to it."""
-        threshold = _threshold("BinaryAccuracy", threshold)
-        sums = _binary_score(logits, labels, weights, where, "BinaryAccuracy", "correct", threshold)
+        threshold = _threshold(threshold)
+        sums = _binary_score(logits, labels, weights, where, "correct", threshold)
         return cls(*sums, threshold=threshold)
 
     def update(
@@ -903,7 +897,7 @@ class BinaryBrier(_Ratio):
         cls, logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None
     ) -> BinaryBrier:
         """Logits (log-odds of yes) of any shape, labels of 0 and 1 of the same; weights and where broadcast to it."""
-        return cls(*_binary_score(logits, labels, weights, where, "BinaryBrier", "brier", 0.5))
+        return cls(*_binary_score(logits, labels, weights, where, "brier", 0.5))
 
     def update(
         self, logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None
@@ -914,7 +908,7 @@ class BinaryBrier(_Ratio):
 
 @compiled("bins")
 def _binary_calibration(logits: Any, labels: Any, weights: Any, where: Any, bins: int) -> list[Sum]:
-    answers, w = _answers("BinaryCalibration", logits, labels, weights, where, 0.5)
+    answers, w = _answers(logits, labels, weights, where, 0.5)
     return _totals(answers, w, answers.confidence, answers.yes, bins=bins)
 
 
@@ -947,7 +941,7 @@ class BinaryCalibration(_Bins):
         bins: int = 15,
     ) -> BinaryCalibration:
         """Logits (log-odds of yes) of any shape, labels of 0 and 1 of the same; weights and where broadcast to it."""
-        bins = _checks.positive_integer("BinaryCalibration", "bins", bins)
+        bins = _checks.positive_integer("bins", bins)
         return cls(*_binary_calibration(logits, labels, weights, where, bins), bins=bins)
 
     def update(
@@ -976,7 +970,7 @@ class BinaryEvaluationResult(NamedTuple):
 def _evaluate_answers(
     logits: Any, labels: Any, weights: Any, where: Any, bins: int, threshold: float
 ) -> BinaryEvaluation:
-    answers, w = _answers("BinaryEvaluation", logits, labels, weights, where, threshold)
+    answers, w = _answers(logits, labels, weights, where, threshold)
     nll, correct, brier, weight = _totals(answers, w, answers.nll, answers.correct, answers.brier)
     calibration = BinaryCalibration(*_totals(answers, w, answers.confidence, answers.yes, bins=bins), bins=bins)
     return BinaryEvaluation(nll, correct, brier, weight, calibration, threshold)
@@ -1009,10 +1003,10 @@ class BinaryEvaluation(Metric):
     @classmethod
     def empty(cls, *, bins: int = 15, threshold: float = 0.5, dtype: DTypeLike = jnp.float32) -> BinaryEvaluation:
         """The evaluation of no data."""
-        bins = _checks.positive_integer("BinaryEvaluation", "bins", bins)
+        bins = _checks.positive_integer("bins", bins)
         sums = (Sum.empty(dtype) for _ in range(4))
         calibration = BinaryCalibration.empty(bins=bins, dtype=dtype)
-        threshold = _threshold("BinaryEvaluation", threshold)
+        threshold = _threshold(threshold)
         return cls(*sums, calibration=calibration, threshold=threshold)
 
     @classmethod
@@ -1036,8 +1030,8 @@ class BinaryEvaluation(Metric):
             bins: for the calibration error.
             threshold: the probability above which the answer is yes, for the accuracy.
         """
-        bins = _checks.positive_integer("BinaryEvaluation", "bins", bins)
-        return _evaluate_answers(logits, labels, weights, where, bins, _threshold("BinaryEvaluation", threshold))
+        bins = _checks.positive_integer("bins", bins)
+        return _evaluate_answers(logits, labels, weights, where, bins, _threshold(threshold))
 
     def update(
         self, logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None, where: ArrayLike | None = None

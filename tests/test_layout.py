@@ -104,3 +104,12 @@ def test_public_name_is_documented_and_typed(name: str) -> None:
     missing = [p.name for p in signature.parameters.values() if p.annotation is inspect.Parameter.empty]
     assert not missing, f"{missing} without a type"
     assert signature.return_annotation is not inspect.Signature.empty
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_errors_about_arguments_are_raised_without_a_name(path: Path) -> None:
+    """`compiled` and `named` put the function's name before them, once."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            assert ast.unparse(node.exc.func) not in ("TypeError", "ValueError"), ast.unparse(node)
+            assert "{function}" not in ast.unparse(node), ast.unparse(node)

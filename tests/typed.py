@@ -58,3 +58,11 @@ def evaluate(logits: jax.Array, labels: jax.Array) -> float:
     result = evaluation.merge(Evaluation.empty(k=2)).compute()
     assert_type(result, EvaluationResult)
     return float(result.accuracy)
+
+
+def lists(logits: jax.Array) -> jax.Array:
+    """Lists, of numbers and of lists, wherever arrays go."""
+    jaxce.softmax_cross_entropy_with_integer_labels([[1.0, 2.0], [0.5, -1.0]], [0, 1], where=[True, False])
+    jaxce.softmax_cross_entropy(logits, "labels")  # pyright: ignore[reportArgumentType]
+    jaxce.entropy([0.5, 0.5], base=2)
+    return jaxce.weighted_mean([1.0, 2.0], weights=[1, 2])
