@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import jax.typing
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.core import Tracer
 
 _Entry = jax.typing.ArrayLike
@@ -418,7 +418,7 @@ def floating(argument: str, value: ArrayLike) -> Array:
     """``value`` as an array of floating-point numbers; a single number may be an integer."""
     array = _array(argument, value, np.generic, "a floating-point array")
     if array.ndim == 0 and jnp.issubdtype(array.dtype, jnp.integer):
-        array = lax.convert_element_type(array, float)
+        array = array * 1.0 if array.weak_type else array.astype(np.float32)  # a Python number decides no dtype
     order = f"{{{argument}}} come first, {{labels}} second"
     array = _array(argument, array, jnp.floating, "a floating-point array", order)
     if array.dtype.itemsize == 1:  # neither the range nor, on every device, an exact path to float32

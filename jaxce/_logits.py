@@ -17,14 +17,6 @@ from jaxce._checks import ArrayLike, AxisName
 from jaxce._rules import custom_jvp
 
 
-def _floating(argument: str, value: Any) -> Any:
-    """A floating-point array, or its shape and dtype alone, for `jax.eval_shape` and its like."""
-    if isinstance(value, jax.ShapeDtypeStruct):
-        _checks.floating(argument, jnp.zeros((), value.dtype))
-        return value
-    return _checks.floating(argument, value)
-
-
 @jax.tree_util.register_pytree_with_keys_class
 @_checks.named_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -79,8 +71,8 @@ class LinearLogits:
     axis_name: AxisName | None = None
 
     def __post_init__(self) -> None:
-        hidden = _floating("hidden", self.hidden)
-        kernel = _floating("kernel", self.kernel)
+        hidden = _checks.floating("hidden", self.hidden)
+        kernel = _checks.floating("kernel", self.kernel)
         if hidden.ndim < 1:
             raise _checks.ArgumentValueError(f"hidden must have an axis of features, got shape {hidden.shape}")
         if kernel.ndim != 2:
@@ -101,7 +93,7 @@ class LinearLogits:
             raise _checks.ArgumentValueError(f"kernel must have at least one class, got shape {kernel.shape}")
         bias = None
         if self.bias is not None:
-            bias = _floating("bias", self.bias)
+            bias = _checks.floating("bias", self.bias)
             _checks.same_shape("bias", bias, (kernel.shape[class_axis],), "one number per class")
         size = self.block_size
         if size is not None:
@@ -189,7 +181,7 @@ class LinearLogits:
     def __add__(self, bias: ArrayLike) -> LinearLogits:
         """The logits with one more bias."""
         self._demand_no_soft_cap("add a bias before it is applied, give bias=")
-        more = _floating("bias", bias)
+        more = _checks.floating("bias", bias)
         _checks.same_shape("bias", more, (self.classes,), "one number per class")
         if self.temperature is not None:  # by which the bias of the product is divided
             more = more * jnp.asarray(self.temperature).astype(more.dtype)
@@ -280,7 +272,7 @@ class ShardedLogits:
     axis_name: AxisName
 
     def __post_init__(self) -> None:
-        logits = _floating("logits", self.logits)
+        logits = _checks.floating("logits", self.logits)
         if logits.ndim < 1:
             raise _checks.ArgumentValueError(f"logits must have an axis of classes, got shape {logits.shape}")
         object.__setattr__(self, "logits", logits)

@@ -476,7 +476,7 @@ def _tangents(
         slope, p, of_f = m.slopes[side], (c.p, c.q)[side], beside(of_f, c.p)
         coefficient = p * (slope.f(c) - of_f) if slope.over_p else slope.f(c) - p * of_f
         if rest is not None:
-            others = replaced(jnp.broadcast_to(beside(known.rows[side].others, p), p.shape), 1 - p)
+            others = replaced(beside(known.rows[side].others, p) + 0 * p, 1 - p)  # of its shape, and sharded as it is
             coefficient = jnp.where(p > MOST, others * of_f - beside(rest, p), coefficient)
         total[m] += jnp.sum(coefficient * dxs[side].astype(p.dtype), -1)
     return tuple(total[m] for m in measures)

@@ -16,11 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jax.experimental.jet import jet_rules
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec, reshard
 
 _ruled = Primitive("ruled")
 _ruled.multiple_results = True
@@ -195,10 +196,29 @@ def product(x: Array, y: Array) -> Array:
     A plain product of two arrays makes NaN of 0 * inf, in the derivative as well: what has no weight has a cotangent of 0.
     A selection of the result is no way out, as it isn't linear in the tangent. So it is a bilinear primitive.
     """
-    x, y = jnp.broadcast_arrays(x, y)
-    if jax.typeof(x) != jax.typeof(y):  # varying over other axes of a mesh: a selection makes them alike
-        x, y = jnp.where(True, x, y), jnp.where(True, y, x)
-    return _product.bind(x, y)
+    return _product.bind(*_alike(*jnp.broadcast_arrays(x, y)))
+
+
+def _alike(x: Array, y: Array) -> tuple[Array, Array]:
+    """Two arrays of a shape, which vary over the same axes of a mesh and are sharded alike."""
+    types = [jax.typeof(v) for v in (x, y)]
+    if types[0] == types[1]:
+        return x, y
+    varying = [t.manual_axis_type.varying for t in types]
+    x, y = (
+        lax.pcast(v, tuple(sorted(other - own)), to="varying") if other - own else v
+        for v, own, other in ((x, *varying), (y, *varying[::-1]))
+    )
+    shardings = [jax.typeof(v).sharding for v in (x, y)]
+    if shardings[0] != shardings[1]:
+        spec = [a or b for a, b in zip(*(_parts(s.spec, x.ndim) for s in shardings), strict=True)]
+        mesh = next(s.mesh for s in shardings if not s.mesh.empty)
+        x, y = (reshard(v, NamedSharding(mesh, PartitionSpec(*spec))) for v in (x, y))
+    return x, y
+
+
+def _parts(spec: PartitionSpec, ndim: int) -> tuple[Any, ...]:
+    return tuple(spec) + (None,) * (ndim - len(spec))
 
 
 def _evaluate_product(x: Array, y: Array) -> Array:

@@ -264,7 +264,7 @@ def exact_by_log(name: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, l
 
 
 @every_function
-@pytest.mark.parametrize("classes", [2, 3, 10, pytest.param(100, marks=pytest.mark.slow), 1000])
+@pytest.mark.parametrize("classes", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 10, 100)), 1000])
 def test_random_pairs(name: str, classes: int) -> None:
     x, y = random_pairs(classes, 4000 if classes <= 10 else 400)
     value, by_log, probabilities = exact_by_log(name, x, y)

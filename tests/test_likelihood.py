@@ -701,7 +701,10 @@ ORDINARY = {
 }
 
 
-@pytest.mark.parametrize("name", COLLAPSED)
+SLOW = "negative_binomial_nll", "student_t_nll", "gamma_nll"
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in COLLAPSED])
 def test_a_collapsed_component_adds_nothing(name: str) -> None:
     """Its derivatives may be infinite, but its weight is 0: the gradient and Hessian are those of the other component."""
     function, bad = getattr(jaxce, name), np.array(COLLAPSED[name], "float32")

@@ -525,7 +525,7 @@ def test_what_operators_refuse() -> None:
         (lambda: x[0, 0, 0], IndexError, "an index must leave the axis of classes whole"),
         (lambda: x + 1.0, ValueError, "bias must have one number per class"),
         (lambda: x / 0, ValueError, "temperature must be a positive number"),
-        (lambda: x / W[0], ValueError, "temperature must have no axes"),
+        (lambda: x / W[0], ValueError, "temperature must be a scalar"),
         (lambda: capped / 2, TypeError, "give temperature="),
         (lambda: capped + W[0], TypeError, "give bias="),
     ]:
