@@ -502,8 +502,12 @@ EXTREME = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", EXTREME)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(n, "float32") for n in EXTREME if n != "student_t_nll"]
+    + [pytest.param(n, "float64", marks=pytest.mark.slow) for n in EXTREME]
+    + [pytest.param("student_t_nll", "float32", marks=pytest.mark.slow)],
+)
 def test_extreme_parameters(name: str, dtype: str) -> None:
     """Value, gradient and Hessian, each where it and the value can be written in the dtype."""
     single = dtype == "float32"
@@ -531,6 +535,10 @@ def test_extreme_parameters(name: str, dtype: str) -> None:
         for j, entry in enumerate(names):
             sums, sizes = zip(*(row[j] for row in exact), strict=True)
             inside = np.array([abs(row[0][0]) < most and abs(s) < most for row, s in zip(exact, sums, strict=True)])
+            if (
+                not single
+            ):  # 8 ulp of a term that can't be written allow anything; XLA:CPU rounds equal ones differently
+                inside &= np.array([size < most for size in sizes])
             assert (np.abs(got[:, 0]) > float(most) / 2)[[abs(row[0][0]) >= most for row in exact]].all()
             sums, sizes = ([v for v, i in zip(c, inside, strict=True) if i] for c in (sums, sizes))
             error = ulp_error(got[inside, j], sums, sizes)

@@ -417,7 +417,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("by", ["where", "mean", "both"])
+@pytest.mark.parametrize("by", ["where", "mean", pytest.param("both", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LOSSES)
 def test_rows_that_do_not_count_leave_no_trace(name: str, by: str) -> None:
     """In no derivative, by anything: not if their loss is +inf, and `where` may even leave out NaN."""
