@@ -25,11 +25,10 @@ from jaxce._statistics import read_logits
 
 
 def classes_of(axis: Axis, where: ArrayLike | None, fill: float, **arguments: ArrayLike) -> tuple[Array, ...]:
-    """The arguments in their common dtype, classes last, with ``fill`` wherever ``where`` is False."""
+    """The arguments in the first's shape and their common dtype, classes last, with ``fill`` where ``where`` is False."""
     arrays = [_checks.floating(name, value) for name, value in arguments.items()]
-    (first, shape), *_ = [(name, array.shape) for name, array in zip(arguments, arrays, strict=True)]
-    for name, array in zip(arguments, arrays, strict=True):
-        _checks.same_shape(name, array, shape, f"the shape of {first}")
+    first, shape = next(iter(arguments)), arrays[0].shape
+    arrays = [_checks.dense(n, x, shape, x.dtype, first) for n, x in zip(arguments, arrays, strict=True)]
     class_axes = _checks.axes(axis, len(shape))
     if math.prod(shape[a] for a in class_axes) == 0:
         raise _checks.ArgumentValueError(f"{first} must have at least one class, got shape {shape}")
@@ -109,7 +108,7 @@ def cross_entropy(
 
     Args:
       p: probabilities of the classes, which lie along ``axis``: the truth.
-      q: probabilities of the same shape: the model. Neither is normalised.
+      q: probabilities that broadcast to that shape: the model. Neither is normalised.
       axis: the class axis, or several.
       where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as p).
       base: base of the logarithm; None for nats, 2 for bits.
@@ -143,7 +142,7 @@ def relative_entropy(
 
     Args:
       p: probabilities of the classes, which lie along ``axis``.
-      q: probabilities of the same shape.
+      q: probabilities that broadcast to that shape.
       axis: the class axis, or several.
       where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as p).
       base: base of the logarithm; None for nats, 2 for bits.
@@ -175,7 +174,7 @@ def jensen_shannon_divergence(
 
     Args:
       p: probabilities of the classes, which lie along ``axis``.
-      q: probabilities of the same shape.
+      q: probabilities that broadcast to that shape.
       axis: the class axis, or several.
       where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as p).
       base: base of the logarithm; None for nats, 2 for bits.
@@ -362,7 +361,9 @@ def _measure(
             f"q_logits must be sharded over the axis_name of p_logits, {names[0]!r}, got {names[1]!r}"
         )
     p, q = arrays.values()
-    if p.shape != q.shape:
+    if not isinstance(q, NotArray):
+        q = arrays["q_logits"] = _checks.dense("q_logits", q, p.shape, q.dtype, "p_logits")
+    elif p.shape != q.shape:
         raise _checks.ArgumentValueError(f"q_logits must have the shape of p_logits, {p.shape}, got shape {q.shape}")
     read = [read_logits(n, x, axis, where, p, q) for n, x in arrays.items()]
     size, strips = min(z.spec.size for z in read), max(z.spec.strips for z in read)
@@ -461,7 +462,7 @@ def cross_entropy_with_logits(
 
     Args:
       p_logits: logits of the classes, which lie along ``axis``: an array, `LinearLogits` or `ShardedLogits`.
-      q_logits: logits of the same shape, of either kind; sharded if p_logits are.
+      q_logits: logits of that shape, of either kind, or an array that broadcasts to it; sharded if p_logits are.
       axis: the class axis, or several.
       where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the logits).
       base: base of the logarithm; None for nats, 2 for bits.
@@ -497,7 +498,7 @@ def relative_entropy_with_logits(
 
     Args:
       p_logits: logits of the classes, which lie along ``axis``: an array, `LinearLogits` or `ShardedLogits`.
-      q_logits: logits of the same shape, of either kind; sharded if p_logits are.
+      q_logits: logits of that shape, of either kind, or an array that broadcasts to it; sharded if p_logits are.
       axis: the class axis, or several.
       where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the logits).
       base: base of the logarithm; None for nats, 2 for bits.
@@ -536,7 +537,7 @@ def jensen_shannon_divergence_with_logits(
 
     Args:
       p_logits: logits of the classes, which lie along ``axis``: an array, `LinearLogits` or `ShardedLogits`.
-      q_logits: logits of the same shape, of either kind; sharded if p_logits are.
+      q_logits: logits of that shape, of either kind, or an array that broadcasts to it; sharded if p_logits are.
       axis: the class axis, or several.
       where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the logits).
       base: base of the logarithm; None for nats, 2 for bits.

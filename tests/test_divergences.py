@@ -222,6 +222,24 @@ def test_a_mask_is_what_is_there(name: str) -> None:
     assert all(np.all(np.isfinite(s)) and not np.any(np.asarray(s)[~keep]) for s in slopes)
 
 
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (1, 1)])
+def test_one_q_for_all_rows(shape: tuple[int, ...]) -> None:
+    """q broadcasts to p, in the functions of logits and in those of probabilities; p doesn't to q."""
+    rng = np.random.default_rng(5)
+    p, q = (jnp.asarray(rng.normal(size=s), "float32") for s in ((4, 6), shape))
+    pairs = [(function, p, q) for function in FUNCTIONS.values()]
+    for function in (jaxce.cross_entropy, jaxce.relative_entropy, jaxce.jensen_shannon_divergence):
+        pairs.append((function, jax.nn.softmax(p), jnp.exp(q)))
+    for function, p, q in pairs:
+        got, slope = jax.value_and_grad(lambda q, f=function, p=p: f(p, q).sum())(q)
+        whole, slopes = jax.value_and_grad(lambda q, f=function, p=p: f(p, q).sum())(jnp.broadcast_to(q, p.shape))
+        assert slope.shape == shape
+        np.testing.assert_allclose(got, whole, rtol=1e-6)  # another program
+        np.testing.assert_allclose(np.sum(slope), np.sum(slopes), rtol=1e-5, atol=1e-6)  # a few eps of its terms
+        with pytest.raises(ValueError, match=rf"^{function.__name__}: q(_logits)? must have the shape of p"):
+            function(q, p) if q.ndim < 2 or q.shape[-1] > 1 else function(p[:, :2], p)
+
+
 # --- at random --------------------------------------------------------------------------------------------------------
 
 Wide = np.longdouble  # 64 bits: the oracle for many rows at once
