@@ -387,7 +387,7 @@ def _finite(x: Array) -> Array:
 # and by c^2 / 2, a Jensen-Shannon divergence by a small multiple of c of itself and by c^2 / 8. The squares count only if
 # the divergence is as small as they are, and p near q. There the sum of p q / (p + q) is 1/2, and that of p - q is c.
 
-_OFF = sum_of(_of(_terms.difference_of_logs))
+_OFF = Measure(None, _of(_terms.difference_of_logs))  # 0 but for rounding, so it has no derivatives
 _RELATIVE_ENTROPY = sum_of(
     _of(_terms.bregman_of_logs),
     Slope(
@@ -395,7 +395,7 @@ _RELATIVE_ENTROPY = sum_of(
         lambda: (lambda total, off: replaced(_finite(total + off), total), (_RELATIVE_ENTROPY, _OFF)),
         over_p=True,
     ),
-    Slope(lambda c: -_of(_terms.difference_of_logs)(c), lambda: (lambda off: replaced(-off, 0 * off), (_OFF,))),
+    Slope(lambda c: -_of(_terms.difference_of_logs)(c), lambda: (jnp.negative, (_OFF,))),
 )
 _CROSS_ENTROPY = sum_of(
     _of(_terms.neg_x_log_y_of_logs),

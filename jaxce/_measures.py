@@ -198,7 +198,7 @@ def _number(value: float) -> Callable[[], Sum]:
 
 def _but_top(side: int, term: Callable[[Class], Array], c: Class) -> Array:
     """A term of all classes but one with more than half of the probability."""
-    return jnp.where((c.p, c.q)[side] > HALF, 0, term(c))
+    return jnp.where((c.log_p, c.log_q)[side] > math.log(HALF), 0, term(c))
 
 
 def _ends(side: int) -> tuple[Measure, Measure]:
@@ -477,7 +477,8 @@ def _tangents(
         coefficient = p * (slope.f(c) - of_f) if slope.over_p else slope.f(c) - p * of_f
         if rest is not None:
             others = replaced(beside(known.rows[side].others, p) + 0 * p, 1 - p)  # of its shape, and sharded as it is
-            coefficient = jnp.where(p > MOST, others * of_f - beside(rest, p), coefficient)
+            top = (c.log_p, c.log_q)[side] > math.log(MOST)
+            coefficient = jnp.where(top, others * of_f - beside(rest, p), coefficient)
         total[m] += jnp.sum(coefficient * dxs[side].astype(p.dtype), -1)
     return tuple(total[m] for m in measures)
 

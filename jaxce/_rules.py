@@ -242,13 +242,14 @@ mlir.register_lowering(_product, mlir.lower_fun(_evaluate_product, multiple_resu
 
 
 @custom_jvp
+def times(x: Array, y: Array) -> Array:
+    """x * y, and in derivatives 0 times anything is 0. Either has a derivative where the other is 0."""
+    return x * y
+
+
+times.defslopes(lambda x, y: (y, x))
+
+
 def weigh(weight: Array, loss: Array) -> Array:
-    """weight * loss, where a weight of 0 takes away an infinite loss too. Either has a derivative where the other is 0."""
-    return weight * _unless_weightless(weight, loss)
-
-
-def _unless_weightless(weight: Array, loss: Array) -> Array:
-    return jnp.where((weight == 0) & jnp.isinf(loss), 0, loss)
-
-
-weigh.defslopes(lambda weight, loss: (_unless_weightless(weight, loss), weight))
+    """weight * loss, where a weight of 0 takes away an infinite loss too."""
+    return times(weight, jnp.where((weight == 0) & jnp.isinf(loss), 0, loss))

@@ -14,7 +14,7 @@ from jaxce._checks import FINITE, NOT_NEGATIVE, SHARE, ArrayLike, Axis, compiled
 from jaxce._logits import AnyLogits
 from jaxce._measures import GIVEN, LOG_NORMALIZER, NLL, UNIFORM, WEIGHT, Class, Measure, replaced, sum_of
 from jaxce._mesh import on_each_device
-from jaxce._rules import weigh
+from jaxce._rules import times, weigh
 from jaxce._statistics import Logits, read_logits
 
 
@@ -370,8 +370,8 @@ def _of_targets(loss: Loss) -> Measure:
     """sum_k t_k loss(-log p_k)."""
 
     def term(c: Class) -> Array:
-        there = jnp.isfinite(c.log_p)
-        return weigh(c.given, jnp.where(there, loss(jnp.where(there, -c.log_p, 1), *c.options), jnp.inf))
+        cost = jnp.where((c.given == 0) & jnp.isinf(c.log_p), 0, -c.log_p)
+        return times(c.given, loss(cost, *c.options))
 
     return sum_of(term)
 
