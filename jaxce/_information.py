@@ -386,16 +386,31 @@ def _finite(x: Array) -> Array:
 # comes out as 2 c sum_k p q / (p + q). The relative entropy, a sum of p (e^-delta + delta - 1), is off by c times that sum
 # and by c^2 / 2, a Jensen-Shannon divergence by a small multiple of c of itself and by c^2 / 8. The squares count only if
 # the divergence is as small as they are, and p near q. There the sum of p q / (p + q) is 1/2, and that of p - q is c.
+# It is also the sum of p delta less the relative entropy, where these are small.
 
 _OFF = Measure(None, _of(_terms.difference_of_logs))  # 0 but for rounding, so it has no derivatives
+_DRIFT = Measure(None, lambda c: c.p * c.delta)
+
+
+def _off(total: Array, drift: Array) -> Array:
+    """The sum of p - q, which counts where p is near q."""
+    return jnp.where(total < 0.01, drift - total, 0)
+
+
 _RELATIVE_ENTROPY = sum_of(
     _of(_terms.bregman_of_logs),
     Slope(
         lambda c: c.delta,
-        lambda: (lambda total, off: replaced(_finite(total + off), total), (_RELATIVE_ENTROPY, _OFF)),
+        lambda: (lambda total, drift: replaced(_finite(drift), total), (_RELATIVE_ENTROPY, _DRIFT)),
         over_p=True,
     ),
-    Slope(lambda c: -_of(_terms.difference_of_logs)(c), lambda: (jnp.negative, (_OFF,))),
+    Slope(
+        lambda c: -_of(_terms.difference_of_logs)(c),
+        lambda: (
+            lambda total, drift: replaced(-_off(total, drift), jnp.zeros_like(total)),
+            (_RELATIVE_ENTROPY, _DRIFT),
+        ),
+    ),
 )
 _CROSS_ENTROPY = sum_of(
     _of(_terms.neg_x_log_y_of_logs),
@@ -516,8 +531,8 @@ def relative_entropy_with_logits(
     Source: S. Kullback and R. A. Leibler, On information and sufficiency, 1951.
     """
     log_base = _checks.log_base(base)
-    (total, off), (p_there, q_there) = _measure(p_logits, q_logits, axis, where, _RELATIVE_ENTROPY, _OFF)
-    value = replaced(jnp.maximum(total - off**2 / 2, 0), total)
+    (total, drift), (p_there, q_there) = _measure(p_logits, q_logits, axis, where, _RELATIVE_ENTROPY, _DRIFT)
+    value = replaced(jnp.maximum(total - _off(total, drift) ** 2 / 2, 0), total)
     return _in_base(jnp.where(p_there, jnp.where(q_there, value, jnp.inf), 0), log_base)
 
 

@@ -158,6 +158,7 @@ class Class(NamedTuple):
     q: Any = None
     delta: Any = None  # log p - log q
     gap: Any = None  # of p's logit
+    there: Any = None  # whether p's logit isn't -inf
     label: Any = None  # 1 at the label, else 0
     weight: Any = None  # of the class
     given: Any = None  # targets
@@ -197,8 +198,13 @@ def _number(value: float) -> Callable[[], Sum]:
 
 
 def _but_top(side: int, term: Callable[[Class], Array], c: Class) -> Array:
-    """A term of all classes but one with more than half of the probability."""
-    return jnp.where((c.log_p, c.log_q)[side] > math.log(HALF), 0, term(c))
+    """A term of all classes but one with more than half of the probability.
+
+    What it is a multiple of is 0 there, and not the term: XLA:GPU would write out terms to sum them with and without.
+    """
+    top = (c.log_p, c.log_q)[side] > math.log(HALF)
+    factors = {n: x for n in ("p", "q", "given", "uniform") if (x := getattr(c, n)) is not None}
+    return term(c._replace(**{n: jnp.where(top, 0, x) for n, x in factors.items()}))
 
 
 def _ends(side: int) -> tuple[Measure, Measure]:
@@ -400,7 +406,11 @@ def _classes(
     logs = [f(x, row) for x, row in zip(xs, known.rows, strict=True) for f in (log_probability, probability)]
     if len(xs) == 2:
         logs.append(log_ratio(xs[0], known.rows[0], xs[1], known.rows[1]))
-    return Class(*logs, **{"gap": _gap(xs[0], known.rows[0])} | fields), [dx for _, dx in read], dfields
+    return (
+        Class(*logs, **{"gap": _gap(xs[0], known.rows[0]), "there": there(xs[0])} | fields),
+        [dx for _, dx in read],
+        dfields,
+    )
 
 
 def _fields(spec: Spec, state: State, start: Any, x: Array, part: Inputs) -> dict[str, Array]:

@@ -370,8 +370,8 @@ def _of_targets(loss: Loss) -> Measure:
     """sum_k t_k loss(-log p_k)."""
 
     def term(c: Class) -> Array:
-        cost = jnp.where((c.given == 0) & jnp.isinf(c.log_p), 0, -c.log_p)
-        return times(c.given, loss(cost, *c.options))
+        cost = jnp.where((c.given != 0) | c.there, -c.log_p, 0)
+        return times(c.given, loss(cost, c.options[0]))
 
     return sum_of(term)
 
