@@ -358,7 +358,7 @@ def _by_label_dtype(
         z = z.with_labels(given)
         (nll, *weight), _ = z.measure(NLL, *(() if class_weights is None else (WEIGHT,)))
         value = nll if option is None else loss(nll, option)
-        return weigh(*weight, value) if weight else value
+        return weigh(weight[0], value) if weight else value
     z = z.with_targets(given)
     if option is None:
         return z.measure(GIVEN)[0][0]
