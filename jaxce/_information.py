@@ -415,7 +415,7 @@ _RELATIVE_ENTROPY = sum_of(
 _CROSS_ENTROPY = sum_of(
     _of(_terms.neg_x_log_y_of_logs),
     Slope(lambda c: _finite(-c.log_q), lambda: (_finite, (_CROSS_ENTROPY,)), over_p=True),
-    Slope(lambda c: -c.p, lambda: (lambda: -1.0, ())),
+    Slope(lambda c: -c.p, lambda: (lambda: -1.0, ()), rest_at=lambda c: -c.not_p),
 )
 _JENSEN_SHANNON = sum_of(
     _of(_terms.jensen_shannon_of_logs),

@@ -157,6 +157,8 @@ class Class(NamedTuple):
     log_q: Any = None
     q: Any = None
     delta: Any = None  # log p - log q
+    not_p: Any = None  # 1 - p
+    not_q: Any = None
     gap: Any = None  # of p's logit
     there: Any = None  # whether p's logit isn't -inf
     label: Any = None  # 1 at the label, else 0
@@ -173,6 +175,7 @@ class Slope(NamedTuple):
     total: Callable[[], Sum] | None = None  # F; None if it is summed
     rest: Callable[[], Sum] | None = None  # R; None if it is summed
     over_p: bool = False  # whether f is given over p, so that p F doesn't underflow beside p f
+    rest_at: Callable[[Class], Array] | None = None  # R of what the top is, where that says it
     cancels: bool = True  # whether f and p F may be nearly equal at the top
 
 
@@ -202,7 +205,7 @@ def _but_top(side: int, term: Callable[[Class], Array], c: Class) -> Array:
 
     What it is a multiple of is 0 there, and not the term: XLA:GPU would write out terms to sum them with and without.
     """
-    top = (c.log_p, c.log_q)[side] > math.log(HALF)
+    top = (c.p, c.q)[side] > HALF
     factors = {n: x for n in ("p", "q", "given", "uniform") if (x := getattr(c, n)) is not None}
     return term(c._replace(**{n: jnp.where(top, 0, x) for n, x in factors.items()}))
 
@@ -307,8 +310,10 @@ def _total(side: int, slope: Slope) -> Sum:
 
 
 @functools.cache
-def _rest(side: int, slope: Slope) -> Sum:
-    """R."""
+def _rest(side: int, slope: Slope) -> Sum | None:
+    """R, if it is needed."""
+    if slope.rest_at or not slope.cancels:
+        return None
     if slope.rest:
         return slope.rest()
     term = partial(_but_top, side, partial(_f, side, slope))
@@ -406,11 +411,16 @@ def _classes(
     logs = [f(x, row) for x, row in zip(xs, known.rows, strict=True) for f in (log_probability, probability)]
     if len(xs) == 2:
         logs.append(log_ratio(xs[0], known.rows[0], xs[1], known.rows[1]))
-    return (
-        Class(*logs, **{"gap": _gap(xs[0], known.rows[0]), "there": there(xs[0])} | fields),
-        [dx for _, dx in read],
-        dfields,
-    )
+    nots = (_not(p, row) for p, row in zip(logs[1:4:2], known.rows, strict=True))
+    fields |= dict(zip(("not_p", "not_q"), nots, strict=False))
+    fields |= {"gap": _gap(xs[0], known.rows[0]), "there": there(xs[0])}
+    return Class(*logs, **fields), [dx for _, dx in read], dfields
+
+
+def _not(p: Array, row: Row) -> Array:
+    """1 - p, from the sum of the others where it is most."""
+    others = beside(row.others, p) + 0 * p  # of its shape, and sharded as it is
+    return replaced(jnp.where(p > MOST, others, 1 - p), 1 - p)
 
 
 def _fields(spec: Spec, state: State, start: Any, x: Array, part: Inputs) -> dict[str, Array]:
@@ -432,7 +442,7 @@ def _(specs: tuple[Spec, ...], measures: tuple[Measure, ...], primals: Any, tang
     doptions = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents[1])
     sides = [i for i, d in enumerate(dinputs) if any(n in LOGITS for n in d)]
     varying = tuple((m, i) for m in measures for i in sides if m.slopes[i : i + 1] not in ((), (None,)))
-    totals = [(_total(i, m.slopes[i]), _rest(i, m.slopes[i]) if m.slopes[i].cancels else None) for m, i in varying]
+    totals = [(_total(i, m.slopes[i]), _rest(i, m.slopes[i])) for m, i in varying]
     ends = ENDS[: len(specs)]
     found = [m for pair in totals for total in pair if total for m in total[1]]
     wanted = tuple(dict.fromkeys([*measures, *(m for pair in ends for m in pair), *found]))
@@ -485,10 +495,9 @@ def _tangents(
     for (m, side), (of_f, rest) in zip(varying, known.totals, strict=True):
         slope, p, of_f = m.slopes[side], (c.p, c.q)[side], beside(of_f, c.p)
         coefficient = p * (slope.f(c) - of_f) if slope.over_p else slope.f(c) - p * of_f
-        if rest is not None:
-            others = replaced(beside(known.rows[side].others, p) + 0 * p, 1 - p)  # of its shape, and sharded as it is
-            top = (c.log_p, c.log_q)[side] > math.log(MOST)
-            coefficient = jnp.where(top, others * of_f - beside(rest, p), coefficient)
+        if slope.cancels:
+            rest = beside(rest, p) if slope.rest_at is None else slope.rest_at(c)
+            coefficient = jnp.where(p > MOST, (c.not_p, c.not_q)[side] * of_f - rest, coefficient)
         total[m] += jnp.sum(coefficient * dxs[side].astype(p.dtype), -1)
     return tuple(total[m] for m in measures)
 

@@ -328,9 +328,8 @@ jensen_shannon_of_logs.defslopes(_jensen_shannon_of_logs_slopes, jnp.multiply)
 @custom_jvp
 def neg_x_log_y_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
     """-p log q: 0 where p isn't there, +inf where q alone isn't. d/dlog p = -p log q, d/dlog q = -p."""
-    absent = log_q == -np.inf
-    term = p * jnp.where(absent, 0, -log_q)
-    return jnp.where(absent & (log_p != -np.inf), jnp.inf, term)
+    # One selection after the other: XLA:GPU would write out what is compared twice.
+    return jnp.where(log_p == -np.inf, 0, jnp.where(log_q == -np.inf, np.inf, p * -log_q))
 
 
 neg_x_log_y_of_logs.defslopes(lambda *logs: (neg_x_log_y_of_logs(*logs), None, -logs[1], None, None), jnp.multiply)

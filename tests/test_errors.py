@@ -27,7 +27,7 @@ INTS = jnp.zeros((2, 3), "int32")
 BOOLS = jnp.zeros((2, 3), bool)
 
 # function: valid positional arguments, the names of those that must be floating point, and what the second is: numbers
-# that broadcast to the first ("dense"), integers ("integer"), either ("both"), or of the very shape of the first ("exact")
+# that broadcast to the first ("dense"), integers ("integer"), or either ("both")
 VALID: dict[str, tuple[tuple[Any, ...], tuple[str, ...], str | None]] = {
     "softmax_cross_entropy": ((X, T), ("logits",), "dense"),
     "safe_softmax_cross_entropy": ((X, T), ("logits",), "dense"),
@@ -47,15 +47,15 @@ VALID: dict[str, tuple[tuple[Any, ...], tuple[str, ...], str | None]] = {
     "nll": ((X, Y), ("log_probs",), "integer"),
     "surprisal": ((P,), ("p",), None),
     "entropy": ((P,), ("p",), None),
-    "cross_entropy": ((P, T), ("p", "q"), "exact"),
-    "relative_entropy": ((P, T), ("p", "q"), "exact"),
-    "jensen_shannon_divergence": ((P, T), ("p", "q"), "exact"),
+    "cross_entropy": ((P, T), ("p", "q"), "dense"),
+    "relative_entropy": ((P, T), ("p", "q"), "dense"),
+    "jensen_shannon_divergence": ((P, T), ("p", "q"), "dense"),
     "mutual_information": ((P,), (), None),
     "differential_entropy": ((jnp.arange(10.0),), (), None),
     "entropy_with_logits": ((X,), ("logits",), None),
-    "cross_entropy_with_logits": ((X, X), ("p_logits", "q_logits"), "exact"),
-    "relative_entropy_with_logits": ((X, X), ("p_logits", "q_logits"), "exact"),
-    "jensen_shannon_divergence_with_logits": ((X, X), ("p_logits", "q_logits"), "exact"),
+    "cross_entropy_with_logits": ((X, X), ("p_logits", "q_logits"), "dense"),
+    "relative_entropy_with_logits": ((X, X), ("p_logits", "q_logits"), "dense"),
+    "jensen_shannon_divergence_with_logits": ((X, X), ("p_logits", "q_logits"), "dense"),
     "logsumexp": ((X,), ("logits",), None),
     "log_softmax": ((X,), ("logits",), None),
     "softmax_statistics": ((X, Y), ("logits",), "integer"),
@@ -121,8 +121,8 @@ def bad_calls() -> list[Any]:
             for bad in (X.astype(complex), None) if argument in ("joint", "losses") else (INTS, BOOLS, None):
                 rows.append((name, (*args[:i], bad, *args[i + 1 :]), {}, TypeError, argument))
         second = SECOND.get(name, "labels")
-        if labels in ("dense", "exact"):
-            bad_shapes = [T[:, :2], T[None], T[:, :2, None]] + ([T[:1], T[0]] if labels == "exact" else [])
+        if labels == "dense":
+            bad_shapes = [T[:, :2], T[None], T[:, :2, None]]
             rows += [(name, (args[0], bad), {}, ValueError, second) for bad in bad_shapes]
             rows += [(name, (args[0], bad), {}, TypeError, second) for bad in (None, T.astype(complex))]
         if labels in ("integer", "both"):
