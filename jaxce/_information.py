@@ -436,8 +436,8 @@ def entropy_with_logits(
 
     where both terms are at least 0, so that a nearly certain distribution has an entropy with all its digits. A class that
     is masked, or whose logit is -inf, isn't there. A row with none left has entropy 0. The derivative by :math:`x_j` is
-    :math:`p_j (g_j - \sum_k p_k g_k)`. Right to 4 ulp, and half an eps more for each nat
-    that the classes that decide lie below the maximum; the gradient as much, of its largest part.
+    :math:`p_j (g_j - \sum_k p_k g_k)`. Right to 4 ulp, plus eps/2 per nat between
+    the maximum and the classes that dominate the result; the gradient as much, of its largest part.
 
     Args:
       logits: scores, of shape [..., classes], an array, `LinearLogits` or `ShardedLogits`.

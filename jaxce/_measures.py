@@ -175,7 +175,7 @@ class Slope(NamedTuple):
     total: Callable[[], Sum] | None = None  # F; None if it is summed
     rest: Callable[[], Sum] | None = None  # R; None if it is summed
     over_p: bool = False  # whether f is given over p, so that p F doesn't underflow beside p f
-    rest_at: Callable[[Class], Array] | None = None  # R of what the top is, where that says it
+    rest_at: Callable[[Class], Array] | None = None  # R from the top class alone, where that needs no sum
     cancels: bool = True  # whether f and p F may be nearly equal at the top
 
 

@@ -315,8 +315,8 @@ def sigmoid_binary_cross_entropy(
         labels: probabilities of yes, floating point, integer or boolean, of the same shape or one that broadcasts to it.
         where: what takes part: booleans or integers (what isn't 0) with as many axes as logits, which broadcast to
             them. The rest has loss 0 and gradient 0, whatever it holds.
-        pos_weight: how often a yes counts, a number or an array that broadcasts to logits; no / yes of the data makes
-            both count the same. PyTorch's meaning, soft labels included.
+        pos_weight: weight of the positive class, a number or an array that broadcasts to logits; negatives / positives
+            of the data balances the two. PyTorch's meaning, soft labels included.
         label_smoothing: what share of each label is replaced by 1/2, in [0, 1]. Keras' meaning.
 
     Returns:
@@ -359,7 +359,7 @@ def sigmoid_focal_loss(
     gamma: ArrayLike = 2.0,
     where: ArrayLike | None = None,
 ) -> Array:
-    r"""Binary cross-entropy that looks away from what is already right.
+    r"""Binary cross-entropy that down-weights examples that are already classified well.
 
     .. math::
         \alpha_t (1 - p_t)^\gamma \cdot \text{binary cross-entropy}, \qquad

@@ -46,8 +46,8 @@ def softmax_cross_entropy_with_integer_labels(
     row that counts, gives NaN in value and gradient: so for a padding label of -100 give ``where=labels != -100``. An
     infinite logit counts as the largest finite number.
 
-    Values are right to 4 ulp, and half an eps more for each nat that the classes that decide lie below the maximum, which
-    is what the last bit of the logits means; gradients as much, of :math:`p_k`, or of :math:`1 - p_y` at the label. Terms
+    Values are right to 4 ulp, plus eps/2 per nat between the maximum and the classes that dominate the result, which is
+    what the last bit of the logits means; gradients as much, of :math:`p_k`, or of :math:`1 - p_y` at the label. Terms
     below the smallest normal number are flushed to zero by XLA:CPU.
 
     Args:
@@ -216,7 +216,7 @@ def softmax_focal_loss(
     gamma: ArrayLike = 2.0,
     class_weights: ArrayLike | None = None,
 ) -> Array:
-    r"""Focal loss: cross-entropy in which examples count less the better they are classified.
+    r"""Focal loss: cross-entropy that down-weights examples that are already classified well.
 
     .. math:: \ell = \sum_k w_k t_k (1 - p_k)^\gamma (-\log p_k)
 
