@@ -17,11 +17,10 @@ from jax import Array, lax
 
 from jaxce import _checks, _terms
 from jaxce._checks import ArrayLike, Axis, compiled
+from jaxce._inputs import read_logits
 from jaxce._logits import AnyLogits, NotArray
 from jaxce._measures import ENTROPY, Class, Measure, Slope, measure, replaced, sum_of
-from jaxce._mesh import on_each_device
 from jaxce._rules import custom_jvp, largest, product
-from jaxce._statistics import read_logits
 
 
 def classes_of(axis: Axis, where: ArrayLike | None, fill: float, **arguments: ArrayLike) -> tuple[Array, ...]:
@@ -365,10 +364,7 @@ def _measure(
         q = arrays["q_logits"] = _checks.dense("q_logits", q, p.shape, q.dtype, "p_logits")
     elif p.shape != q.shape:
         raise _checks.ArgumentValueError(f"q_logits must have the shape of p_logits, {p.shape}, got shape {q.shape}")
-    read = [read_logits(n, x, axis, where, p, q) for n, x in arrays.items()]
-    size, strips = min(z.spec.size for z in read), max(z.spec.strips for z in read)
-    specs = tuple(z.spec._replace(size=size, strips=strips) for z in read)
-    values, states = measure(specs, tuple(z.inputs for z in read), measures)
+    values, states = measure(tuple(read_logits(n, x, axis, where, p, q) for n, x in arrays.items()), measures)
     return values, tuple(state.present for state in states)
 
 
@@ -424,7 +420,6 @@ _JENSEN_SHANNON = sum_of(
 
 
 @compiled("axis", "base")
-@on_each_device("batch")
 def entropy_with_logits(
     logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None, *, base: float | None = None
 ) -> Array:
@@ -457,11 +452,10 @@ def entropy_with_logits(
     """
     log_base = _checks.log_base(base)
     z = read_logits("logits", logits, axis, where)
-    return _in_base(z.measure(ENTROPY)[0][0], log_base)
+    return _in_base(measure((z,), (ENTROPY,))[0][0], log_base)
 
 
 @compiled("axis", "base")
-@on_each_device("batch")
 def cross_entropy_with_logits(
     p_logits: AnyLogits,
     q_logits: AnyLogits,
@@ -498,7 +492,6 @@ def cross_entropy_with_logits(
 
 
 @compiled("axis", "base")
-@on_each_device("batch")
 def relative_entropy_with_logits(
     p_logits: AnyLogits,
     q_logits: AnyLogits,
@@ -537,7 +530,6 @@ def relative_entropy_with_logits(
 
 
 @compiled("axis", "base")
-@on_each_device("batch")
 def jensen_shannon_divergence_with_logits(
     p_logits: AnyLogits,
     q_logits: AnyLogits,

@@ -28,8 +28,8 @@ from jax.sharding import AxisType
 
 from jaxce import _checks, _mesh, _platforms
 from jaxce._checks import FINITE, SHARE, ArrayLike, AxisName, compiled
+from jaxce._inputs import Inputs, Spec, on_each_device, read_logits
 from jaxce._logits import LinearLogits, product, shape_logits
-from jaxce._mesh import on_each_device
 from jaxce._reduction import weighted_mean
 from jaxce._rules import custom_jvp
 from jaxce._softmax import softmax_cross_entropy_with_integer_labels
@@ -147,64 +147,41 @@ def linear_cross_entropy(
     """
     if not isinstance(logits, LinearLogits):
         raise _checks.ArgumentTypeError(f"logits must be LinearLogits, got {_checks.describe(logits)}")
-    y = _checks.labels_of_rows(labels, logits.shape, (logits.ndim - 1,))
-    all_count = weights is None
-    w = jnp.ones(y.shape, logits.dtype) if weights is None else jnp.asarray(weights)
+    z = read_logits("logits", logits).with_labels(labels).with_weights(class_weights)
+    y = z.inputs["labels"]
+    w = jnp.ones(y.shape, z.dtype) if weights is None else jnp.asarray(weights)
     _checks.same_shape("weights", w, y.shape, "the shape of the labels")
-    w = w.astype(logits.dtype)
+    w = w.astype(z.dtype)
     if chunk_size is not None:
         chunk_size = _checks.positive_integer("chunk_size", chunk_size, "None or a positive integer")
     if not isinstance(has_aux, bool):
         raise _checks.ArgumentTypeError(f"has_aux must be True or False, got {has_aux!r}")
 
-    total, aux = _total(logits, y, w, label_smoothing, class_weights, z_loss, chunk_size, has_aux, all_count)
+    numbers = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    numbers = {name: jnp.asarray(value) for name, value in numbers.items() if value is not None}
+    counts = {} if weights is None else {"rows": w != 0}
+    run = partial(_total, chunk_size, has_aux)
+    total, aux = on_each_device(run, (z.having(example_weights=w, **counts, **numbers),), results=("total", "rows"))
     mean = weighted_mean(total, normalizer=jnp.sum(w) if normalizer is None else normalizer)
     return (mean, aux) if has_aux else mean
 
 
-@on_each_device("total", "batch")
-def _total(
-    logits: LinearLogits,
-    labels: Array,
-    weights: Array,
-    label_smoothing: ArrayLike,
-    class_weights: ArrayLike | None,
-    z_loss: ArrayLike,
-    chunk_size: int | None,
-    has_aux: bool,
-    all_count: bool,
-) -> tuple[Array, Aux | None]:
+def _total(chunk_size: int | None, has_aux: bool, specs: tuple[Spec], given: tuple[Inputs]) -> tuple[Array, Aux | None]:
     """The weighted sum of the losses, and what is told of each example."""
-    axis_name, counts = logits.axis_name, weights != 0
-    given = {"label_smoothing": label_smoothing, "z_loss": z_loss, "class_weights": class_weights}
-    modifiers: Any = {name: value for name, value in given.items() if value is not None}
-    if "class_weights" in modifiers:
-        modifiers["class_weights"] = _checks.real("class_weights", modifiers["class_weights"])
-        of = "one number per class"
-        _checks.same_shape("class_weights", modifiers["class_weights"], (logits.classes,), of)
-
-    # What a row holds that takes no part must not be multiplied by anything, even 0.
-    hidden = jnp.where(counts[..., None], _mesh.whole(jnp.asarray(logits.hidden), -1), 0)
-    labels = jnp.where(counts, labels, 0)
-    if labels.dtype.itemsize <= 4:  # 8 bits may be too few for the number of classes
-        labels = labels.astype(jnp.int32)
-    fields = {name: getattr(logits, name) for name in ("bias", "soft_cap", "temperature")}
-    fields["kernel"] = _mesh.whole(jnp.asarray(logits.kernel), -1 - logits.class_axis)
-    fields |= {"hidden": hidden.reshape(labels.size, hidden.shape[-1]), "weights": weights.reshape(labels.size)}
-    inputs = {name: jnp.asarray(value) for name, value in (fields | modifiers).items() if value is not None}
-    inputs = {
-        name: value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(logits.dtype)
-        for name, value in inputs.items()
-    }
-    if axis_name is not None:
-        _mesh.check("logits", axis_name, inputs["kernel"])
+    (spec,), (own,) = specs, given
+    labels = jnp.where(own["rows"], own["labels"], 0) if "rows" in own else own["labels"]
+    names = {"weights": "class_weights", "example_weights": "weights"}
+    inputs = {names.get(name, name): x for name, x in own.items() if name not in ("labels", "rows")}
+    inputs = {name: x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(spec.dtype) for name, x in inputs.items()}
+    inputs["hidden"] = inputs["hidden"].reshape(labels.size, inputs["hidden"].shape[-1])
+    inputs["weights"] = inputs["weights"].reshape(labels.size)
     inputs = _mesh.vary(inputs, _mesh.varying(inputs, labels))
-    options = _Options(chunk_size, logits.class_axis, logits.block_size, axis_name, has_aux, all_count)
+    options = _Options(chunk_size, spec.class_axis, spec.block_size, spec.axis_name, has_aux, "rows" not in own)
     weighted_sum = _sum_by_blocks if "label_smoothing" in inputs else _weighted_sum
     total, aux = weighted_sum(options, labels.reshape(labels.size), inputs)
-    if axis_name is not None:
-        first = lax.axis_index(axis_name) == 0  # all devices know the same of an example
-        total, aux = lax.psum((total, jax.tree.map(lambda x: jnp.where(first, x, 0), aux)), axis_name)
+    if spec.axis_name is not None:
+        first = lax.axis_index(spec.axis_name) == 0  # all devices know the same of an example
+        total, aux = lax.psum((total, jax.tree.map(lambda x: jnp.where(first, x, 0), aux)), spec.axis_name)
     return total, jax.tree.map(lambda x: x.reshape(labels.shape), aux)
 
 
@@ -217,8 +194,8 @@ class _Options(NamedTuple):
     all_count: bool  # whether no weights were given
 
 
-Inputs = dict[str, Array]
-"""What the loss is differentiated by, with all examples on one axis."""
+# What the loss is differentiated by are `Inputs` with all examples on one axis, where "weights" are those of the examples
+# and "class_weights" those of the classes.
 
 Aux = tuple[Array, Array]
 """The loss and the log-normalizer of each example, 0 where its weight is."""

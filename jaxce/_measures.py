@@ -44,11 +44,11 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from jaxce import _mesh, _platforms
-from jaxce._passes import Inputs, Spec, add_up, along, block_of, by_rows, logits_of, state_of
+from jaxce._inputs import LOGITS, Inputs, Logits, Spec, on_each_device
+from jaxce._passes import add_up, along, block_of, by_rows, logits_of, state_of
 from jaxce._rules import custom_jvp, largest, weigh
 from jaxce._state import Ask, State, Targets, beside, targets_of, there
 
-LOGITS = "array", "hidden", "kernel", "bias", "temperature", "soft_cap"
 LABELS = "labels", "targets", "chosen", "shares", "weights"
 
 HALF, MOST = 0.5, 0.6
@@ -335,9 +335,21 @@ class _Known(NamedTuple):
 
 
 def measure(
-    specs: tuple[Spec, ...], inputs: tuple[Inputs, ...], measures: tuple[Measure, ...], *options: Array
+    logits: tuple[Logits, ...], measures: tuple[Measure, ...], *options: Array, prediction: bool = False
 ) -> tuple[tuple[Array, ...], tuple[State, ...]]:
     """The measures, which are differentiable, and the states of the rows of each softmax, which aren't."""
+
+    def run(specs: tuple[Spec, ...], inputs: tuple[Inputs, ...], *options: Array) -> Any:
+        specs = tuple(spec._replace(ask=Ask(prediction=prediction)) for spec in specs)
+        return measure_part(specs, inputs, measures, *options)
+
+    return on_each_device(run, logits, *options)
+
+
+def measure_part(
+    specs: tuple[Spec, ...], inputs: tuple[Inputs, ...], measures: tuple[Measure, ...], *options: Array
+) -> tuple[tuple[Array, ...], tuple[State, ...]]:
+    """The same of what this device has."""
 
     def whole(*inputs: Inputs) -> Any:
         return _measure(specs, measures, inputs, options)
@@ -502,10 +514,16 @@ def _tangents(
     return tuple(total[m] for m in measures)
 
 
-def log_probabilities(spec: Spec, inputs: Inputs) -> Array:
-    """log p of all classes of an array, -inf where one isn't there."""
-    # An array is widened, since its gradient is a sum of two, which is to be rounded once.
-    inputs = inputs | {"array": inputs["array"].astype(spec.dtype)}
-    values, (state,) = measure((spec,), (inputs,), (LOG_NORMALIZER, TOP))
-    x, row = _mesh.vary((logits_of(spec, inputs), row_of(state, *values)), _mesh.varying(inputs, values))
-    return jnp.where(beside(row.present, x), log_probability(x, row), -np.inf)
+def log_probabilities(logits: Logits) -> Array:
+    """log p of all classes, -inf where one isn't there, with the classes last."""
+
+    def run(specs: tuple[Spec, ...], inputs: tuple[Inputs, ...]) -> Array:
+        (spec,), (own,) = specs, inputs
+        # An array is widened, since its gradient is a sum of two, which is to be rounded once.
+        whole = {n: x for n, x in own.items() if n not in LOGITS} | {"array": logits_of(spec, own).astype(spec.dtype)}
+        spec = spec._replace(size=spec.classes, strips=1, chunks=1)
+        values, (state,) = measure_part((spec,), (whole,), (LOG_NORMALIZER, TOP))
+        x, row = _mesh.vary((logits_of(spec, whole), row_of(state, *values)), _mesh.varying(whole, values))
+        return jnp.where(beside(row.present, x), log_probability(x, row), -np.inf)
+
+    return on_each_device(run, (logits,), results="logits")

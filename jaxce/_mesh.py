@@ -1,13 +1,10 @@
-"""What the devices of a mesh know of each other, and functions that each device runs on its part."""
+"""What the devices of a mesh know of each other, and functions that each device runs on its part of some arrays."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import inspect
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 from jaxce import _checks
 from jaxce._checks import AxisName
-from jaxce._logits import LinearLogits, ShardedLogits
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 _T = TypeVar("_T")
 
 
@@ -130,115 +125,45 @@ batching.primitive_batchers[_whole] = _batch_whole
 mlir.register_lowering(_whole, _lower_whole)
 
 
-# Arrays on a mesh with explicit axis types show in their types how they are sharded. There each device runs a function of
-# logits on its own part, so that no rule for whole arrays (of a gather, a reshape, a loop over blocks) can refuse it.
+# Arrays on a mesh with explicit axis types show in their types how they are sharded.
 
 
-def on_each_device(*results: str) -> Callable[[_F], _F]:
-    """A decorator for functions of logits; results have the shape of the "batch" or the "logits", or are a "total".
-
-    What each array of a result is, is said once; if there are several results they are a tuple.
-    """
-
-    def decorate(function: _F) -> _F:
-        signature = inspect.signature(function)
-
-        @functools.wraps(function)
-        def spread(*args: Any, **kwargs: Any) -> Any:
-            given = (*args, *kwargs.values())
-            linear = [x for x in given if isinstance(x, LinearLogits)]
-            if not linear or not any(any(_spec(leaf)) for leaf in jax.tree.leaves(given)):
-                return function(*args, **kwargs)
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            return _run_on_each_device(function, bound.arguments, results)
-
-        return cast(_F, spread)
-
-    return decorate
+def names(part: Any) -> tuple[str, ...]:
+    """The axes of the mesh over which an axis of an array is sharded."""
+    return (part,) if isinstance(part, str) else tuple(part or ())
 
 
 def _spec(x: Any) -> tuple[Any, ...]:
-    """Over which axes of an explicit mesh each axis of an array is sharded."""
-    if not isinstance(x, jax.Array):
-        return ()
+    """That of each axis."""
     spec = tuple(jax.typeof(x).sharding.spec)
     return spec + (None,) * (x.ndim - len(spec))
 
 
-def _run_on_each_device(function: Callable[..., Any], given: dict[str, Any], results: tuple[str, ...]) -> Any:
-    arrays = {name: x for name, x in given.items() if isinstance(x, jax.Array | LinearLogits)}
-    leaves, tree = jax.tree.flatten(arrays)
-    logits = [x for name, x in arrays.items() if name.endswith("logits")]
-    shape = logits[0].shape
-    axes = _checks.axes(given.get("axis", -1), len(shape))
-    batch = [a for a in range(len(shape)) if a not in axes]
-    places = [place for name, x in sorted(arrays.items()) for place in _places(name, x, shape, batch, axes[0])]
-    mesh = next(jax.typeof(leaf).sharding.mesh for leaf in leaves if any(_spec(leaf)))
-    if None in places:  # the function will say what doesn't fit
-        whole = [reshard(leaf, NamedSharding(mesh, PartitionSpec())) for leaf in leaves]
-        return function(**given | jax.tree.unflatten(tree, whole))
+def is_explicit(arrays: list[Array]) -> bool:
+    """Whether any of the arrays is sharded over axes of a mesh with explicit types."""
+    return any(any(_spec(x)) for x in arrays)
 
-    # Each axis of the logits is sharded as they are, or else as what comes with them; and over each axis of the mesh only
-    # one: the batch comes before the classes.
-    parts: dict[Any, Any] = {}
-    taken: set[str] = set()
-    owners = [name for name, x in sorted(arrays.items()) for _ in jax.tree.leaves(x)]
-    for is_logits in (True, False):
-        for axis in (*batch, axes[0]):
-            for owner, leaf, place in zip(owners, leaves, places, strict=True):
-                part = _spec(leaf)[place.index(axis)] if axis in place else None
-                names = {part} if isinstance(part, str) else set(part or ())
-                if owner.endswith("logits") == is_logits and axis not in parts and names and not names & taken:
-                    parts[axis] = part
-                    taken |= names
 
-    specs = [PartitionSpec(*map(parts.get, place)) for place in places]
-    leaves = [reshard(leaf, NamedSharding(mesh, spec)) for leaf, spec in zip(leaves, specs, strict=True)]
-    name = parts.get(axes[0])
+def parts(arrays: list[Array], places: list[tuple[Any, ...]]) -> dict[Any, Any]:
+    """How devices share some arrays: by the name of an axis, over which axes of the mesh it is sharded.
 
-    def part_of(x: Any) -> Any:
-        if isinstance(x, LinearLogits):
-            return dataclasses.replace(x, axis_name=name)
-        return x if name is None else ShardedLogits(x, name)
+    A place gives a name to each axis of an array, or None to one that stays whole. Axes of a name are sharded alike, as the
+    first array that is; over each axis of the mesh only one is.
+    """
+    found: dict[Any, Any] = {}
+    for x, place in zip(arrays, places, strict=True):
+        for axis, part in zip(place, _spec(x), strict=True):
+            taken = {n for other in found.values() for n in names(other)}
+            if axis is not None and axis not in found and names(part) and not taken & {*names(part)}:
+                found[axis] = part
+    return found
 
-    def run(*leaves: Array) -> Any:
-        here = given | jax.tree.unflatten(tree, leaves)
-        value = function(**{n: part_of(x) if n.endswith("logits") else x for n, x in here.items()})
-        values = value if len(results) > 1 else (value,)
-        pairs = zip(results, values, strict=True)
-        values = tuple(lax.psum(v, tuple(rows)) if result == "total" and rows else v for result, v in pairs)
-        return values if len(results) > 1 else values[0]
 
-    rows = [n for a in batch for n in ([parts[a]] if isinstance(parts.get(a), str) else parts.get(a) or ())]
-    kept = {"batch": batch, "logits": range(len(shape)), "total": ()}
-    outs = tuple(PartitionSpec(*(parts.get(a) for a in kept[result])) for result in results)
-    out = outs if len(results) > 1 else outs[0]
+def spread(function: Callable[..., Any], arrays: list[Array], specs: list[PartitionSpec], results: Any) -> Any:
+    """function(*arrays) of each device's part of them."""
+    mesh = next(jax.typeof(x).sharding.mesh for x in arrays if any(_spec(x)))
+    placed = [reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
+    used = {name for spec in specs for part in spec for name in names(part)}
     explicit = all(t == AxisType.Explicit for t in mesh.axis_types)
-    axis_names = set() if explicit else taken  # all of them, but those of an enclosing vmap
-    return jax.shard_map(run, mesh=mesh, in_specs=tuple(specs), out_specs=out, axis_names=axis_names)(*leaves)
-
-
-def _places(name: str, x: Any, shape: tuple[int, ...], batch: list[int], class_axis: int) -> list[Any]:
-    """For each array of an argument the axes of the logits that its own go with, or None where its shape doesn't fit."""
-    last = len(shape) - 1
-    if isinstance(x, LinearLogits):
-        if x.shape != shape:
-            return [None]
-        kernel = [last, None] if x.class_axis == 0 else [None, last]
-        return [[*range(last), None], kernel] + [[last] * leaf.ndim for leaf in jax.tree.leaves(x)[2:]]
-    if name in ("chosen", "shares"):
-        return [[*batch, None] if x.shape[:-1] == tuple(shape[a] for a in batch) else None]
-    if name == "class_weights":
-        return [[class_axis] if x.ndim == 1 else None]
-    if not x.ndim:  # an option
-        return [[]]
-    if x.shape == shape:
-        return [[*range(len(shape))]]
-    if x.shape == tuple(shape[a] for a in batch):
-        return [batch]
-    if name not in ("where", "labels") or x.ndim > len(shape):
-        return [None]
-    axes = range(len(shape) - x.ndim, len(shape))
-    fits = all(n in (1, shape[a]) for n, a in zip(x.shape, axes, strict=True))
-    return [[None if n == 1 else a for n, a in zip(x.shape, axes, strict=True)] if fits else None]
+    axis_names = set() if explicit else used  # all of them, but those of an enclosing vmap
+    return jax.shard_map(function, mesh=mesh, in_specs=tuple(specs), out_specs=results, axis_names=axis_names)(*placed)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,48 +21,11 @@ import numpy as np
 from jax import Array, lax
 
 from jaxce import _mesh, _platforms
-from jaxce._checks import AxisName
+from jaxce._inputs import ALONG_CLASSES, OF_ROWS, Inputs, Spec
 from jaxce._logits import product, shape_logits
-from jaxce._state import Ask, Block, State, beside, meet, meet_all, meet_devices, nothing
-
-Inputs = dict[str, Array]
-"""What a pass goes over, by name.
-
-The logits are an "array", or "hidden" states and a "kernel", perhaps with "bias", "temperature" and "soft_cap". With
-them may come masks, True where something is there: of "rows", of "classes" and of "entries" (whose axes of rows may be
-of length 1); "labels", one for each row; "targets", as "entries", or "shares" of the "chosen" classes, some for each
-row; "weights", one for each class.
-"""
-
-ALONG_CLASSES = {"array": -1, "kernel": None, "bias": 0, "classes": 0, "entries": -1, "targets": -1, "weights": 0}
-"""The axis of classes of each input that has one; that of a kernel is its own."""
-
-
-class Spec(NamedTuple):
-    """What is fixed while tracing."""
-
-    dtype: np.dtype  # to compute in
-    classes: int  # on this device
-    size: int  # classes of a strip in a block
-    strips: int = 1
-    class_axis: int = -1  # of the kernel
-    half: bool = False  # whether hidden and kernel are bfloat16
-    axis_name: AxisName | None = None  # over which the classes are sharded
-    chunks: int = 1  # of rows, one after the other, where a block of all of them would be too large
-    ask: Ask = Ask()
-
-    @property
-    def length(self) -> int:
-        """Classes of a strip."""
-        return self.classes // self.strips
-
+from jaxce._state import Block, State, beside, meet, meet_all, meet_devices, nothing
 
 # ------------------------------------------------------------------------------------------------------------- one block
-
-
-def _axis(spec: Spec, name: str, x: Array) -> int:
-    axis = ALONG_CLASSES[name]
-    return (spec.class_axis if axis is None else axis) % x.ndim
 
 
 def _strips(spec: Spec, x: Array, axis: int) -> Array:
@@ -76,7 +39,7 @@ def _cut(spec: Spec, inputs: Inputs, start: Any, size: int) -> Inputs:
     def cut(name: str, x: Array) -> Array:
         if name not in ALONG_CLASSES:
             return jnp.broadcast_to(x, (spec.strips, *x.shape)) if name == "hidden" and spec.strips > 1 else x
-        axis = _axis(spec, name, x)
+        axis = spec.axis(name, x)
         x = _strips(spec, x, axis)
         return x if size == spec.length else _platforms.dynamic_slice(x, start, size, axis + (spec.strips > 1))
 
@@ -180,7 +143,7 @@ def state_of(spec: Spec, inputs: Inputs) -> State:
 
     def part(start: Any, size: int, _: Any) -> State:
         read, cut = reading(spec, _cut(spec, inputs, start, size), start)
-        return _platforms.over_classes(read, cut, OF_ROWS, spec.ask, spec.dtype, spec.strips)
+        return _platforms.over_classes(read, cut, spec.ask, spec.dtype, spec.strips)
 
     state = _fold(spec, part, meet, nothing)
     if spec.strips > 1:
@@ -240,7 +203,7 @@ def _even(spec: Spec) -> int:
 
 def _split(spec: Spec, name: str, x: Array) -> tuple[Array, Array]:
     """All equal blocks, stacked, and what is left of each strip."""
-    axis = _axis(spec, name, x)
+    axis = spec.axis(name, x)
     x = _strips(spec, x, axis)
     axis += spec.strips > 1
     count = spec.length // spec.size
@@ -273,11 +236,6 @@ def split_rows(x: Array, chunks: int) -> Array:
 def join_rows(x: Array, rows: int) -> Array:
     """What `split_rows` has split."""
     return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])[:rows]
-
-
-OF_ROWS = {name: 1 for name in ("array", "logits", "hidden", "entries", "targets", "chosen", "shares")}
-OF_ROWS |= {"rows": 0, "labels": 0}
-"""The inputs that have axes of rows, and how many axes they have beside those."""
 
 
 def by_rows(chunks: int, inputs: tuple[Inputs, ...], function: Callable[..., Any]) -> Any:

@@ -27,6 +27,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxce import _mesh
+from jaxce._inputs import OF_ROWS, Inputs
 from jaxce._state import Ask, Block, State, before, leaves, meet, meet_all
 
 _PARTS = 8
@@ -41,17 +42,13 @@ _CACHE, _VECTOR = 1 << 18, 16
 _SHORT = 512
 """Shorter rows are one reduction on a GPU."""
 
-Inputs = dict[str, Array]
 Read = Callable[[Inputs], Block]
 
 
-def over_classes(
-    read: Read, inputs: Inputs, of_rows: dict[str, int], ask: Ask, dtype: np.dtype, strips: int = 1
-) -> State:
+def over_classes(read: Read, inputs: Inputs, ask: Ask, dtype: np.dtype, strips: int = 1) -> State:
     """The state of the rows of a block of classes, its last axis: the way over a row.
 
-    ``read`` makes the block of the inputs, so that it can make some of its rows of theirs: ``of_rows`` are the inputs that
-    have axes of rows, and how many other axes these have after them.
+    ``read`` makes the block of the inputs, so that it can make some of its rows of theirs.
     """
 
     def reduction(inputs: Inputs) -> State:
@@ -61,7 +58,7 @@ def over_classes(
         return _in_parts(read, inputs, ask, dtype)
 
     def in_lanes(inputs: Inputs) -> State:
-        return _by_rows(lambda some: _in_lanes(read(some), ask, dtype), inputs, of_rows, shape)
+        return _by_rows(lambda some: _in_lanes(read(some), ask, dtype), inputs, shape)
 
     shape = jax.eval_shape(read, inputs).x.shape
     if not _is_whole(shape, strips):
@@ -70,17 +67,17 @@ def over_classes(
     return lax.platform_dependent(inputs, cpu=in_lanes, cuda=gpu, rocm=gpu, default=reduction)
 
 
-def rank(read: Read, inputs: Inputs, label: Array, of_rows: dict[str, int], dtype: np.dtype, strips: int = 1) -> Array:
+def rank(read: Read, inputs: Inputs, label: Array, dtype: np.dtype, strips: int = 1) -> Array:
     """How many classes of a block come before the label, whose logit is given; the block is read as in `over_classes`."""
 
     def count(inputs: Inputs) -> Array:
         return jnp.sum(before(read(inputs), inputs["label"], dtype), -1, dtype=jnp.int32)
 
-    inputs, of_rows = inputs | {"label": label}, of_rows | {"label": 0}
+    inputs = inputs | {"label": label}
     shape = jax.eval_shape(read, inputs).x.shape
     if not _is_whole(shape, strips):
         return count(inputs)
-    return lax.platform_dependent(inputs, cpu=lambda inputs: _by_rows(count, inputs, of_rows, shape), default=count)
+    return lax.platform_dependent(inputs, cpu=lambda inputs: _by_rows(count, inputs, shape), default=count)
 
 
 def _is_whole(shape: tuple[int, ...], strips: int) -> bool:
@@ -139,7 +136,7 @@ def _in_parts(read: Read, inputs: Inputs, ask: Ask, dtype: np.dtype) -> State:
 # --- XLA:CPU ----------------------------------------------------------------------------------------------------------
 
 
-def _by_rows(function: Callable[[Inputs], Any], inputs: Inputs, of_rows: dict[str, int], shape: tuple[int, ...]) -> Any:
+def _by_rows(function: Callable[[Inputs], Any], inputs: Inputs, shape: tuple[int, ...]) -> Any:
     """function(inputs), one number or several for each row of a shape, by chunks of rows that stay in the cache."""
     *batch, classes = shape
     rows, size = math.prod(batch), _rows_of_a_chunk(classes)
@@ -152,8 +149,8 @@ def _by_rows(function: Callable[[Inputs], Any], inputs: Inputs, of_rows: dict[st
             return x.reshape(1, *x.shape[axes:])
         return jnp.broadcast_to(x, (*batch, *x.shape[axes:])).reshape(rows, *x.shape[axes:])
 
-    whole = {n: x for n, x in inputs.items() if n not in of_rows}
-    split = {n: flat(x, of_rows[n]) for n, x in inputs.items() if n in of_rows}
+    whole = {n: x for n, x in inputs.items() if n not in OF_ROWS}
+    split = {n: flat(x, OF_ROWS[n]) for n, x in inputs.items() if n in OF_ROWS}
 
     def chunk(start: Array) -> Any:
         here, at = _in_this_turn(split, start)

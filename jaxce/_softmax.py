@@ -11,15 +11,13 @@ from jax import Array
 
 from jaxce import _checks
 from jaxce._checks import FINITE, NOT_NEGATIVE, SHARE, ArrayLike, Axis, compiled
+from jaxce._inputs import Logits, read_logits
 from jaxce._logits import AnyLogits
-from jaxce._measures import GIVEN, LOG_NORMALIZER, NLL, UNIFORM, WEIGHT, Class, Measure, replaced, sum_of
-from jaxce._mesh import on_each_device
+from jaxce._measures import GIVEN, LOG_NORMALIZER, NLL, UNIFORM, WEIGHT, Class, Measure, measure, replaced, sum_of
 from jaxce._rules import times, weigh
-from jaxce._statistics import Logits, read_logits
 
 
 @compiled("axis", label_smoothing=SHARE, z_loss=FINITE)
-@on_each_device("batch")
 def softmax_cross_entropy_with_integer_labels(
     logits: AnyLogits,
     labels: ArrayLike,
@@ -80,7 +78,6 @@ def softmax_cross_entropy_with_integer_labels(
 
 
 @compiled("axis", label_smoothing=SHARE, z_loss=FINITE)
-@on_each_device("batch")
 def softmax_cross_entropy(
     logits: AnyLogits,
     labels: ArrayLike,
@@ -175,24 +172,9 @@ def softmax_cross_entropy_with_sparse_labels(
       >>> print(jaxce.softmax_cross_entropy_with_sparse_labels(logits, labels, weights))
       [6.9131e-01 8.4967e-18]
     """
-    return _with_sparse_labels(logits, labels, weights, axis, where, label_smoothing, class_weights, z_loss)
-
-
-@on_each_device("batch")
-def _with_sparse_labels(
-    logits: AnyLogits,
-    chosen: ArrayLike,
-    shares: ArrayLike,
-    axis: Axis,
-    where: ArrayLike | None,
-    label_smoothing: Any,
-    class_weights: ArrayLike | None,
-    z_loss: Any,
-) -> Array:
-    """With names that tell the devices of a mesh that neither labels nor weights have an axis of classes."""
-    weights = _checks.array("weights", shares)
-    z = read_logits("logits", logits, axis, where, _wide(weights))
-    z = z.with_shares(chosen, weights).with_weights(class_weights)
+    shares = _checks.array("weights", weights)
+    z = read_logits("logits", logits, axis, where, _wide(shares))
+    z = z.with_shares(labels, shares).with_weights(class_weights)
     return _modified(z, GIVEN, label_smoothing, z_loss)
 
 
@@ -206,7 +188,6 @@ safe_softmax_cross_entropy = softmax_cross_entropy
 
 
 @compiled("axis", gamma=NOT_NEGATIVE)
-@on_each_device("batch")
 def softmax_focal_loss(
     logits: AnyLogits,
     labels: ArrayLike,
@@ -247,7 +228,6 @@ def softmax_focal_loss(
 
 
 @compiled("axis", epsilon=FINITE)
-@on_each_device("batch")
 def poly_loss_cross_entropy(
     logits: AnyLogits,
     labels: ArrayLike,
@@ -323,7 +303,7 @@ def _modified(z: Logits, loss: Measure, label_smoothing: Any, z_loss: Any) -> Ar
     weighted = loss is NLL and "weights" in z.inputs
     asked = {WEIGHT: weighted, UNIFORM: label_smoothing is not None, LOG_NORMALIZER: z_loss is not None}
     measures = loss, *(m for m, wanted in asked.items() if wanted)
-    found, state = z.measure(*measures)
+    found, (state,) = measure((z,), measures)
     values = dict(zip(measures, found, strict=True))
     total = values[loss]
     if weighted:
@@ -356,13 +336,13 @@ def _by_label_dtype(
     option = None if option is None else jnp.asarray(option).astype(z.dtype)
     if jnp.issubdtype(given.dtype, jnp.integer) and given.shape != z.shape:
         z = z.with_labels(given)
-        (nll, *weight), _ = z.measure(NLL, *(() if class_weights is None else (WEIGHT,)))
+        (nll, *weight), _ = measure((z,), (NLL,) if class_weights is None else (NLL, WEIGHT))
         value = nll if option is None else loss(nll, option)
         return weigh(weight[0], value) if weight else value
     z = z.with_targets(given)
     if option is None:
-        return z.measure(GIVEN)[0][0]
-    return z.measure(_of_targets(loss), options=(option,))[0][0]
+        return measure((z,), (GIVEN,))[0][0]
+    return measure((z,), (_of_targets(loss),), option)[0][0]
 
 
 @functools.cache

@@ -48,13 +48,12 @@ from jax.typing import DTypeLike
 
 from jaxce import _checks, _platforms
 from jaxce._checks import ArrayLike, AxisName, compiled
+from jaxce._inputs import Inputs, Spec, on_each_device, read_logits
 from jaxce._logits import AnyLogits
-from jaxce._measures import NLL, measure, replaced, sum_of
-from jaxce._mesh import on_each_device
-from jaxce._passes import OF_ROWS, Inputs, Spec, add_up, by_rows, reading
+from jaxce._measures import NLL, measure_part, replaced, sum_of
+from jaxce._passes import add_up, by_rows, reading
 from jaxce._sigmoid import sigmoid_binary_cross_entropy
 from jaxce._state import Ask, State, there
-from jaxce._statistics import read_logits
 
 __all__ = [
     "Accuracy",
@@ -358,29 +357,27 @@ def _rows(
     logits: Any, labels: Any, weights: Any, where: Any, k: int | None = None, brier: bool = False
 ) -> tuple[_Rows, Array]:
     """The examples and their weights."""
-    rows = _examples(logits, labels, -1, where, k, brier)
+
+    def run(specs: tuple[Spec], inputs: tuple[Inputs]) -> _Rows:
+        spec = specs[0]._replace(chunks=1, ask=Ask(prediction=True, squares=brier))
+        return by_rows(specs[0].chunks, inputs, functools.partial(_rows_of, spec, k))
+
+    rows = on_each_device(run, (read_logits("logits", logits, -1, where).with_labels(labels),))
     return rows, jnp.where(rows.present, _per_example("weights", weights, rows.nll.shape, rows.nll.dtype), 0)
-
-
-@on_each_device("batch")
-def _examples(logits: Any, labels: Any, axis: int, where: Any, k: int | None, brier: bool) -> _Rows:
-    z = read_logits("logits", logits, axis, where).with_labels(labels)
-    spec = z.spec._replace(chunks=1, ask=Ask(prediction=True, squares=brier))
-    return by_rows(z.spec.chunks, (z.inputs,), functools.partial(_rows_of, spec, k))
 
 
 _SQUARES = sum_of(lambda c: c.p * c.p)
 
 
 def _rows_of(spec: Spec, k: int | None, inputs: Inputs) -> _Rows:
-    (nll,), (state,) = measure((spec,), (inputs,), (NLL,))
+    (nll,), (state,) = measure_part((spec,), (inputs,), (NLL,))
     correct = (state.predicted == inputs["labels"]).astype(spec.dtype)
     # From the state, with the derivatives of what says the same and is computed for nothing else.
-    top = measure((spec,), (inputs | {"labels": state.predicted},), (NLL,))[0][0]
+    top = measure_part((spec,), (inputs | {"labels": state.predicted},), (NLL,))[0][0]
     confidence = replaced(1 / (1 + state.s), jnp.exp(-top))
     brier = None
     if spec.ask.squares:
-        (squares,), _ = measure((spec,), (inputs,), (_SQUARES,))
+        (squares,), _ = measure_part((spec,), (inputs,), (_SQUARES,))
         brier = replaced(_brier(state), squares - 2 * jnp.exp(-nll))
     in_top = None
     if k is not None:  # a class that isn't there is in no top k
@@ -400,7 +397,7 @@ def _rank(spec: Spec, inputs: Inputs, label: Array) -> Array:
 
     def step(parts: Any, _: Any, label: Any, start: Any) -> Array:
         read, part = reading(spec, parts[0], start)
-        return _platforms.rank(read, part, label, OF_ROWS, spec.dtype, spec.strips)
+        return _platforms.rank(read, part, label, spec.dtype, spec.strips)
 
     inputs = {name: lax.stop_gradient(x) for name, x in inputs.items() if name != "rows"}  # others don't count anyway
     return add_up((spec,), (inputs,), ({},), label, step)

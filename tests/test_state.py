@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxce import _passes, _platforms
+from jaxce import _platforms
 from jaxce._state import SHARE, Ask, Block, State, leaves, meet, meet_all, meet_devices, nothing
 
 F32 = np.dtype(np.float32)
@@ -237,7 +237,7 @@ def reading(b: Block) -> Any:
 
 def over_classes(b: Block, ask: Ask) -> State:
     """As `_passes.state_of` asks for it."""
-    return _platforms.over_classes(*reading(b), _passes.OF_ROWS, ask, F32)
+    return _platforms.over_classes(*reading(b), ask, F32)
 
 
 def test_what_is_not_asked_for_is_not_carried() -> None:
