@@ -230,7 +230,7 @@ def test_linear_logits(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _, labels, w, units = data()
     linear = jaxce.LinearLogits(hidden, kernel, block_size=None if chunks > 1 else 9)
     if chunks > 1:
-        monkeypatch.setattr("jaxce._statistics.BLOCK", N * K // chunks)
+        monkeypatch.setattr("jaxce._inputs.BLOCK", N * K // chunks)
     for where in (np.arange(N) % 5 > 0, np.arange(K)[None] != 3):
         got, whole = (
             Evaluation.from_batch(x, labels, w, where, units=units).compute() for x in (linear, hidden @ kernel)
