@@ -270,10 +270,8 @@ def _block_and_rest(stack: Array, i: Array) -> list[Array]:
 
 
 def _take_jvp(primals: Any, tangents: Any) -> Any:
-    out, tangent = _take_p.bind(*primals), tangents[0]
-    if type(tangent) is ad.Zero:
-        return out, [ad.Zero.from_primal_value(x) for x in out]
-    return out, _take_p.bind(tangent, primals[1])
+    (stack, i), (tangent, _) = primals, tangents
+    return _take_p.bind(stack, i), _take_p.bind(ad.instantiate_zeros(tangent), i)
 
 
 def _take_transpose(cotangents: Any, stack: Any, i: Array) -> Any:
@@ -328,7 +326,7 @@ _taken_p = Primitive("when_taken")
 _taken_p.multiple_results = True
 _taken_p.def_impl(_first)
 _taken_p.def_abstract_eval(_first)
-mlir.register_lowering(_taken_p, lambda context, *args, **known: _first(*args, **known))
+mlir.register_lowering(_taken_p, mlir.lower_fun(_first, multiple_results=True))
 ad.primitive_jvps[_taken_p] = _taken_jvp
 ad.primitive_transposes[_taken_p] = _taken_transpose
 batching.primitive_batchers[_taken_p] = lambda args, axes, **known: (
