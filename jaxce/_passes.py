@@ -309,10 +309,9 @@ def _first(*args: Array, count: int, empty: bool) -> list[Array]:
 
 def _taken_transpose(cotangents: Any, *args: Any, count: int, empty: bool) -> Any:
     def unwritten(x: Any) -> Array:
-        shape, dtype = x.aval.shape, x.aval.dtype
-        return _mesh.vary(
-            lax.empty(shape, dtype) if empty else jnp.zeros(shape, dtype), x.aval.manual_axis_type.varying
-        )
+        if empty:
+            return _unwritten_p.bind(aval=x.aval)
+        return _mesh.vary(jnp.zeros(x.aval.shape, x.aval.dtype), x.aval.manual_axis_type.varying)
 
     return [*cotangents, *map(unwritten, args[count:])]
 
@@ -321,6 +320,11 @@ def _taken_jvp(primals: Any, tangents: Any, **known: Any) -> Any:
     tangents = [ad.instantiate_zeros(t) for t in tangents]
     return _taken_p.bind(*primals, **known), _taken_p.bind(*tangents, **known)
 
+
+# `lax.empty`, but the same for all of what `jax.vmap` maps over.
+_unwritten_p = Primitive("unwritten")
+_unwritten_p.def_abstract_eval(lambda aval: aval)
+mlir.register_lowering(_unwritten_p, mlir.lower_fun(lambda aval: lax.empty(aval.shape, aval.dtype), False))
 
 _taken_p = Primitive("when_taken")
 _taken_p.multiple_results = True
