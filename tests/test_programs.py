@@ -112,9 +112,23 @@ def broken_on(kind: str) -> Iterator[str]:
     for claim in CLAIMS:
         for what in broken(kind, place, claim):
             yield f"{claim.name}, {claim.mode}, {claim.struct}: {what}"
+    if kind == "tpu":
+        yield from broken_on_v6e()
     if kind == "gpu":
         for name in programs.GPUS:
             yield from broken_states(name)
+
+
+def broken_on_v6e() -> Iterator[str]:
+    """Some of the claims, on another chip of this maker."""
+    place = programs.devices("v6e")[0]
+    for claim in CLAIMS:
+        if (claim.name, claim.struct, claim.mode) in [
+            ("integer labels", WIDE, GRADIENT),
+            ("LinearLogits [V, D]", LINEAR, GRADIENT),
+        ]:
+            for what in broken("tpu", place, claim):
+                yield f"v6e, {claim.name}, {claim.mode}: {what}"
 
 
 ASKS = {
