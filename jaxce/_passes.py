@@ -5,8 +5,9 @@ of their tangents (`add_up`). An array is one block. `LinearLogits` are cut into
 forgotten. Where a mesh may shard the classes without saying how, they are seen as strips, as many as there are devices:
 a block has the same range of every strip, and strips meet after the loop, so that in it no device needs another.
 
-Tangents of what has an axis of classes go through a loop as its inputs, cut before it: so its transpose gives them block
-by block, and adds up no whole arrays. All other tangents are wide, since a transpose sums them over the blocks.
+Tangents of what has an axis of classes are cut before a loop, and each turn takes a block: so its transpose writes them
+block by block, and neither adds up nor clears whole arrays. All other tangents are wide, since a transpose sums them over
+the blocks.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from jaxce import _mesh, _platforms
 from jaxce._inputs import ALONG_CLASSES, OF_ROWS, Inputs, Spec
@@ -130,11 +133,12 @@ def _fold(
         total = jax.tree.map(lambda v, x: jnp.full(x.shape, v, x.dtype), empty(like), like)
         total = _mesh.vary(total, _mesh.varying(like))
 
-    def body(total: Any, block: Any) -> tuple[Any, None]:
-        start, cut = block
-        return join(total, part(start, spec.size, cut)), None
+    def body(carry: Any, i: Array) -> tuple[Any, None]:
+        total, stack = carry
+        cut, stack = _take(stack, i)
+        return (join(total, part(spec.size * i, spec.size, cut)), stack), None
 
-    return lax.scan(body, total, (spec.size * jnp.arange(count, dtype=jnp.int32), stack))[0]
+    return _when_taken(*lax.scan(body, (total, stack), jnp.arange(count, dtype=jnp.int32))[0])
 
 
 def state_of(spec: Spec, inputs: Inputs) -> State:
@@ -210,6 +214,92 @@ def _split(spec: Spec, name: str, x: Array) -> tuple[Array, Array]:
     whole = lax.slice_in_dim(x, 0, count * spec.size, axis=axis)
     stack = jnp.moveaxis(whole.reshape(*x.shape[:axis], count, spec.size, *x.shape[axis + 1 :]), axis, 0)
     return stack, lax.slice_in_dim(x, count * spec.size, spec.length, axis=axis)
+
+
+# Blocks could be what a scan goes over. But then its transpose would first fill what it stacks with zeros, in one more pass
+# over the memory of a gradient. So they are carried, and each turn takes one: in the transpose it writes one, into memory
+# that nobody has filled.
+
+
+def _take(stacks: Any, i: Array) -> tuple[Any, Any]:
+    """Block i of each stack; and the stacks, from which it is taken."""
+    leaves, tree = jax.tree.flatten(stacks)
+    pairs = [_take_p.bind(x, i) for x in leaves]
+    return tree.unflatten([block for block, _ in pairs]), tree.unflatten([rest for _, rest in pairs])
+
+
+def _block_and_rest(stack: Array, i: Array) -> list[Array]:
+    return [lax.dynamic_index_in_dim(stack, i, keepdims=False), stack]
+
+
+def _take_jvp(primals: Any, tangents: Any) -> Any:
+    (stack, i), (tangent, _) = primals, tangents
+    return _take_p.bind(stack, i), _take_p.bind(ad.instantiate_zeros(tangent), i)
+
+
+def _take_transpose(cotangents: Any, stack: Any, i: Array) -> Any:
+    block, rest = map(ad.instantiate_zeros, cotangents)
+    return [lax.dynamic_update_index_in_dim(rest, block, i, 0), None]
+
+
+def _take_batch(args: Any, axes: Any) -> Any:
+    stack, i = args
+    return _take_p.bind(jnp.moveaxis(stack, axes[0], 1), i), [0, 1]
+
+
+_take_p = Primitive("take_block")
+_take_p.multiple_results = True
+_take_p.def_impl(_block_and_rest)
+_take_p.def_abstract_eval(lambda stack, i: [stack.update(shape=stack.shape[1:]), stack])
+mlir.register_lowering(_take_p, mlir.lower_fun(_block_and_rest, multiple_results=True))
+ad.primitive_jvps[_take_p] = _take_jvp
+ad.primitive_transposes[_take_p] = _take_transpose
+batching.primitive_batchers[_take_p] = _take_batch
+
+
+def _when_taken(total: Any, stacks: Any) -> Any:
+    """``total``, after all blocks of the stacks have been taken."""
+    leaves, tree = jax.tree.flatten(total)
+    rest = jax.tree.leaves(stacks)
+    # XLA doesn't know how to shard memory that nobody has filled.
+    known = {"count": len(leaves), "empty": _mesh.devices() == 1}
+    return tree.unflatten(_taken_p.bind(*leaves, *rest, **known)) if rest else total
+
+
+def _first(*args: Array, count: int, empty: bool) -> list[Array]:
+    return list(args[:count])
+
+
+def _taken_transpose(cotangents: Any, *args: Any, count: int, empty: bool) -> Any:
+    def unwritten(x: Any) -> Array:
+        if empty:
+            return _unwritten_p.bind(aval=x.aval)
+        return _mesh.vary(jnp.zeros(x.aval.shape, x.aval.dtype), x.aval.manual_axis_type.varying)
+
+    return [*cotangents, *map(unwritten, args[count:])]
+
+
+def _taken_jvp(primals: Any, tangents: Any, **known: Any) -> Any:
+    tangents = [ad.instantiate_zeros(t) for t in tangents]
+    return _taken_p.bind(*primals, **known), _taken_p.bind(*tangents, **known)
+
+
+# `lax.empty`, but the same for all of what `jax.vmap` maps over.
+_unwritten_p = Primitive("unwritten")
+_unwritten_p.def_abstract_eval(lambda aval: aval)
+mlir.register_lowering(_unwritten_p, mlir.lower_fun(lambda aval: lax.empty(aval.shape, aval.dtype), False))
+
+_taken_p = Primitive("when_taken")
+_taken_p.multiple_results = True
+_taken_p.def_impl(_first)
+_taken_p.def_abstract_eval(_first)
+mlir.register_lowering(_taken_p, mlir.lower_fun(_first, multiple_results=True))
+ad.primitive_jvps[_taken_p] = _taken_jvp
+ad.primitive_transposes[_taken_p] = _taken_transpose
+batching.primitive_batchers[_taken_p] = lambda args, axes, **known: (
+    _taken_p.bind(*args, **known),
+    axes[: known["count"]],
+)
 
 
 def along(function: Callable[[Inputs], Any], part: Inputs, dpart: Inputs, *names: str) -> tuple[Any, Any]:
