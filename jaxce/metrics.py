@@ -38,6 +38,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
@@ -76,12 +77,39 @@ __all__ = [
 ]
 
 _M = TypeVar("_M", bound="Metric")
+_C = TypeVar("_C", bound=type)
 
 
 # ---------------------------------------------------------------------------------------------------- sums
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["hi", "lo"], meta_fields=[])
+def _pytree(data: Sequence[str], static: Sequence[str]) -> Callable[[_C], _C]:
+    """As `jax.tree_util.register_dataclass`, but that trees of two classes with the same fields are different.
+
+    To JAX (0.12, too) those of dataclasses are equal: a function compiled for one metric may then return the other.
+    """
+
+    def flatten(x: Any) -> Any:
+        return tuple(getattr(x, name) for name in data), tuple(getattr(x, name) for name in static)
+
+    def flatten_with_keys(x: Any) -> Any:
+        children, aux = flatten(x)
+        return tuple(zip(map(jax.tree_util.GetAttrKey, data), children, strict=True)), aux
+
+    def register(cls: _C) -> _C:
+        def unflatten(aux: Any, children: Any) -> Any:
+            x = object.__new__(cls)
+            for name, value in zip((*data, *static), (*children, *aux), strict=True):
+                object.__setattr__(x, name, value)
+            return x
+
+        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+        return cls
+
+    return register
+
+
+@_pytree(["hi", "lo"], [])
 @dataclasses.dataclass(frozen=True)
 class Sum:
     """A sum that keeps its rounding errors: hi + lo is meant."""
@@ -246,7 +274,7 @@ class _Ratio(Metric):
         return jnp.where(weight == 0, 0, self.total._rounded / jnp.where(weight == 0, 1, weight))
 
 
-_ratio = functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "weight"], meta_fields=[])
+_ratio = _pytree(["total", "weight"], [])
 
 
 @compiled("argument")
@@ -462,7 +490,7 @@ class Accuracy(_Score):
     _of = "correct"
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "weight"], meta_fields=["k"])
+@_pytree(["total", "weight"], ["k"])
 @dataclasses.dataclass(frozen=True)
 class TopKAccuracy(_Score):
     """Weighted share of examples whose label is among the k largest logits, of equal ones the first; 0 without data.
@@ -571,9 +599,7 @@ class _Bins(Metric):
 
 
 _B = TypeVar("_B", bound=_Bins)
-_binned = functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["confidence", "correct", "weight"], meta_fields=["bins"]
-)
+_binned = _pytree(["confidence", "correct", "weight"], ["bins"])
 
 
 @compiled("norm")
@@ -685,7 +711,7 @@ def _evaluate(logits: Any, labels: ArrayLike, weights: Any, where: Any, units: A
 _FIELDS = ["nll", "weight", "units", "correct", "calibration", "top_k", "brier"]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=_FIELDS, meta_fields=["options"])
+@_pytree(_FIELDS, ["options"])
 @dataclasses.dataclass(frozen=True)
 class Evaluation(Metric):
     """All metrics of classes in two passes over the logits; ``per_class=False`` leaves out top-k accuracy and Brier score.
@@ -828,7 +854,7 @@ def _binary_score(logits: Any, labels: Any, weights: Any, where: Any, of: str, t
     return _totals(answers, w, getattr(answers, of))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "weight"], meta_fields=["threshold"])
+@_pytree(["total", "weight"], ["threshold"])
 @dataclasses.dataclass(frozen=True)
 class BinaryAccuracy(_Ratio):
     """Weighted share of right answers, where the answer is yes if its probability exceeds ``threshold``; 0 without data.
@@ -973,11 +999,7 @@ def _evaluate_answers(
     return BinaryEvaluation(nll, correct, brier, weight, calibration, threshold)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["nll", "correct", "brier", "weight", "calibration"],
-    meta_fields=["threshold"],
-)
+@_pytree(["nll", "correct", "brier", "weight", "calibration"], ["threshold"])
 @dataclasses.dataclass(frozen=True)
 class BinaryEvaluation(Metric):
     """All metrics of yes-or-no questions, such as those of multi-label classification, where each label is one.

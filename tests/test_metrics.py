@@ -681,3 +681,19 @@ def test_a_metric_can_be_copied_and_pickled(metric: Any) -> None:
     ):
         assert type(other) is metric and jax.tree.structure(other) == jax.tree.structure(empty)
         same(other, empty)
+
+
+def test_trees_of_different_metrics_are_different() -> None:
+    """To JAX those of dataclasses with the same fields are equal, and a compiled function may return the other class."""
+    kinds = [
+        kind
+        for kind in vars(jaxce.metrics).values()
+        if inspect.isclass(kind) and issubclass(kind, jaxce.metrics.Metric)
+    ]
+    trees = [
+        jax.tree.structure(kind.empty())
+        for kind in kinds
+        if kind.__name__ in jaxce.metrics.__all__ and kind is not jaxce.metrics.Metric
+    ]
+    assert len(trees) > 10
+    assert all(a != b for i, a in enumerate(trees) for b in trees[:i])
