@@ -26,7 +26,7 @@ from jax import Array, lax
 
 from jaxce import _checks
 from jaxce._checks import ArrayLike, Axis, compiled
-from jaxce._rules import custom_jvp, product
+from jaxce._rules import custom_jvp, largest, product
 from jaxce._sigmoid import sigmoid_binary_cross_entropy
 from jaxce._statistics import logsumexp
 from jaxce._terms import polynomial
@@ -120,10 +120,18 @@ def _times_exp(x: Array, *exponents: Array) -> Array:
     return x
 
 
+def _fused(x: Array) -> Array:
+    """x > -inf, an exponential, logarithm or quotient that is used more than once.
+
+    XLA:CPU writes out such an array, and with it most of what it is computed from, but not a maximum.
+    """
+    return jnp.maximum(x, -largest(x))
+
+
 @custom_jvp
 def _mantissa(x: Array) -> Array:
     """exp(x) in [1, 2)."""
-    return jnp.exp(x)
+    return _fused(jnp.exp(x))
 
 
 _mantissa.defslopes(lambda x: (_mantissa(x),), times=product)
@@ -132,7 +140,7 @@ _mantissa.defslopes(lambda x: (_mantissa(x),), times=product)
 @custom_jvp
 def _times_mantissa(x: Array, exponent: Array) -> Array:
     """x exp(exponent): a plain product, which XLA:CPU fuses, as neither is 0 where the other is infinite."""
-    return x * jnp.exp(exponent)
+    return x * _fused(jnp.exp(exponent))
 
 
 @_times_mantissa.defjvp
@@ -148,7 +156,7 @@ def _exp(*exponents: Array) -> Array:
 @custom_jvp
 def _reciprocal(x: Array) -> Array:
     """1 / x."""
-    return 1 / x
+    return _fused(1 / x)
 
 
 @_reciprocal.defjvp
@@ -159,8 +167,8 @@ def _reciprocal_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Arra
 
 @custom_jvp
 def _log(x: Array) -> Array:
-    """log x."""
-    return jnp.log(x)
+    """log x, x > 0."""
+    return _fused(jnp.log(x))
 
 
 @_log.defjvp
@@ -183,14 +191,14 @@ def _odds(a: Array, b: Array) -> tuple[Array, Array, Array]:
     larger = a > b
     sign = jnp.where(larger, -1, 1).astype(a.dtype)
     e = _exp(sign * a, -sign * b)
-    most = 1 / (1 + e)
+    most = _reciprocal(1 + e)
     return e, jnp.where(larger, most, e * most), jnp.where(larger, e * most, most)
 
 
 def _times_share(x: Array, a: Array, b: Array) -> Array:
     """x exp(a) / (exp(a) + exp(b))."""
     larger = a > b
-    most = 1 / (1 + _odds(a, b)[0])
+    most = _reciprocal(1 + _odds(a, b)[0])
     return _times_exp(product(x, most), jnp.where(larger, 0, a), jnp.where(larger, 0, -b))
 
 
@@ -201,8 +209,9 @@ def _atanh_series(u: Array) -> Array:
 
 def _log1p_over(v: Array) -> Array:
     """log(1 + v) / v for 0 <= v <= 1."""
-    s = v / (2 + v)
-    return 2 / (2 + v) * (1 + s * s * _atanh_series(s * s))
+    half = _reciprocal(2 + v)
+    s = v * half
+    return 2 * half * (1 + s * s * _atanh_series(s * s))
 
 
 def _log1p(v: Array) -> Array:
@@ -218,8 +227,9 @@ def _log1p_any(v: Array) -> Array:
 
 def _log1p_excess(v: Array) -> Array:
     """(log(1 + v) - v / (1 + v)) / v^2 for 0 <= v <= 1."""
-    s = v / (2 + v)
-    return 2 / ((2 + v) * (2 + v)) * (1 / (1 + s) + s * _atanh_series(s * s))
+    half = _reciprocal(2 + v)
+    s = v * half
+    return 2 * half * half * (_reciprocal(1 + s) + s * _atanh_series(s * s))
 
 
 # ---------------------------------------------------------------------------------------------------- deviances, log Gamma
@@ -234,8 +244,9 @@ def _deviance(s: Array, square: Array, far: Array) -> Array:
     near = (s > -0.5) & (s < 1)
     s = jnp.where(near, s, 0)
     # log(1 + s) = 2 (u + u^3/3 + u^5/5 + ...) with u = s / (2 + s), and s - 2 u = s u
-    u = s / (2 + s)
-    return jnp.where(near, square / (2 + s) * (1 - 2 * u * _atanh_series(u * u) / (2 + s)), far)
+    half = _reciprocal(2 + s)
+    u = s * half
+    return jnp.where(near, square * half * (1 - 2 * u * _atanh_series(u * u) * half), far)
 
 
 @custom_jvp
@@ -246,13 +257,13 @@ def _rate_deviance(k: Array, rate: Array, shift: Array, log_k: Array, log_rate: 
     d/dlog_k = -L log(K / L), d/dlog_rate = K - L, d/dx = (K - L) / x.
     """
     gap, log_ratio = rate - k, _log_ratio(k, rate, log_k, log_rate, x)
-    s = gap * (1 / jnp.where(k == 0, 1, k))  # a product: XLA:CPU makes a loop of its own of a quotient used twice
+    s = gap * _reciprocal(jnp.where(k == 0, 1, k))
     deviance = _deviance(jnp.where(k == 0, jnp.inf, s), gap * s, gap - product(k, log_ratio))
     return _times_exp(deviance, shift)
 
 
 def _log_ratio(k: Array, rate: Array, log_k: Array, log_rate: Array, x: Array) -> Array:
-    return _log_of(rate * (1 / jnp.where(k == 0, 1, k)), log_rate + _log(x) - log_k)
+    return _log_of(rate * _reciprocal(jnp.where(k == 0, 1, k)), log_rate + _log(x) - log_k)
 
 
 @custom_jvp
@@ -322,19 +333,19 @@ _BINET = {
 def _binet(w: Array) -> Array:
     """mu(x) for x = 1 / w >= 1."""
     c, coefficients = _BINET[w.dtype.itemsize]
-    return polynomial(coefficients, w * w / (1 + c * w * w)) * w
+    return polynomial(coefficients, w * w * _reciprocal(1 + c * w * w)) * w
 
 
 def _log_gamma_1p(x: Array) -> Array:
     """log Gamma(1 + x) for 0 <= x < 1 or so, to an ulp or two of 1."""
-    return (x + 0.5) * _log1p(x) - x - (1 - _HALF_LOG_2PI) + _binet(1 / (1 + x))
+    return (x + 0.5) * _log1p(x) - x - (1 - _HALF_LOG_2PI) + _binet(_reciprocal(1 + x))
 
 
 def _stirling(k: Array) -> Array:
     """log k! - k log k + k of counts, 0 at 0."""
     many, part = jnp.where(k >= 1, k, 1), jnp.where(k > 0, jnp.where(k < 1, k, 1), 1)
-    few = _log_gamma_1p(part) - part * jnp.log(part) + part
-    large = 0.5 * jnp.log(many) + (_binet(1 / many) + _HALF_LOG_2PI)
+    few = _log_gamma_1p(part) - part * _log(part) + part
+    large = 0.5 * _log(many) + (_binet(_reciprocal(many)) + _HALF_LOG_2PI)
     return jnp.where(k >= 1, large, jnp.where(k > 0, few, 0))
 
 
@@ -524,7 +535,7 @@ def _student_t_tail_slopes(d: Array, log_scale: Array, log_df: Array) -> tuple[A
     """(nu + 1) q^2 / (1 + q^2) / d, the same times -d, and (nu log(1 + q^2) - (nu + 1) q^2 / (1 + q^2)) / 2."""
     near, z, q, over_d, over, log_total = _student_t_parts(d, log_scale, log_df)
     z2, q2 = product(z, z), product(q, q)
-    none, share = 1 / (1 + q2), jnp.where(near, 0, 1 / (1 + product(over, over)))
+    none, share = _reciprocal(1 + q2), jnp.where(near, 0, _reciprocal(1 + product(over, over)))
     # z^2 / (1 + q^2) as z^2 - z^2 q^2 / (1 + q^2), and nu share likewise: these have the right derivatives where q^2 is too
     # small for a number and z^2 or nu large
     zq = product(z, q)
@@ -554,9 +565,11 @@ def _student_t_constant(log_df: Array) -> Array:
     log_few = jnp.where(large, 1, log_df)
     df = _exp(log_few)
     a, b = 1 + df / 2, 1.5 + df / 2
-    few = (a - 0.5) * jnp.log(a) - (b - 0.5) * jnp.log(b) + (0.5 + 0.5 * math.log(math.pi))
+    few = (a - 0.5) * _log(a) - (b - 0.5) * _log(b) + (0.5 + 0.5 * math.log(math.pi))
     few = few + (_log1p_any(df) - log_few / 2)
-    rest = _binet(jnp.where(large, 2 * i, 1 / a)) - _binet(jnp.where(large, 2 * i / (1 + i), 1 / b))
+    rest = _binet(jnp.where(large, 2 * i, _reciprocal(a))) - _binet(
+        jnp.where(large, 2 * i * _reciprocal(1 + i), _reciprocal(b))
+    )
     return jnp.where(large, many, few) + rest
 
 
@@ -710,7 +723,7 @@ def poisson_nll(log_rate: ArrayLike, counts: ArrayLike, *, full: bool = True, wh
     rate, valid = _exp(log_rate), k >= 0
     k = lax.stop_gradient(jnp.where(valid, k, 0))
     if full:
-        zero, log_k = jnp.zeros_like(k), jnp.log(jnp.where(k > 0, k, 1))
+        zero, log_k = jnp.zeros_like(k), _log(jnp.where(k > 0, k, 1))
         value = _rate_deviance(k, rate, zero, log_k, log_rate, zero + 1) + _stirling(k)
     else:
         value = rate - product(k, log_rate)
@@ -755,7 +768,7 @@ def _negative_binomial_excess(log_mean: Array, log_r: Array, k: Array) -> Array:
 def _negative_binomial_excess_slopes(log_mean: Array, log_r: Array, k: Array) -> tuple[Array | None, ...]:
     gap = _negative_binomial_gap(log_mean, log_r, k)[0]
     root = _times_exp(gap, -log_r / 2)
-    square = product(root, root) / (1 + k * _exp(-log_r))
+    square = product(root, root) * _reciprocal(1 + k * _exp(-log_r))
     return -_times_share(gap, log_mean, log_r), _negative_binomial_excess(log_mean, log_r, k) - square, None
 
 
@@ -767,10 +780,11 @@ def _negative_binomial_deviance(log_mean: Array, log_r: Array, k: Array) -> Arra
     """k log(k / m) - (k + r) log((k + r) / (m + r)), for r >= 1. d/dlog_mean = -g, d/dlog_r the part of r in it."""
     gap, _, _, both, _ = _negative_binomial_gap(log_mean, log_r, k)
     some = jnp.where(k == 0, 1, k)
-    per_count = 1 / some + _exp(-log_r)
+    over = _reciprocal(some)
+    per_count = over + _exp(-log_r)
     e = _odds(log_mean, log_r)[0]
-    log_ratio = _log_of(both * per_count, jnp.log(per_count) + jnp.minimum(log_mean, log_r) - _log1p(e))
-    s = -gap / some
+    log_ratio = _log_of(both * per_count, _log(per_count) + jnp.minimum(log_mean, log_r) - _log1p(e))
+    s = -gap * over
     of_count = _deviance(jnp.where(k == 0, jnp.inf, s), -gap * s, -gap - product(k, log_ratio))
     return of_count + _negative_binomial_excess(log_mean, log_r, k)
 
@@ -823,7 +837,7 @@ def negative_binomial_nll(
     # r >= 1: of the three log Gammas, Stirling's formula leaves log(2 pi k (k + r) / r) / 2 and mu of each
     log_many = jnp.where(log_r >= 0, log_r, 0)
     i = _exp(-log_many)
-    rest = _stirling(k) + 0.5 * _log1p_any(k * i) + (_binet(i) - _binet(i / (1 + k * i)))
+    rest = _stirling(k) + 0.5 * _log1p_any(k * i) + (_binet(i) - _binet(i * _reciprocal(1 + k * i)))
     many = _negative_binomial_deviance(log_mean, log_many, k) + jnp.where(k == 0, 0, rest)
     # r < 1: k log((m + r) / m) + r log((m + r) / r), and log Gammas of 1 + r, 1 + k and 1 + k + r
     log_few = jnp.where(log_r >= 0, 0, log_r)
@@ -831,9 +845,10 @@ def negative_binomial_nll(
     r, log_odds, log1p_e, a, b = _exp(log_few), log_mean - log_few, _log1p(e), 1 + k, 1 + k + _exp(log_few)
     log_failure = jnp.where(log_odds > 0, log_odds, 0) + log1p_e  # log((m + r) / r)
     successes = product(k, jnp.where(log_odds > 0, 0, -log_odds) + log1p_e)
-    failures = product(r, 1 - _log_of(a * r_share, jnp.log(a) - log_failure))
+    failures = product(r, 1 - _log_of(a * r_share, _log(a) - log_failure))
     gammas = (_log(jnp.where(k == 0, 1, k) + r) - log_few) + _log_gamma_1p(r)
-    gammas = gammas - (b - 0.5) * _log1p(r / a) + (_binet(1 / a) - _binet(1 / b))
+    over = _reciprocal(a)
+    gammas = gammas - (b - 0.5) * _log1p(r * over) + (_binet(over) - _binet(_reciprocal(b)))
     few = jnp.where(k == 0, product(r, log_failure), successes + failures + gammas)
     return _checks.only(keep, jnp.where(valid, jnp.where(log_r >= 0, many, few), jnp.nan), 0)
 
