@@ -258,7 +258,9 @@ def test_a_bad_option_ends_the_program() -> None:
 
 @pytest.mark.parametrize(("ended", "code"), [("by its reader", 141), ("by Ctrl-C", 130)])
 def test_ends_quietly(ended: str, code: int) -> None:
-    command = [sys.executable, "-m", "jaxce"]
+    # A shell has the programs that it starts in the background ignore Ctrl-C.
+    heeding = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{heeding}; runpy.run_module('jaxce', run_name='__main__')"]
     with subprocess.Popen(
         command, cwd=ROOT, env=QUICKLY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as run:
