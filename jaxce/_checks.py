@@ -239,6 +239,7 @@ _ELSEWHERE = {
     "logit_soft_cap": _SOFT_CAP,
     "logits_soft_cap": _SOFT_CAP,
     "base": _NATS,
+    "beta": ("give {weight}=",),
     "input": _ORDER,
     "target": _ORDER,
     "targets": _ORDER,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxce import _checks, _terms
-from jaxce._checks import ArrayLike, Axis, compiled
+from jaxce._checks import SHARE, ArrayLike, Axis, compiled
 from jaxce._inputs import read_logits
 from jaxce._logits import AnyLogits, NotArray
 from jaxce._measures import ENTROPY, Class, Measure, Slope, measure, replaced, sum_of
@@ -350,6 +351,7 @@ def _measure(
     axis: Axis,
     where: ArrayLike | None,
     *measures: Measure,
+    options: tuple[Array, ...] = (),
 ) -> tuple[Any, tuple[Array, ...]]:
     """The measures, and in which rows of either any class is there."""
     given = {"p_logits": p_logits, "q_logits": q_logits}
@@ -364,7 +366,8 @@ def _measure(
         q = arrays["q_logits"] = _checks.dense("q_logits", q, p.shape, q.dtype, "p_logits")
     elif p.shape != q.shape:
         raise _checks.ArgumentValueError(f"q_logits must have the shape of p_logits, {p.shape}, got shape {q.shape}")
-    values, states = measure(tuple(read_logits(n, x, axis, where, p, q) for n, x in arrays.items()), measures)
+    read = tuple(read_logits(n, x, axis, where, p, q) for n, x in arrays.items())
+    values, states = measure(read, measures, *(jnp.asarray(o).astype(read[0].dtype) for o in options))
     return values, tuple(state.present for state in states)
 
 
@@ -383,6 +386,11 @@ def _finite(x: Array) -> Array:
 # and by c^2 / 2, a Jensen-Shannon divergence by a small multiple of c of itself and by c^2 / 8. The squares count only if
 # the divergence is as small as they are, and p near q. There the sum of p q / (p + q) is 1/2, and that of p - q is c.
 # It is also the sum of p delta less the relative entropy, where these are small.
+#
+# A weighted Jensen-Shannon divergence is a sum of w p g(log(p/m)) + (1 - w) q g(log(q/m)), g(a) = e^-a + a - 1. With
+# d log(p/m) = (1 - w) q / m c, d log(q/m) = -w p / m c and g' = 1 - e^-a it is off by c w (1 - w) times the sum of
+# (p - q) (w p + (1 - w) q) / m = p - q, which is 0; and, of a p near q, where log(p/m) is (1 - w) delta and log(q/m) is
+# -w delta, by w (1 - w) c^2 / 2. So is its derivative by w, with the derivative of that.
 
 _OFF = Measure(None, _of(_terms.difference_of_logs))  # 0 but for rounding, so it has no derivatives
 _DRIFT = Measure(None, lambda c: c.p * c.delta)
@@ -416,6 +424,20 @@ _CROSS_ENTROPY = sum_of(
 _JENSEN_SHANNON = sum_of(
     _of(_terms.jensen_shannon_of_logs),
     *(Slope(lambda c, side=side: _terms.logs_to_mean(c.delta)[side] / 2, over_p=True) for side in (0, 1)),
+)
+
+
+def _weights(c: Class) -> tuple[Array, Array]:
+    return c.options[0], 1 - c.options[0]
+
+
+def _weighted_log_to_mixture(side: int, c: Class) -> Array:
+    return _weights(c)[side] * _terms.logs_to_mixture(c.delta, *_weights(c))[side]
+
+
+_WEIGHTED_JENSEN_SHANNON = sum_of(
+    lambda c: _terms.weighted_jensen_shannon_of_logs(c.log_p, c.p, c.log_q, c.q, c.delta, *_weights(c)),
+    *(Slope(partial(_weighted_log_to_mixture, side), over_p=True) for side in (0, 1)),
 )
 
 
@@ -529,24 +551,34 @@ def relative_entropy_with_logits(
     return _in_base(jnp.where(p_there, jnp.where(q_there, value, jnp.inf), 0), log_base)
 
 
-@compiled("axis", "base")
+@compiled("axis", "base", weight=SHARE._replace(neutral=0.5))
 def jensen_shannon_divergence_with_logits(
     p_logits: AnyLogits,
     q_logits: AnyLogits,
     axis: Axis = -1,
     where: ArrayLike | None = None,
     *,
+    weight: ArrayLike = 0.5,
     base: float | None = None,
 ) -> Array:
-    """Jensen-Shannon divergence of softmax(p_logits) and softmax(q_logits); see `jensen_shannon_divergence`.
+    r"""Jensen-Shannon divergence of p = softmax(p_logits) and q = softmax(q_logits), with a weight.
 
-    A logit of -inf is a class that isn't there.
+    .. math:: w\, D(p \| m) + (1 - w)\, D(q \| m), \qquad m = w p + (1 - w) q,
+
+    with D the `relative_entropy` and w = 1/2, as in `jensen_shannon_divergence`, unless given. A logit of -inf is a class
+    that isn't there.
+
+    For the ``beta`` of generalised knowledge distillation (GKD) give
+    ``jensen_shannon_divergence_with_logits(teacher, student, weight=beta)``. For w = 0 and w = 1 the divergence is 0. TRL
+    and Liger have there what the divergence over w (1 - w) goes to: for 0 the relative entropy
+    ``relative_entropy_with_logits(teacher, student)``, and for 1 ``relative_entropy_with_logits(student, teacher)``.
 
     Args:
       p_logits: logits of the classes, which lie along ``axis``: an array, `LinearLogits` or `ShardedLogits`.
       q_logits: logits of that shape, of either kind, or an array that broadcasts to it; sharded if p_logits are.
       axis: the class axis, or several.
       where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the logits).
+      weight: w, the weight of p, a number in [0, 1], also a traced one.
       base: base of the logarithm; None for nats, 2 for bits.
 
     Returns:
@@ -562,6 +594,14 @@ def jensen_shannon_divergence_with_logits(
     Source: J. Lin, Divergence measures based on the Shannon entropy, 1991.
     """
     log_base = _checks.log_base(base)
-    (total, off), there = _measure(p_logits, q_logits, axis, where, _JENSEN_SHANNON, _OFF)
-    value = replaced(jnp.maximum(total - off**2 / 8, 0), total)
+    if weight is None:
+        (total, off), there = _measure(p_logits, q_logits, axis, where, _JENSEN_SHANNON, _OFF)
+        of_both: Any = 1 / 8
+    else:
+        w = jnp.asarray(weight)
+        (total, off), there = _measure(p_logits, q_logits, axis, where, _WEIGHTED_JENSEN_SHANNON, _OFF, options=(w,))
+        w = w.astype(total.dtype)
+        of_both = w * (1 - w) / 2
+    value = total - lax.stop_gradient(off) ** 2 * of_both
+    value = replaced(jnp.maximum(value, 0), value)
     return _in_base(jnp.where(there[0] & there[1], value, 0), log_base)

@@ -78,7 +78,7 @@ def _(primals: Any, tangents: Any) -> Any:
 @custom_jvp
 def _generalized_kl_term(log_q: Array, t: Array) -> Array:
     """t log(t / q) - t + q >= 0, q at t = 0. d/dlog q = q - t, d/dt = log(t / q)."""
-    return bregman_from(_log_ratio(log_q, t), t, jnp.exp(log_q))
+    return bregman_from(_log_ratio(log_q, t), t, t - jnp.exp(log_q))
 
 
 @_generalized_kl_term.defjvp

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -228,11 +229,11 @@ def bregman_to_product(p: Array, x: Array, y: Array, total: Array) -> Array:
     return jnp.where(_is_near(s), near, p * jnp.maximum(far, -largest(p)) - difference)
 
 
-def bregman_from(delta: Array, p: Array, q: Array) -> Array:
-    """p log(p/q) - p + q >= 0 from delta = log p - log q, which may be more exact than p and q."""
+def bregman_from(delta: Array, p: Array, difference: Array) -> Array:
+    """p log(p/q) - p + q >= 0 from delta = log p - log q and p - q, which may be more exact than p and q."""
     count = 10 if p.dtype.itemsize == 4 else 17
     gap = delta * delta * polynomial([(-1) ** k / math.factorial(k + 2) for k in range(count)], delta)
-    return jnp.where(jnp.abs(delta) < 1, p * gap, p * jnp.maximum(delta, -largest(p)) - (p - q))
+    return jnp.where(jnp.abs(delta) < 1, p * gap, p * jnp.maximum(delta, -largest(p)) - difference)
 
 
 def _entropy_gap(s: Array) -> Array:
@@ -323,6 +324,84 @@ def _jensen_shannon_of_logs_slopes(
 
 
 jensen_shannon_of_logs.defslopes(_jensen_shannon_of_logs_slopes, jnp.multiply)
+
+
+# A weighted mean m = w p + (1 - w) q. Both weights come as arguments, of which the second is 1 less the first and has no
+# derivative of its own.
+
+
+def _in_mixture(delta: Array, w: Array, not_w: Array) -> tuple[Array, Array, Array]:
+    """w p/m, (1 - w) q/m and (p - q)/m with m = w p + (1 - w) q, from log p - log q."""
+    p_larger = delta >= 0
+    size = jnp.where(p_larger, delta, -delta)  # jnp.abs has no derivative at 0
+    smaller, less = jnp.exp(-size), jnp.expm1(-size)  # the smaller over the larger, and less 1
+    of_larger, of_smaller = jnp.where(p_larger, w, not_w), jnp.where(p_larger, not_w, w) * smaller
+    m = jnp.maximum(of_larger + of_smaller, _tiny(delta))
+    in_p, in_q = jnp.where(p_larger, of_larger, of_smaller), jnp.where(p_larger, of_smaller, of_larger)
+    return in_p / m, in_q / m, jnp.where(p_larger, -less, less) / m
+
+
+@custom_jvp
+def logs_to_mixture(delta: Array, w: Array, not_w: Array) -> tuple[Array, Array]:
+    """log(p/m) and log(q/m), with m = w p + (1 - w) q, from log p - log q."""
+    p_larger, size = delta >= 0, jnp.abs(delta)
+    smaller, less = jnp.exp(-size), jnp.expm1(-size)
+    of_larger, of_smaller = jnp.where(p_larger, w, not_w), jnp.where(p_larger, not_w, w)
+    m = of_larger + of_smaller * smaller  # over the larger of p and q
+    larger = jnp.minimum(jnp.where(m < 0.5, -jnp.log(m), -log1p(jnp.maximum(of_smaller * less, -0.5))), size)
+    more = -of_larger * less  # m less the smaller
+    near = more < smaller
+    small = jnp.where(near, -log1p(more / jnp.where(near, smaller, 1)), larger - size)
+    return jnp.where(p_larger, larger, small), jnp.where(p_larger, small, larger)
+
+
+@logs_to_mixture.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    in_p, in_q, slope = _in_mixture(*primals)
+    ddelta, dw, _ = tangents
+    return logs_to_mixture(*primals), (in_q * ddelta - slope * dw, -in_p * ddelta - slope * dw)
+
+
+def _bregmans_to_mixture(p: Array, q: Array, delta: Array, w: Array, not_w: Array) -> tuple[Array, Array]:
+    """b(p, m) and b(q, m)."""
+    (a, b), difference = logs_to_mixture(delta, w, not_w), (p + q) * jnp.tanh(delta / 2)
+    return bregman_from(a, p, not_w * difference), bregman_from(b, q, -w * difference)
+
+
+@custom_jvp
+def weighted_jensen_shannon_of_logs(
+    log_p: Array, p: Array, log_q: Array, q: Array, delta: Array, w: Array, not_w: Array
+) -> Array:
+    """w b(p, m) + (1 - w) b(q, m) >= 0. d/dlog p = w p log(p/m), d/dlog q = (1 - w) q log(q/m)."""
+    of_p, of_q = _bregmans_to_mixture(p, q, delta, w, not_w)
+    return w * of_p + not_w * of_q
+
+
+@custom_jvp
+def _by_weight(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array, w: Array, not_w: Array) -> Array:
+    """The derivative by w: b(p, m) - b(q, m).
+
+    With s = (p - q) / m, d/dlog p = p (log(p/m) - w s), d/dlog q = -q (log(q/m) + (1 - w) s), d/dw = -(p - q) s.
+    """
+    of_p, of_q = _bregmans_to_mixture(p, q, delta, w, not_w)
+    return of_p - of_q
+
+
+def _weighted_jensen_shannon_of_logs_slopes(*args: Array) -> tuple[Array | None, ...]:
+    _, p, _, q, delta, w, not_w = args
+    a, b = logs_to_mixture(delta, w, not_w)
+    return w * p * a, None, not_w * q * b, None, None, _by_weight(*args), None
+
+
+def _by_weight_slopes(*args: Array) -> tuple[Array | None, ...]:
+    _, p, _, q, delta, w, not_w = args
+    (a, b), (_, _, s) = logs_to_mixture(delta, w, not_w), _in_mixture(delta, w, not_w)
+    by_w = -difference_of_logs(*args[:5]) * s
+    return p * (a - w * s), None, -q * (b + not_w * s), None, None, by_w, None
+
+
+weighted_jensen_shannon_of_logs.defslopes(_weighted_jensen_shannon_of_logs_slopes, jnp.multiply)
+_by_weight.defslopes(_by_weight_slopes, jnp.multiply)
 
 
 @custom_jvp

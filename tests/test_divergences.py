@@ -6,7 +6,7 @@ On arrays, on `LinearLogits` and on `ShardedLogits` alike, in value and gradient
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +24,16 @@ FUNCTIONS = {
     "relative entropy": jaxce.relative_entropy_with_logits,
     "Jensen-Shannon": jaxce.jensen_shannon_divergence_with_logits,
 }
-every_function = pytest.mark.parametrize("name", FUNCTIONS)
+WEIGHTS = {"Jensen-Shannon": 0.5}
+for weight in (2**-3, 1 - 2**-3, 2**-15):
+    WEIGHTS[f"Jensen-Shannon, {weight:.3g}"] = weight
+    FUNCTIONS[f"Jensen-Shannon, {weight:.3g}"] = functools.partial(
+        jaxce.jensen_shannon_divergence_with_logits, weight=weight
+    )
+every_function = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if WEIGHTS.get(n, 1) in (1 - 2**-3, 2**-15) else ()) for n in FUNCTIONS],
+)
 INF = np.inf
 
 
@@ -86,22 +95,31 @@ class Exact:
         return [w / mpmath.fsum(weights) for w in weights]
 
     def value(self, name: str) -> Any:
-        if name == "Jensen-Shannon":
-            return sum(a * mpmath.log(2 * a / (a + b)) if a else mpf(0) for x in (0, 1) for a, b in self.turned(x)) / 2
+        if name in WEIGHTS:
+            return mpmath.fsum(
+                pair[i] * w * log
+                for i, w in self.weights(name)
+                for pair, log in zip(self.pairs, self.logs(name, i), strict=True)
+            )
         if any(a and not b for a, b in self.pairs):
             return mpmath.inf
         return sum(
             a * (mpmath.log(a / b) if name == "relative entropy" else -mpmath.log(b)) for a, b in self.pairs if a
         )
 
-    def turned(self, i: int) -> Iterator[tuple[Any, Any]]:
-        yield from ((pair[i], pair[1 - i]) for pair in self.pairs)
+    def weights(self, name: str) -> list[tuple[int, Any]]:
+        return [(0, mpf(WEIGHTS[name])), (1, 1 - mpf(WEIGHTS[name]))]
+
+    def logs(self, name: str, i: int) -> list[Any]:
+        """log(p/m), or log(q/m) if i is 1."""
+        mean = [mpmath.fsum(w * pair[j] for j, w in self.weights(name)) for pair in self.pairs]
+        return [mpmath.log(pair[i] / m) if pair[i] else mpf(0) for pair, m in zip(self.pairs, mean, strict=True)]
 
     def gradients(self, name: str) -> list[list[Any]]:
-        if name == "Jensen-Shannon":
+        if name in WEIGHTS:
             result = []
-            for i in (0, 1):
-                logs = [mpmath.log(2 * a / (a + b)) / 2 if a else mpf(0) for a, b in self.turned(i)]
+            for i, w in self.weights(name):
+                logs = [w * log for log in self.logs(name, i)]
                 mean = sum(pair[i] * log for pair, log in zip(self.pairs, logs, strict=True))
                 result.append([pair[i] * (log - mean) for pair, log in zip(self.pairs, logs, strict=True)])
             return result
@@ -162,7 +180,7 @@ def test_rows_that_lie_apart(name: str, kind: str) -> None:
                 exact = Exact(*(v[0].astype(np.float64) - v.max() for v in (x, y)))
                 value, gradients = float(exact.value(name)), exact.gradients(name)
             (_, got), slopes = both(name, kind)(x, y)
-            assert abs(float(got[0]) - value) <= 32 * 2.0**-23 * value, offset
+            assert abs(float(got[0]) - value) <= 32 * 2.0**-23 * value, (offset, float(got[0]), value)
             for slope, right in zip(slopes, gradients, strict=True):
                 # 4 ulp of the largest numbers of which an entry is a difference, and as much for their own errors.
                 np.testing.assert_allclose(
@@ -236,7 +254,8 @@ def test_one_q_for_all_rows(shape: tuple[int, ...]) -> None:
         assert slope.shape == shape
         np.testing.assert_allclose(got, whole, rtol=1e-6)  # another program
         np.testing.assert_allclose(np.sum(slope), np.sum(slopes), rtol=1e-5, atol=1e-6)  # a few eps of its terms
-        with pytest.raises(ValueError, match=rf"^{function.__name__}: q(_logits)? must have the shape of p"):
+        name = getattr(function, "func", function).__name__
+        with pytest.raises(ValueError, match=rf"^{name}: q(_logits)? must have the shape of p"):
             function(q, p) if q.ndim < 2 or q.shape[-1] > 1 else function(p[:, :2], p)
 
 
@@ -274,9 +293,17 @@ def exact_by_log(name: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, l
     p, q = np.exp(log_p), np.exp(log_q)
     with np.errstate(all="ignore"):
         delta = log_p - log_q
-        if name == "Jensen-Shannon":
-            by_p, by_q = (np.where(w > 0, -np.log1p(np.expm1(d) / 2) / 2, 0) for w, d in ((p, -delta), (q, delta)))
-            return (p * by_p + q * by_q).sum(-1), [by_p, by_q], [p, q]
+        if name in WEIGHTS:
+            w = WEIGHTS[name]
+            by_p = np.where(p > 0, -w * np.log1p((1 - w) * np.expm1(-delta)), 0)
+            by_q = np.where(q > 0, (w - 1) * np.log1p(w * np.expm1(delta)), 0)
+            # Terms that are at least 0: with log(p/m) = a a sum of w p (e^-a + a - 1), and so for q.
+            gaps = [
+                v * (np.expm1(-np.where(v > 0, f / v, 0)) + np.where(v > 0, f / v, 0))
+                for v, f in ((w, by_p), (1 - w, by_q))
+            ]
+            value = np.where(p > 0, p * gaps[0], w * (1 - w) * q) + np.where(q > 0, q * gaps[1], w * (1 - w) * p)
+            return value.sum(-1), [by_p, by_q], [p, q]
         by_p = np.where(p > 0, delta if name == "relative entropy" else -log_q, 0)
         return np.where(p > 0, p * by_p, 0).sum(-1), [by_p, np.where(q > 0, -p / q, 0)], [p, q]
 
@@ -395,3 +422,58 @@ def test_second_derivatives(name: str, make: Callable[..., Any]) -> None:
         limit = 2.0**-23 * (16 + 2 * far) * (far * scale + np.abs(exact)) + 1e-35
         error = np.abs(got[i] - exact)
         assert np.all(error <= limit), f"{title}:\n{got[i]}\n{exact}\n{np.round(error / limit, 1)}"
+
+
+def generalised(student: jax.Array, teacher: jax.Array, beta: Any) -> jax.Array:
+    """The loss of TRL's GKD trainer and of Liger's JSD, of each row, but at the ends."""
+    log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
+    log_m = jnp.logaddexp(jnp.log(beta) + log_p, jnp.log1p(-beta) + log_q)
+    of_p, of_q = (jnp.sum(jnp.exp(v) * (v - log_m), -1) for v in (log_p, log_q))
+    return beta * of_p + (1 - beta) * of_q
+
+
+def generalised_at_an_end(student: jax.Array, teacher: jax.Array, beta: int) -> jax.Array:
+    """What these two take for a ``beta`` of 0 or 1."""
+    log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
+    a, b = (log_p, log_q) if beta == 0 else (log_q, log_p)
+    return jnp.sum(jnp.exp(a) * (a - b), -1)
+
+
+@pytest.mark.parametrize("beta", [0, 0.1, 0.5, 0.7, 1])
+def test_generalised_knowledge_distillation(beta: float) -> None:
+    rng = np.random.default_rng(0)
+    function = jaxce.jensen_shannon_divergence_with_logits
+    with jax.enable_x64(True):
+        student, teacher = jnp.asarray(rng.normal(0, 3, (2, 5, 11)))
+        if beta not in (0, 1):
+            right = generalised(student, teacher, beta)
+            np.testing.assert_allclose(function(teacher, student, weight=beta), right, rtol=1e-12)
+            return
+        np.testing.assert_array_equal(function(teacher, student, weight=beta), 0)
+        pair, w = ((teacher, student), 1e-6) if beta == 0 else ((student, teacher), 1 - 1e-6)
+        limit = jaxce.relative_entropy_with_logits(*pair)
+        np.testing.assert_allclose(limit, generalised_at_an_end(student, teacher, int(beta)), rtol=1e-12)
+        near = function(teacher, student, weight=w) / (w * (1 - w))
+        np.testing.assert_allclose(near, limit, rtol=1e-3)  # which w is that near to
+
+
+@pytest.mark.parametrize("kind", kinds(max))
+def test_derivatives_by_the_weight(kind: str) -> None:
+    """Gradient and Hessian of one row by both logits and the weight, together, beside the plain formula's."""
+    rng = np.random.default_rng(1)
+    with jax.enable_x64(True):
+        x, y = jnp.asarray(rng.normal(0, 2, (2, 1, 5)))
+        y, w = y.at[0, :2].set(x[0, :2]), jnp.asarray(0.3)
+
+        def loss(x: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
+            function = functools.partial(jaxce.jensen_shannon_divergence_with_logits, weight=w)
+            return kinds(function)[kind](x, y)[0]
+
+        def plain(x: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
+            return generalised(y, x, w)[0]
+
+        every = (0, 1, 2)
+        for of in (jax.grad, jax.hessian):
+            got, right = (jax.tree.leaves(jax.jit(of(f, every))(x, y, w)) for f in (loss, plain))
+            for a, b in zip(got, right, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)  # the plain formula's own errors
