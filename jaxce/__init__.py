@@ -81,6 +81,7 @@ from jaxce._likelihood import (
 )
 from jaxce._linear import linear_cross_entropy
 from jaxce._logits import LinearLogits, ShardedLogits
+from jaxce._pairs import softmax_cross_entropy_of_pairs
 from jaxce._probability import (
     binary_cross_entropy,
     categorical_cross_entropy,
@@ -121,6 +122,7 @@ __all__ = [
     "sigmoid_focal_loss",
     "smooth_labels",
     "softmax_cross_entropy",
+    "softmax_cross_entropy_of_pairs",
     "softmax_cross_entropy_with_integer_labels",
     "softmax_cross_entropy_with_sparse_labels",
     "softmax_focal_loss",

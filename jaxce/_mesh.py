@@ -242,3 +242,30 @@ def _places(name: str, x: Any, shape: tuple[int, ...], batch: list[int], class_a
     axes = range(len(shape) - x.ndim, len(shape))
     fits = all(n in (1, shape[a]) for n, a in zip(x.shape, axes, strict=True))
     return [[None if n == 1 else a for n, a in zip(x.shape, axes, strict=True)] if fits else None]
+
+
+def by_rows(
+    function: Callable[..., Any], axis_name: AxisName | None, inputs: dict[str, Array], of_rows: tuple[str, ...]
+) -> Any:
+    """function(axis_name, inputs) -> (of rows, of all): of each device's rows, if an explicit mesh shards any input.
+
+    The inputs that have an axis of rows, their first, are sharded by it, as the first of them is that is so. All others are
+    gathered.
+    """
+    specs = {name: _spec(x) for name, x in inputs.items()}
+    if not any(map(any, specs.values())):
+        return function(axis_name, inputs)
+    mesh = next(jax.typeof(x).sharding.mesh for name, x in inputs.items() if any(specs[name]))
+    part = next((specs[n][0] for n in of_rows if n in specs and specs[n][0]), None)
+    in_specs = {name: PartitionSpec(part) if name in of_rows else PartitionSpec() for name in inputs}
+    inputs = {name: reshard(x, NamedSharding(mesh, in_specs[name])) for name, x in inputs.items()}
+    explicit = all(t == AxisType.Explicit for t in mesh.axis_types)
+    names = set() if explicit else {part} if isinstance(part, str) else set(part or ())
+    run = jax.shard_map(
+        functools.partial(function, part),
+        mesh=mesh,
+        in_specs=(in_specs,),
+        out_specs=(PartitionSpec(part), PartitionSpec()),
+        axis_names=names,
+    )
+    return run(inputs)
