@@ -325,8 +325,16 @@ def _(options: _Options, primals: Any, tangents: Any) -> Any:
     tiles = tiles | dict(zip(SHIFTS, shifts, strict=True))
     varying = {n: t for n, t in dtiles.items() if not isinstance(t, SymbolicZero) and n not in SHIFTS}
     # Wide, as a transpose adds them up; but columns, where there is one tile of rows, of which it does so once.
-    once = OF_COLUMNS if tiles["labels"].shape[0] == 1 else ()
+    once = ("kernel",) if tiles["labels"].shape[0] == 1 else ()
     varying = {n: t if n in once else t.astype(options.spec.dtype) for n, t in varying.items()}
+    if "temperature" in varying:  # as much of hidden and bias, so that no product is multiplied once more
+        t = tiles["temperature"].astype(options.spec.dtype)
+        change = -varying.pop("temperature") / t
+        for name in ("hidden", "bias"):
+            if name in tiles:
+                x = tiles[name].astype(t.dtype)
+                more = jnp.where(jnp.isinf(x), 0, x) * change
+                varying[name] = varying[name].astype(t.dtype) + more if name in varying else more
     tiles, varying = _mesh.vary((tiles, varying), _mesh.varying(tiles, varying))
 
     @partial(jax.checkpoint, prevent_cse=False)
@@ -354,7 +362,11 @@ def _positive(options: _Options, part: Inputs) -> Array:
 
 def _pairs(options: _Options, part: Inputs) -> tuple[Array, Array]:
     """The logits, -inf where a pair isn't there, and which pairs are positives."""
-    x = logits_of(options.spec, part).astype(options.spec.dtype)
+    x = logits_of(options.spec, {n: v for n, v in part.items() if n not in ("temperature", "soft_cap")})
+    x = x.astype(options.spec.dtype)
+    if "temperature" in part:  # by which a division would take a TPU longer
+        x *= 1 / part["temperature"].astype(x.dtype)
+    x = shape_logits(x, None, part.get("soft_cap"))
     x = jnp.where(jnp.isposinf(x), largest(x), x)
     positive = _positive(options, part)
     if options.exclude_self:
