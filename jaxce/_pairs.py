@@ -1,17 +1,17 @@
-r"""Softmax losses over all pairs of two sides, in both directions, without the array of all pairs.
+r"""Softmax losses of all pairs of two sides, in both directions, without an array of all pairs.
 
-A row's loss compares its pairs by a softmax over the columns, a column's by one over the rows. Both are made of sums over the
-tiles of the array, each computed, used and forgotten: with a shift r for each row and c for each column,
+A row's loss is a softmax over the columns, a column's one over the rows. Both are made of sums over the tiles of the array,
+each computed, used and forgotten: for each line, a row or a column, with a shift, over its pairs that are no positives,
 
-.. math:: S_i = \sum_{k \text{ no positive of } i} e^{x_{ik} - r_i}, \qquad
-    S_j = \sum_{k \text{ no positive of } j} e^{x_{kj} - c_j} .
+.. math:: S = \sum_k e^{x_k - \text{shift}} .
 
-Where a line has one positive, of logit y, its loss is :math:`\log(1 + e^z)` with :math:`z = \log S + r - y`: no difference of
-nearly equal numbers, so confident pairs keep all digits, and so do their derivatives.
+With one positive, of logit y, its loss is :math:`\log(1 + e^z)` with :math:`z = \log S + \text{shift} - y`. So a confident
+pair loses no digits, nor do its derivatives. With several positives there is a sum of their exponentials, too.
 
-The shift is known before the pass: the positive's own logit. So a TPU makes one kernel of the product and all sums. Only where
-S turns out to be too large for that, because another pair is far more likely, does a pass of maxima find other shifts.
-Derivatives are those of the sums at fixed shifts, of which the losses don't depend.
+The shift is known before the pass: it is the positive's own logit, from a product of its own. So a TPU makes one kernel of
+the product and all sums, which it doesn't of a maximum followed by a sum. Only where S is too large for that, as another
+pair is far more likely, are the sums taken again, relative to the maximum. Losses don't depend on shifts, so their
+derivatives are those of the sums at fixed shifts: JAX's own, one tile at a time.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from jaxce._rules import custom_jvp, largest
 from jaxce._sigmoid import _cost
 from jaxce._statistics import read_logits
 
-_ROWS, _TILE = 1 << 14, 1 << 24
-"""How many rows, of each device, and about how many pairs a tile has at most."""
+_ROWS, _COLUMNS, _PAIRS = 1 << 14, 1 << 8, 1 << 24
+"""How many rows of each device a tile has at most, how many columns at least, and how many pairs at most, which a TPU keeps
+on the chip. A CPU wants fewer: so the columns are cut into sixteen blocks, unless these were too small or too large."""
 
 _FAR = 2.0**90
 """How large a sum may be before its exponentials are taken again, relative to the maximum."""
@@ -64,15 +65,15 @@ def softmax_cross_entropy_of_pairs(
 
     and the loss of a column is the same of the transposed logits. Row i's only positive is column i, or ``labels[i]``. The
     mean over rows is InfoNCE, or in-batch softmax; the mean of the means over rows and over columns is CLIP's loss; with
-    ``positives="group"`` and ``exclude_self=True`` it is SupCon. Under ``jax.jit`` the direction that isn't used costs nothing.
+    ``positives="group"`` and ``exclude_self=True`` it is SupCon. Under ``jax.jit`` losses that aren't used cost nothing.
 
-    With `LinearLogits` of both sides' embeddings the array of all pairs is never in memory, nor is a mask of its shape, also
-    not for derivatives. Their temperature divides, and their bias is one number per column, such as :math:`-\log q` of a
+    With `LinearLogits` of both sides' embeddings neither all pairs nor a mask of them are ever in memory, also not for
+    derivatives. Their temperature divides, and their bias is one number per column, such as :math:`-\log q` of a
     column that was sampled with probability q. Columns beyond the rows are further negatives.
 
     A row or column that takes no part, or that has no positive, has loss 0 and gradient 0. So average the columns' losses
     over those that have a positive. The loss of a row whose label is left out by ``class_where`` is +inf, and that of a row
-    whose label is no class is NaN, as in `softmax_cross_entropy_with_integer_labels`, whose dtypes and accuracy hold as well:
+    whose label is no column is NaN, as in `softmax_cross_entropy_with_integer_labels`, whose accuracy holds as well:
     a pair with a loss of 1e-28 has all its digits, and so has the gradient.
 
     Args:
@@ -109,9 +110,8 @@ def softmax_cross_entropy_of_pairs(
         raise _checks.ArgumentValueError(f"positives must be 'label' or 'group', got {positives!r}")
     if not isinstance(exclude_self, bool):
         raise _checks.ArgumentTypeError(f"exclude_self must be True or False, got {exclude_self!r}")
-    logits = _read(logits, axis_name)
-    block_size = getattr(logits, "block_size", None)
-    rows, columns = logits.shape
+    pairs = _read(logits, axis_name)
+    rows, columns = pairs.shape
     inputs: Inputs = {}
     for name, to, given, check, size in (
         ("where", "rows", where, _checks.boolean, rows),
@@ -128,7 +128,7 @@ def softmax_cross_entropy_of_pairs(
     for name, other in (("groups", "class_groups"), ("class_groups", "groups")):
         if name not in inputs and (other in inputs or positives == "group"):
             raise _checks.ArgumentTypeError(f"{name} must be an integer array, got None")
-    z = read_logits("logits", logits, -1, inputs.get("rows"))
+    z = read_logits("logits", pairs, -1, inputs.get("rows"))
     if positives == "group" and labels is not None:
         raise _checks.ArgumentTypeError(f"labels must be None with positives='group', got {_checks.describe(labels)}")
     if positives == "label" and labels is None and (exclude_self or rows > columns):
@@ -143,11 +143,15 @@ def softmax_cross_entropy_of_pairs(
         inputs |= lax.all_gather({n: inputs[n] for n in OF_COLUMNS if n in inputs}, axis_name, tiled=True)
     inputs |= {"numbers": numbers, "labels": numbers if labels is None else z.with_labels(labels).inputs["labels"]}
     options = _Options(
-        z.spec._replace(class_axis=0, axis_name=None, strips=1, chunks=1),
+        z.spec._replace(
+            class_axis=0,
+            axis_name=None,
+            classes=inputs["array"].shape[1] if "array" in inputs else inputs["kernel"].shape[0],
+        ),
         positives == "group",
         positives == "label" and labels is None,
         exclude_self,
-        block_size,
+        getattr(pairs, "block_size", None),
         None,
     )
     of_rows, of_columns = _mesh.by_rows(partial(_losses, options), axis_name, inputs, OF_ROWS)
@@ -263,7 +267,7 @@ def _at_columns(options: _Options, inputs: Inputs, values: Array, join: Any, oth
 
 
 def _guesses(options: _Options, inputs: Inputs) -> tuple[Array, Array]:
-    """The logits of the positives, nearly, for rows and for columns; one that no exponential exceeds, where there is none."""
+    """About the logits of the positives, for rows and for columns; for a column without, so large that its sums are 0."""
     dtype, inputs = options.spec.dtype, lax.stop_gradient(inputs)
     rows = inputs["labels"].shape[0]
 
@@ -304,7 +308,11 @@ def _sums(options: _Options, tiles: Inputs) -> tuple[Lines, tuple[Array, Array]]
             line = lines([shift if i == direction else guesses[i] for i in (0, 1)])[direction]
             return _everywhere(options, direction, line), shift, state[2] & False
 
-        is_far = jnp.any((line.others > _FAR) | ((line.others == 0) & jnp.isneginf(line.total)))
+        there = tiles.get(("rows", "classes")[direction], True)
+        if direction == 1 and "bias" in tiles:
+            there &= tiles["bias"] > -jnp.inf
+        nothing = (line.others == 0) & jnp.isneginf(line.total)
+        is_far = jnp.any((line.others > _FAR) | (nothing & there))
         return lax.while_loop(lambda state: state[2], body, (line, guesses[direction], is_far))[:2]
 
     if SHIFTS[0] not in tiles:
@@ -406,15 +414,15 @@ def _split(options: _Options, inputs: Inputs) -> tuple[Inputs, Callable[[Any], A
     """The inputs as tiles of rows and blocks of columns, and how to join what is found of rows and of columns."""
     rows, columns = inputs["labels"].shape[0], options.spec.classes
     local = max(1, rows // _mesh.devices(AxisType.Auto))
-    tiles = 1 if "array" in inputs else -(-local // _ROWS)
-    size = columns
-    if "array" not in inputs:
-        size = options.block_size or max(512, _TILE // -(-local // tiles))
-    blocks = -(-columns // size)
+    tiles, blocks = (1, 1) if "array" in inputs else (-(-local // _ROWS), 0)
+    least = min(max(_COLUMNS, columns // 16), _PAIRS // -(-local // tiles))
+    blocks = blocks or -(-columns // (options.block_size or least))
     size = -(-columns // blocks)
+    if blocks > 1 and options.block_size is None:
+        size = -(-size // 128) * 128  # as a TPU likes it
     if options.grouped or rows % tiles:
         inputs = {"rows": jnp.ones(rows, bool)} | inputs
-    if options.grouped or columns % blocks:
+    if options.grouped or columns != size * blocks:
         inputs = {"classes": jnp.ones(columns, bool)} | inputs
 
     def split(name: str, x: Array) -> Array:
