@@ -235,10 +235,9 @@ def test_absent_and_invalid_pairs() -> None:
     usual = losses(e)
     spoiled = e | {"a": e["a"].at[3].set(jnp.nan), "b": e["b"].at[3].set(jnp.inf)}
     masks = {"where": jnp.arange(5) != 3, "class_where": jnp.arange(6) != 3}
-    with jax.debug_nans(True):
-        got = losses(spoiled, **masks)
-        slopes = jax.grad(lambda e: scalar(losses(e, **masks)))(spoiled)
-        right = jax.grad(lambda e: scalar(losses(e, **masks)))(e)
+    got = losses(spoiled, **masks)
+    slopes = jax.grad(lambda e: scalar(losses(e, **masks)))(spoiled)
+    right = jax.grad(lambda e: scalar(losses(e, **masks)))(e)
     close(got, losses(e, **masks), 0, 0)
     close(slopes, right, 1e-6, 1e-6)
     assert got[0][3] == got[1][3] == got[1][5] == 0 and not np.any(slopes["a"][3]) and not np.any(slopes["b"][3])
