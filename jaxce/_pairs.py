@@ -212,7 +212,8 @@ def _losses(options: _Options, axis_name: AxisName | None, inputs: Inputs) -> tu
     if "rows" in inputs:
         inputs = inputs | {"labels": jnp.where(inputs["rows"], inputs["labels"], -1)}
     valid = inputs["labels"] >= 0
-    counts = valid.astype(dtype), _at_columns(options, inputs, valid.astype(dtype), jnp.add, 0)
+    # A row whose label is no column has a loss, too, of which NaN is made.
+    counts = jnp.ones(rows, dtype), _at_columns(options, inputs, valid.astype(dtype), jnp.add, 0)
     if "kernel" in inputs and not options.grouped:
         inputs = inputs | dict(zip(SHIFTS, _guesses(options, inputs), strict=True))
     tiles, join = _split(options, inputs)
