@@ -10,6 +10,7 @@ soft, one-hot labels    softmax_cross_entropy(logits, labels)                   
 several, weighted       softmax_cross_entropy_with_sparse_labels(logits, labels, weights)  [B, K], 2 x [B, k] -> [B]
 large vocabularies      linear_cross_entropy(LinearLogits(hidden, kernel), labels)         [B, D], [D, K], [B] -> []
 classes over devices    ShardedLogits(logits, axis_name)                                   in jax.shard_map
+pairs of two sides      softmax_cross_entropy_of_pairs(logits), CLIP's loss and InfoNCE        [N, K] -> [N], [K]
 hard or rare classes    softmax_focal_loss(logits, labels), poly_loss_cross_entropy        [B, K], [B] -> [B]
 binary, multi-label     sigmoid_binary_cross_entropy(logits, labels), sigmoid_focal_loss   [B], [B] -> [B]
 label smoothing         label_smoothing= of these; smooth_labels(labels, alpha)            [B, K] -> [B, K]
@@ -81,6 +82,7 @@ from jaxce._likelihood import (
 )
 from jaxce._linear import linear_cross_entropy
 from jaxce._logits import LinearLogits, ShardedLogits
+from jaxce._pairs import softmax_cross_entropy_of_pairs
 from jaxce._probability import (
     binary_cross_entropy,
     categorical_cross_entropy,
@@ -121,6 +123,7 @@ __all__ = [
     "sigmoid_focal_loss",
     "smooth_labels",
     "softmax_cross_entropy",
+    "softmax_cross_entropy_of_pairs",
     "softmax_cross_entropy_with_integer_labels",
     "softmax_cross_entropy_with_sparse_labels",
     "softmax_focal_loss",

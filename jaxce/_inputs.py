@@ -237,7 +237,7 @@ def _prepared(specs: tuple[Spec, ...], inputs: tuple[Inputs, ...]) -> tuple[tupl
     """With the size of blocks, and products that nothing makes larger than they are."""
     specs = tuple(map(_in_blocks, specs, inputs))
     size, strips = min(spec.size for spec in specs), max(spec.strips for spec in specs)
-    return tuple(s._replace(size=size, strips=strips) for s in specs), tuple(map(_factors, specs, inputs))
+    return tuple(s._replace(size=size, strips=strips) for s in specs), tuple(map(factors, specs, inputs))
 
 
 def _in_blocks(spec: Spec, inputs: Inputs) -> Spec:
@@ -256,7 +256,7 @@ def _in_blocks(spec: Spec, inputs: Inputs) -> Spec:
     return spec._replace(size=size, strips=strips, chunks=-(-rows * strips * size // BLOCK))
 
 
-def _factors(spec: Spec, inputs: Inputs) -> Inputs:
+def factors(spec: Spec, inputs: Inputs) -> Inputs:
     """With the factors of the product as it needs them, on any mesh and with any mask."""
     if "array" in inputs:
         return inputs

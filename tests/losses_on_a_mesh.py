@@ -747,3 +747,33 @@ def test_what_is_refused() -> None:
         lambda a: jaxce.LinearLogits(a["hidden"][:, 1:], a["kernel"], axis_name="model"),
     )
     refused("logits must be sharded over 'model'", lambda a: jaxce.logsumexp(same(a)))
+
+
+def test_pairs() -> None:
+    """Losses of all pairs and their gradients, where both sides are sharded: by types, by hand, by XLA."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 16, 4)).astype("float32")
+
+    def losses(a: jax.Array, b: jax.Array, t: jax.Array, **given: Any) -> Any:
+        logits = jaxce.LinearLogits(a, b, class_axis=0, temperature=t, block_size=3)
+        return jaxce.softmax_cross_entropy_of_pairs(logits, **given)
+
+    def scalar(of: Callable[..., Any], *args: Any) -> jax.Array:
+        rows, columns = of(*args)
+        weights = jnp.sin(1 + jnp.arange(16, dtype=rows.dtype))
+        return jnp.sum(weights * columns) + jnp.sum(rows * rows)
+
+    def check(of: Callable[..., Any], *args: Any) -> None:
+        got = jax.jit(jax.value_and_grad(functools.partial(scalar, of), (0, 1, 2)))(*args)
+        for x, y in zip(jax.tree.leaves(got), expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)  # some eps of the largest terms, in another order
+
+    t = jnp.float32(0.3)
+    expected = jax.tree.leaves(jax.value_and_grad(functools.partial(scalar, losses), (0, 1, 2))(a, b, t))
+    for types in (AxisType.Auto, AxisType.Explicit):
+        m = jax.make_mesh((8,), ("x",), axis_types=(types,))
+        with jax.set_mesh(m):
+            check(losses, *(jax.device_put(v, NamedSharding(m, P("x"))) for v in (a, b)), t)
+    m = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    by_hand = functools.partial(losses, axis_name="x")
+    check(jax.shard_map(by_hand, mesh=m, in_specs=(P("x"), P("x"), P()), out_specs=P("x")), a, b, t)

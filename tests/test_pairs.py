@@ -1,0 +1,323 @@
+"""Losses of all pairs: the formula in float64, the formulas of other libraries, and pairs on which losses go wrong."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import optax
+import pytest
+
+import jaxce
+from jaxce import _pairs
+
+of_pairs = jaxce.softmax_cross_entropy_of_pairs
+Arrays = dict[str, Any]
+RNG = np.random.default_rng(0)
+
+
+def plain(x: np.ndarray, labels: Any = None, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The formula, one row and one column at a time; what isn't there is -inf."""
+    n, k = x.shape
+    own = np.arange(n)[:, None] == np.arange(k)[None]
+    positive = own if labels is None else np.asarray(labels)[:, None] == np.arange(k)[None]
+    rows, columns = (np.asarray(options.get(m, np.ones(s, bool))) for m, s in (("where", n), ("class_where", k)))
+    there = rows[:, None] & columns[None]
+    if options.get("exclude_self"):
+        there = there & ~own
+    if "groups" in options:
+        same = (
+            np.asarray(options["groups"])[:, None] == np.asarray(options.get("class_groups", options["groups"]))[None]
+        )
+        if options.get("positives") == "group":
+            positive = same & there
+        else:
+            there = there & (~same | positive)
+    positive = positive & rows[:, None]
+
+    def lines(x: np.ndarray, there: np.ndarray, positive: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        x, found = np.where(there, x, -np.inf), np.zeros(len(x))
+        for i in np.flatnonzero(counts & positive.any(-1) & there.any(-1)):
+            m = x[i].max()
+            found[i] = np.mean(m + np.log(np.exp(x[i] - m).sum()) - x[i][positive[i]])
+        return found
+
+    return lines(x, there, positive, rows), lines(x.T, there.T, positive.T, columns)
+
+
+def embeddings(n: int = 9, k: int = 9, dtype: str = "float64") -> Arrays:
+    made = {"a": RNG.normal(size=(n, 4)), "b": RNG.normal(size=(k, 4)), "bias": RNG.normal(size=k), "t": np.array(0.3)}
+    return {name: jnp.asarray(v, dtype) for name, v in made.items()}
+
+
+def linear(e: Arrays, block_size: int | None = 4) -> jaxce.LinearLogits:
+    return jaxce.LinearLogits(e["a"], e["b"], class_axis=0, bias=e["bias"], temperature=e["t"], block_size=block_size)
+
+
+def whole(e: Arrays) -> jax.Array:
+    return (e["a"] @ e["b"].T + e["bias"][None]) / e["t"]
+
+
+def close(got: Any, expected: Any, rtol: float = 1e-11, atol: float = 1e-12) -> None:
+    """In float64: what sums of some ten terms lose, over a temperature of 0.3."""
+    for g, v in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(g, np.float64), np.asarray(v, np.float64), rtol, atol)
+
+
+def scalar(losses: Any) -> jax.Array:
+    """One number in which every loss counts, with weights that no symmetry cancels."""
+    return sum(jnp.vdot(jnp.sin(1 + i + jnp.arange(v.size, dtype=v.dtype)), v) for i, v in enumerate(losses))
+
+
+CASES: dict[str, tuple[int, int, Arrays]] = {
+    "square": (9, 9, {}),
+    "more columns": (7, 13, {}),
+    "labels": (7, 11, {"labels": np.array([3, 10, 0, 5, 4, 8, 1])}),
+    "labels that are equal": (7, 11, {"labels": np.array([3, 3, 0, 5, 3, 0, 1])}),
+    "masks": (9, 9, {"where": np.arange(9) % 4 != 1, "class_where": np.arange(9) % 4 != 1}),
+    "rows masked": (8, 10, {"where": np.arange(8) % 3 != 1}),
+    "duplicates": (9, 9, {"groups": np.array([0, 1, 2, 0, 3, 1, 4, 5, 0])}),
+    "groups": (9, 9, {"groups": np.arange(9) // 2 % 3, "positives": "group"}),
+    "SupCon": (9, 9, {"groups": np.arange(9) % 4, "positives": "group", "exclude_self": True}),
+    "two views": (10, 10, {"labels": (np.arange(10) + 5) % 10, "exclude_self": True}),
+    "all": (
+        9,
+        13,
+        {
+            "groups": np.arange(9) % 4,
+            "class_groups": np.arange(13) % 5,
+            "where": np.arange(9) != 2,
+            "class_where": np.arange(13) % 5 != 3,
+            "positives": "group",
+        },
+    ),
+}
+SLOW = {"more columns", "labels", "rows masked", "groups", "two views"}
+cases = pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
+
+
+@cases
+def test_values_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays and blocks of columns, with tiles of rows that don't divide them, are the formula; their gradients agree."""
+    monkeypatch.setattr(_pairs, "_ROWS", 4)
+    n, k, options = CASES[name]
+    options = {o: jnp.asarray(v) if isinstance(v, np.ndarray) else v for o, v in options.items()}
+    with jax.enable_x64(True):
+        e = embeddings(n, k)
+        expected = plain(np.asarray(whole(e)), **options)
+        slopes = []
+        for logits in (whole, linear):
+
+            def loss(e: Arrays, logits: Any = logits) -> Any:
+                losses = of_pairs(logits(e), **options)
+                return scalar(losses), losses
+
+            slope, losses = jax.jit(jax.grad(loss, has_aux=True))(e)
+            close(losses, expected)
+            slopes.append(slope)
+        close(*slopes)
+
+
+@pytest.mark.slow
+def test_derivatives_in_all_modes_and_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_pairs, "_ROWS", 4)
+    with jax.enable_x64(True):
+        e = embeddings(7, 9)
+        direction = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), e)
+
+        def orders(logits: Any) -> Any:
+            def f(e: Arrays) -> jax.Array:
+                return scalar(of_pairs(logits(e)))
+
+            def along(e: Arrays) -> jax.Array:
+                return jax.jvp(f, (e,), (direction,))[1]
+
+            hessian = jax.jvp(jax.grad(f), (e,), (direction,))[1]
+            return along(e), hessian, jax.grad(along)(e), jax.jvp(along, (e,), (direction,))[1]
+
+        close(jax.jit(lambda: orders(linear))(), jax.jit(lambda: orders(whole))(), rtol=1e-9, atol=1e-10)
+
+
+# --- formulas of others -----------------------------------------------------------------------------------------------
+
+
+def test_it_is_open_clips_loss() -> None:
+    """ClipLoss: the mean of cross_entropy(scale a b^T, arange) and of its transpose's."""
+    with jax.enable_x64(True):
+        a, b = (v / jnp.linalg.norm(v, axis=-1, keepdims=True) for v in (embeddings()["a"], embeddings()["b"]))
+        x, y = 20 * a @ b.T, jnp.arange(9)
+        cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+        expected = (cross_entropy(x, y).mean() + cross_entropy(x.T, y).mean()) / 2
+        by_row, by_column = of_pairs(jaxce.LinearLogits(a, b, class_axis=0, temperature=1 / 20))
+        close((by_row.mean() + by_column.mean()) / 2, expected)
+
+
+def test_it_is_optax_ntxent() -> None:
+    """Of two views of each item, one after the other in the batch."""
+    with jax.enable_x64(True):
+        z = embeddings(10)["a"]
+        labels = jnp.arange(10) % 5
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            expected = optax.losses.ntxent(z, labels, temperature=0.2)
+        z = z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+        logits = jaxce.LinearLogits(z, z, class_axis=0, temperature=0.2)
+        close(of_pairs(logits, (jnp.arange(10) + 5) % 10, exclude_self=True)[0].mean(), expected, rtol=1e-9)
+        losses, _ = of_pairs(logits, groups=labels, positives="group", exclude_self=True)
+        close(losses.mean(), expected, rtol=1e-9)  # it adds 1e-8 to norms
+
+
+# --- pairs on which losses go wrong -----------------------------------------------------------------------------------
+
+
+def exact(x: np.ndarray) -> tuple[list[Any], list[list[Any]]]:
+    """The losses of the rows and the slopes of their sum, in 60 digits."""
+    losses, slopes = [], []
+    for i, row in enumerate(x.tolist()):
+        ratios = [mpmath.exp(mpmath.mpf(v) - mpmath.mpf(row[i])) for v in row]
+        others = mpmath.fsum(r for j, r in enumerate(ratios) if j != i)
+        losses.append(mpmath.log1p(others))
+        slopes.append([-others / (1 + others) if j == i else r / (1 + others) for j, r in enumerate(ratios)])
+    return losses, slopes
+
+
+HARD = {
+    "confident, 1e-28": lambda r: 64 * np.eye(6) + r,
+    "confident, offset": lambda r: 60 * np.eye(6) + r - 300,
+    "tied": lambda r: np.full((6, 6), 7.0),
+    "near the switch": lambda r: np.where(np.eye(6), -30, 30) + r,
+    "another 100 above": lambda r: 100 * np.roll(np.eye(6), 1, 1) + r,
+    "another 3000 above": lambda r: 3000 * np.roll(np.eye(6), 1, 1) + r,
+    "huge": lambda r: 1e30 * (r > 0) + 1e30 * np.eye(6),
+    "all sorts": lambda r: 200 * r,
+}
+
+
+def test_hard_pairs() -> None:
+    """Losses and their slopes to some ulp of float32, plus half an eps for each nat, in both directions and both ways."""
+    tile = np.eye(6, dtype="float32")
+
+    def by_array(x: jax.Array) -> Any:
+        return of_pairs(x)
+
+    def by_blocks(x: jax.Array) -> Any:
+        return of_pairs(jaxce.LinearLogits(x, jnp.asarray(tile), class_axis=0, block_size=2))
+
+    ways = [
+        jax.jit(lambda x, f=f, i=i: jax.value_and_grad(lambda x: (jnp.sum(f(x)[i]), f(x)[i]), has_aux=True)(x))
+        for f in (by_array, by_blocks)
+        for i in (0, 1)
+    ]
+    for name, make in HARD.items():
+        x = make(np.random.default_rng(1).normal(size=(6, 6))).astype("float32")
+        rights = [exact(x.astype("float64")), exact(x.astype("float64").T)]
+        for way, (losses, slopes) in zip(ways, itertools.cycle(rights)):
+            (_, got), slope = way(jnp.asarray(x))
+            slope = np.asarray(slope) if losses is rights[0][0] else np.asarray(slope).T
+            for g, right in ((np.asarray(got), losses), (slope, slopes)):
+                right = np.array(right, np.float64)
+                small = np.abs(right) < 1e-37
+                with np.errstate(divide="ignore"):
+                    nats = np.clip(np.abs(np.log(np.abs(right))), 0, 90)
+                bound = (8 + nats) * np.finfo("float32").eps * np.abs(right)
+                assert np.all((np.abs(g - right) <= bound) | small & (np.abs(g) < 1e-37)), (name, g, right)
+
+
+def test_absent_and_invalid_pairs() -> None:
+    e = embeddings(5, 6, "float32")
+
+    def losses(e: Arrays, **options: Any) -> Any:
+        return of_pairs(linear(e, 2), **options)
+
+    usual = losses(e)
+    spoiled = e | {"a": e["a"].at[3].set(jnp.nan), "b": e["b"].at[3].set(jnp.inf)}
+    masks = {"where": jnp.arange(5) != 3, "class_where": jnp.arange(6) != 3}
+    got = losses(spoiled, **masks)
+    slopes = jax.grad(lambda e: scalar(losses(e, **masks)))(spoiled)
+    right = jax.grad(lambda e: scalar(losses(e, **masks)))(e)
+    close(got, losses(e, **masks), 0, 0)
+    close(slopes, right, 1e-6, 1e-6)
+    assert got[0][3] == got[1][3] == got[1][5] == 0 and not np.any(slopes["a"][3]) and not np.any(slopes["b"][3])
+    by_row, by_column = losses(e, class_where=jnp.arange(6) != 3)
+    assert np.isposinf(by_row).tolist() == [False] * 3 + [True, False] and np.all(np.isfinite(by_column))
+    absent = losses(e | {"bias": e["bias"].at[3].set(-jnp.inf)})
+    close(absent, (by_row, by_column), 1e-6, 1e-6)
+    most = losses(e | {"bias": e["bias"].at[3].set(jnp.inf)})
+    assert most[0][3] == 0 and np.all(most[0][np.array([0, 1, 2, 4])] > 1e37)
+    assert not any(np.any(x) for x in losses(e, where=jnp.zeros(5, bool)))
+    for label in (-1, 6, 1000):
+        labels = jnp.array([0, 1, label, 3, 4])
+        by_row, _ = losses(e, labels=labels)
+        assert np.isnan(by_row).tolist() == [i == 2 for i in range(5)]
+        slope = jax.grad(lambda e, y=labels: jnp.sum(losses(e, labels=y)[0]))(e)
+        assert np.isnan(slope["a"]).any(-1).tolist() == [i == 2 for i in range(5)]
+        masked, _ = losses(e, labels=labels, where=jnp.arange(5) != 2)
+        assert masked[2] == 0 and np.all(np.isfinite(masked))
+    assert usual[1][5] == 0
+
+
+def test_half_precision_and_kernels_by_columns() -> None:
+    e = embeddings(6, 8, "float32")
+    a, b = e["a"].astype("bfloat16"), e["b"].astype("bfloat16")
+    got = of_pairs(jaxce.LinearLogits(a, b.T, temperature=jnp.float32(0.3)))
+    expected = of_pairs(jaxce.LinearLogits(a.astype("float32"), b.astype("float32"), class_axis=0, temperature=0.3))
+    assert all(g.dtype == "float32" for g in got)
+    close(got, expected, 1e-6, 1e-6)
+    slopes = jax.grad(lambda a, b, t: scalar(of_pairs(jaxce.LinearLogits(a, b.T, temperature=t))), (0, 1, 2))
+    assert [g.dtype for g in slopes(a, b, jnp.float32(0.3))] == ["bfloat16", "bfloat16", "float32"]
+
+
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+
+def test_memory_and_what_is_not_used() -> None:
+    """Far from an array of all pairs; and a direction that isn't used takes no time."""
+    n, d = 2048, 16
+    struct = jax.ShapeDtypeStruct((n, d), "float32")
+
+    def loss(both: bool, a: jax.Array, b: jax.Array) -> jax.Array:
+        losses = of_pairs(jaxce.LinearLogits(a, b, class_axis=0, temperature=0.1))
+        return sum(jnp.sum(v) for v in losses[: 1 + both])
+
+    compiled = [
+        jax.jit(jax.value_and_grad(lambda a, b, both=both: loss(both, a, b), (0, 1))).lower(struct, struct).compile()
+        for both in (True, False)
+    ]
+    assert compiled[0].memory_analysis().temp_size_in_bytes < 4 * n * n * 0.7
+    exponentials = [c.as_text().count(" exponential(") for c in compiled]
+    assert exponentials[1] < exponentials[0]
+
+
+def test_vmap_is_stacking() -> None:
+    e = [embeddings(5, 6, "float32") for _ in range(2)]
+    e[1] = e[1] | {"a": 300 * e[1]["a"]}  # of which one takes its sums again
+    stacked = jax.tree.map(lambda *v: jnp.stack(v), *e)
+    both = jax.value_and_grad(lambda e: scalar(of_pairs(linear(e, 3))))
+    close(jax.vmap(both)(stacked), jax.tree.map(lambda *v: jnp.stack(v), *map(both, e)), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "argument"),
+    [
+        ({"logits": jnp.zeros(3)}, ValueError, "logits"),
+        ({"logits": jaxce.ShardedLogits(jnp.zeros((2, 3)), "x")}, TypeError, "logits"),
+        ({"axis_name": "x"}, TypeError, "logits"),
+        ({"logits": jnp.zeros((4, 3))}, TypeError, "labels"),
+        ({"exclude_self": True}, TypeError, "labels"),
+        ({"labels": jnp.zeros(3, "int32")}, ValueError, "labels"),
+        ({"where": jnp.ones(3, bool)}, ValueError, "where"),
+        ({"class_where": jnp.ones(2, bool)}, ValueError, "class_where"),
+        ({"groups": jnp.ones(2, "int32")}, TypeError, "class_groups"),
+        ({"groups": jnp.ones(3, "int32")}, ValueError, "groups"),
+        ({"positives": "group"}, TypeError, "groups"),
+        ({"positives": "both"}, ValueError, "positives"),
+        ({"exclude_self": 1}, TypeError, "exclude_self"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_wrong_arguments(wrong: Arrays, error: type[Exception], argument: str) -> None:
+    with pytest.raises(error, match=f"^softmax_cross_entropy_of_pairs: {argument} must"):
+        of_pairs(**({"logits": jnp.zeros((2, 3))} | wrong))
