@@ -48,15 +48,13 @@ def sigmoid_binary_cross_entropy_with_sparse_labels(
     .. math:: \ell = \sum_k \left( -t_k \log \sigma(x_k) - (1 - t_k) \log \sigma(-x_k) \right) .
 
     A label of -1 is padding, so that rows may list fewer classes than others. A class that is listed twice counts once, or,
-    with weights, with the sum of them. Any other label that is no class gives NaN for its row, in value and gradient, unless
-    its weight is 0 or its row is masked. A masked class takes no part, also if it is listed. An infinite logit costs 0 where
-    the label agrees fully, with gradient 0, and +inf otherwise.
+    with weights, with the sum of them. Any other label that is no class gives NaN for its row, in value and gradient,
+    unless its weight is 0 or its row is masked. A masked class takes no part, also if it is listed. An infinite logit
+    costs 0 where the label agrees fully, with gradient 0, and +inf otherwise.
 
     No term is negative (for weights that add up to at most 1) and none is a difference: each is as exact as that of
     `sigmoid_binary_cross_entropy`, as is each entry of a gradient. With `LinearLogits` neither value nor gradient needs
-    memory for more than a block of logits; for the mean of the losses, `linear_sigmoid_binary_cross_entropy` takes three
-    matrix products in place of four. One pass compares each class with all labels of its row; for more than about
-    sixteen, dense targets may take less time.
+    memory for more than a block of logits. One pass compares each class with all labels of its row.
 
     Args:
       logits: log-odds, of shape [..., classes], an array, `LinearLogits` or `ShardedLogits`.
@@ -74,11 +72,11 @@ def sigmoid_binary_cross_entropy_with_sparse_labels(
       >>> logits = jnp.array([[2.0, -1.0, 0.5, -60.0], [40.0, -45.0, -45.0, 50.0]])
       >>> labels = jnp.array([[0, 2], [3, 0]])
       >>> print(jaxce.sigmoid_binary_cross_entropy_with_sparse_labels(logits, labels))
-      [9.1427e-01 4.3060e-18]
+      [9.142667e-01 4.305797e-18]
 
     Reference:
       Zhai et al., Sigmoid Loss for Language Image Pre-Training, https://arxiv.org/abs/2303.15343; for millions of classes
-      Jiang et al., Renee, MLSys 2023.
+      Jain et al., Renee, MLSys 2023.
     """
     return on_each_device(_losses, (_read(logits, labels, weights, axis, where, pos_weight),))
 
