@@ -10,9 +10,10 @@ soft, one-hot labels    softmax_cross_entropy(logits, labels)                   
 several, weighted       softmax_cross_entropy_with_sparse_labels(logits, labels, weights)  [B, K], 2 x [B, k] -> [B]
 large vocabularies      linear_cross_entropy(LinearLogits(hidden, kernel), labels)         [B, D], [D, K], [B] -> []
 classes over devices    ShardedLogits(logits, axis_name)                                   in jax.shard_map
-pairs of two sides      softmax_cross_entropy_of_pairs(logits), CLIP's loss and InfoNCE        [N, K] -> [N], [K]
+pairs of two sides      softmax_cross_entropy_of_pairs(logits): CLIP, InfoNCE              [N, K] -> [N], [K]
 hard or rare classes    softmax_focal_loss(logits, labels), poly_loss_cross_entropy        [B, K], [B] -> [B]
 binary, multi-label     sigmoid_binary_cross_entropy(logits, labels), sigmoid_focal_loss   [B], [B] -> [B]
+few labels of many      sigmoid_binary_cross_entropy_with_sparse_labels(logits, labels)    [B, K], [B, k] -> [B]
 label smoothing         label_smoothing= of these; smooth_labels(labels, alpha)            [B, K] -> [B, K]
 Optax's name            safe_softmax_cross_entropy is softmax_cross_entropy                [B, K], [B, K] -> [B]
 from probabilities      categorical_cross_entropy(probs, labels)                           [B, K], [B, K] -> [B]
@@ -82,6 +83,7 @@ from jaxce._likelihood import (
 )
 from jaxce._linear import linear_cross_entropy
 from jaxce._logits import LinearLogits, ShardedLogits
+from jaxce._multilabel import sigmoid_binary_cross_entropy_with_sparse_labels
 from jaxce._pairs import softmax_cross_entropy_of_pairs
 from jaxce._probability import (
     binary_cross_entropy,
@@ -120,6 +122,7 @@ __all__ = [
     "poly_loss_cross_entropy",
     "safe_softmax_cross_entropy",
     "sigmoid_binary_cross_entropy",
+    "sigmoid_binary_cross_entropy_with_sparse_labels",
     "sigmoid_focal_loss",
     "smooth_labels",
     "softmax_cross_entropy",

@@ -27,7 +27,7 @@ Inputs = dict[str, Array]
 The logits are an "array", or "hidden" states and a "kernel", perhaps with "bias", "temperature" and "soft_cap". With
 them may come masks, True where something is there: of "rows", of "classes" and of "entries" (whose axes of rows may be
 of length 1); "labels", one for each row; "targets", as "entries", or "shares" of the "chosen" classes, some for each
-row; "weights", one for each class; "example_weights", one for each row.
+row; "weights", one for each class; "example_weights", one for each row; "known", whether all that a row lists are classes.
 """
 
 LOGITS = "array", "hidden", "kernel", "bias", "temperature", "soft_cap"
@@ -36,7 +36,7 @@ ALONG_CLASSES = {"array": -1, "kernel": None, "bias": 0, "classes": 0, "entries"
 """The axis of classes of each input that has one; that of a kernel is its own."""
 
 OF_ROWS = {name: 1 for name in ("array", "logits", "hidden", "entries", "targets", "chosen", "shares")}
-OF_ROWS |= {name: 0 for name in ("rows", "labels", "label", "example_weights")}
+OF_ROWS |= {name: 0 for name in ("rows", "labels", "label", "example_weights", "known")}
 """The inputs that have axes of rows, and how many axes they have beside those. The "logits" of a block are made of others,
 as is the "label", its logit."""
 

@@ -49,7 +49,7 @@ def _cut(spec: Spec, inputs: Inputs, start: Any, size: int) -> Inputs:
     return {name: cut(name, x) for name, x in inputs.items()}
 
 
-def _masked(part: Inputs, x: Array, otherwise: float) -> Array:
+def masked(part: Inputs, x: Array, otherwise: float) -> Array:
     """An array of the classes of a block, with another number where something isn't there."""
     for name in ("rows", "classes", "entries"):
         if name in part:
@@ -70,7 +70,7 @@ def logits_of(spec: Spec, part: Inputs) -> Array:
         x = product(part["hidden"], kernel, spec.class_axis, spec.half).astype(spec.dtype)
         if "bias" in part:
             x = x + jnp.broadcast_to(part["bias"].astype(spec.dtype), x.shape)
-    x = _masked(part, x, -np.inf)
+    x = masked(part, x, -np.inf)
     return x if "array" in part else shape_logits(x, part.get("temperature"), part.get("soft_cap"))
 
 
@@ -98,11 +98,11 @@ def _targets(part: Inputs, x: Array, places: Array) -> Array | None:
         return None
     total = (0 * places).astype(given.dtype)  # sharded as the logits are
     if "targets" in part:
-        return _masked(part, total + given, 0)
+        return masked(part, total + given, 0)
     for j in range(part["chosen"].shape[-1]):
         chosen, share = (beside(part[name][..., j], x) for name in ("chosen", "shares"))
         total += jnp.where(places == chosen, share, 0)
-    return _masked({n: m for n, m in part.items() if n == "rows"}, total, 0)
+    return masked({n: m for n, m in part.items() if n == "rows"}, total, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ all blocks

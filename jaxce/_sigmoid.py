@@ -140,6 +140,14 @@ def _weighted_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tu
     return _weighted(*primals), (no * p - w * yes * not_p) * dx + by_label + product(_cost(-x), yes * dw)
 
 
+def binary_loss(x: Array, t: Array, weight: Array | None) -> Array:
+    """The loss of logits by labels, booleans or numbers; ``weight`` is that of the positive class."""
+    if t.dtype != bool:
+        return _binary_cross_entropy(x, t) if weight is None else _weighted(x, t, weight, jnp.zeros((), x.dtype))
+    cost = _cost(jnp.where(t, -x, x))
+    return cost if weight is None else _times(jnp.where(t, weight, 1), cost)
+
+
 # --- focal: the loss times (1 - p_t)^gamma, with p_t the probability of the label ---
 # What it and its derivatives by logit and label have in common is (1 - p_t)^gamma; the rest of each is formed of numbers
 # of which none is far smaller than the sum, so that no product underflows before the result does, in any order.

@@ -37,6 +37,7 @@ VALID: dict[str, tuple[tuple[Any, ...], tuple[str, ...], str | None]] = {
     "poly_loss_cross_entropy": ((X, Y), ("logits",), "both"),
     "smooth_labels": ((T, 0.1), (), None),
     "sigmoid_binary_cross_entropy": ((X, T), ("logits",), "dense"),
+    "sigmoid_binary_cross_entropy_with_sparse_labels": ((X, Y[:, None]), ("logits",), None),
     "sigmoid_focal_loss": ((X, T), ("logits",), "dense"),
     "categorical_cross_entropy": ((P, T), ("probs",), "dense"),
     "categorical_cross_entropy_with_integer_labels": ((P, Y), ("probs",), "integer"),

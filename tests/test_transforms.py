@@ -145,6 +145,8 @@ CASES = [
     Case("poly_loss_cross_entropy", (x, p), options=options(epsilon=0.5)),
     Case("smooth_labels", (p,), options=options(alpha=0.1)),
     Case("sigmoid_binary_cross_entropy", (reals(), unit())),
+    Case("sigmoid_binary_cross_entropy_with_sparse_labels", (x,), (two_classes,), options(pos_weight=2.0)),
+    Case("sigmoid_binary_cross_entropy_with_sparse_labels", (x, unit(2)), (two_classes,), last=1, slow=True),
     Case("sigmoid_focal_loss", (reals(), unit())),
     Case("sigmoid_focal_loss", (reals(), unit()), options=options(alpha=0.25, gamma=1.5), slow=True),
     # losses on probabilities

@@ -1,0 +1,136 @@
+"""Binary cross-entropy with lists of positive classes: the sum over dense targets, to the last digit, for all logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxce
+
+N, D, V = 3, 4, 11
+loss = jaxce.sigmoid_binary_cross_entropy_with_sparse_labels
+quick = {"xla_backend_optimization_level": 0}
+LABELS = np.array([[0, 5, 5], [10, -1, 3], [4, -1, -1]], np.int32)  # one twice, some rows with fewer
+MASKS = {
+    "none": None,
+    "rows": np.array([True, False, True]),
+    "classes": np.arange(V)[None] != 5,  # which is listed
+    "entries": np.random.default_rng(3).uniform(size=(N, V)) < 0.6,
+}
+
+
+def arguments() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    sizes = {"hidden": (N, D), "kernel": (D, V), "bias": V, "shares": (N, 3), "weight": V}
+    made = {name: rng.uniform(0.2, 1, size) * rng.choice([-2, 2], size) for name, size in sizes.items()}
+    made |= {name: abs(made[name]) / 4 for name in ("shares", "weight")}
+    return {n: jnp.asarray(v) for n, v in (made | {"temperature": np.array(1.5), "soft_cap": np.array(3.0)}).items()}
+
+
+def linear(a: dict[str, Any]) -> jaxce.LinearLogits:
+    options = {n: a[n] for n in ("bias", "temperature", "soft_cap")}
+    return jaxce.LinearLogits(a["hidden"], a["kernel"], block_size=4, **options)
+
+
+def targets(a: dict[str, Any], weighted: bool) -> jax.Array:
+    shares = a["shares"] if weighted else jnp.ones((N, 3))
+    summed = jnp.zeros((N, V)).at[jnp.arange(N)[:, None], jnp.where(LABELS < 0, V, LABELS)].add(shares, mode="drop")
+    return summed if weighted else jnp.minimum(summed, 1)
+
+
+@pytest.mark.parametrize("kind", ["linear", "array"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+def test_dense_targets_summed(kind: str, weighted: bool, mask: str) -> None:
+    """Values, gradients and Hessian-vector products by everything, beside the plain formula in float64."""
+    where = MASKS[mask]
+    keep = (
+        np.ones((N, V), bool)
+        if where is None
+        else np.broadcast_to(where[:, None] if where.ndim == 1 else where, (N, V))
+    )
+
+    def ours(a: dict[str, Any]) -> jax.Array:
+        x = linear(a) if kind == "linear" else linear(a).materialize()
+        return loss(x, LABELS, a["shares"] if weighted else None, where=where, pos_weight=a["weight"])
+
+    def plain(a: dict[str, Any]) -> jax.Array:
+        x, t = linear(a).materialize(), targets(a, weighted)
+        weight = jnp.broadcast_to(a["weight"], (N, V))
+        terms = weight * t * jax.nn.softplus(-x) + (1 - t) * jax.nn.softplus(x)
+        return jnp.where(keep, terms, 0).sum(-1)
+
+    def all_of(function: Any, a: dict[str, Any]) -> Any:
+        def total(a: dict[str, Any]) -> jax.Array:
+            return (function(a) ** 2).sum()
+
+        return function(a), jax.grad(total)(a), jax.jvp(jax.grad(total), (a,), (jax.tree.map(jnp.cos, a),))[1]
+
+    with jax.enable_x64(True):
+        a = arguments()
+        got, expected = (jax.jit(lambda a, f=f: all_of(f, a), compiler_options=quick)(a) for f in (ours, plain))
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            # Sums of some tens of terms, squared: a hundred times eps of the largest.
+            np.testing.assert_allclose(x, y, rtol=1e-12, atol=2e-14 * (1 + float(abs(y).max())))
+
+
+def test_confident_rows_keep_their_digits() -> None:
+    """What all classes cost, less the logits of those listed, would be 0."""
+    x = jnp.array([[40.0, -45.0, 50.0], [1e30, -1e30, 3e38]])
+    labels = np.array([[0, 2], [2, 0]])
+    exact = np.exp(-40.0) + np.exp(-45.0) + np.exp(-50.0)
+    np.testing.assert_allclose(loss(x, labels), [exact, 0], rtol=3e-7)  # an exponential and three sums
+    slope = jax.grad(lambda x: loss(x, labels).sum())(x)
+    np.testing.assert_allclose(slope[0], [-np.exp(-40.0), np.exp(-45.0), -np.exp(-50.0)], rtol=3e-7)
+    assert not slope[1].any()
+
+
+def test_infinite_logits_and_labels_that_are_no_class() -> None:
+    x = jnp.array([[jnp.inf, -jnp.inf, 0.0]] * 2 + [[1.0, 2.0, 3.0]] * 3)
+    labels = np.array([[0], [1], [7], [-1], [-2]])
+    value, gradient = jax.value_and_grad(lambda x: loss(x, labels)[jnp.array([0, 2, 3])].sum())(x)
+    assert np.isnan(value) and np.isnan(gradient[2]).all() and np.isfinite(gradient[0]).all()
+    got = np.asarray(loss(x, labels))
+    np.testing.assert_allclose(got[[0, 3]], [np.log(2), np.logaddexp(0, [1, 2, 3]).sum()], rtol=3e-7)
+    assert np.isinf(got[1]) and np.isnan(got[[2, 4]]).all()
+    assert np.isfinite(loss(x, labels, where=np.array([True, False, False, True, False]))).all()
+    np.testing.assert_allclose(loss(x[3:], np.zeros((2, 0), int)), got[[3, 3]])  # nothing listed
+
+
+def test_big_visions_formula() -> None:
+    """SigLIP: each image's own text is yes, all others no, with a learned temperature and bias."""
+    rng = np.random.default_rng(0)
+    images, texts = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in rng.normal(size=(2, 7, 4)))
+    t, b = 10.0, -3.0
+    eye = np.eye(7)
+    expected = -(-np.logaddexp(0, -(2 * eye - 1) * (images @ texts.T * t + b))).sum(-1).mean()
+    images, texts = (jnp.asarray(v, "float32") for v in (images, texts))
+    logits = jaxce.LinearLogits(images, texts, class_axis=0, temperature=1 / t, block_size=3) + jnp.full(7, b)
+    np.testing.assert_allclose(loss(logits, np.arange(7)[:, None]).mean(), expected, rtol=1e-6)
+
+
+def test_torchs_multilabel_soft_margin_loss() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(N, V)).astype("float32")
+    t = np.asarray(targets(arguments(), False))
+    plain = (t * np.logaddexp(0, -x) + (1 - t) * np.logaddexp(0, x)).mean(-1)
+    np.testing.assert_allclose(loss(x, LABELS) / V, plain, rtol=1e-6)
+    torch = pytest.importorskip("torch")
+    theirs = torch.nn.functional.multilabel_soft_margin_loss(torch.tensor(x), torch.tensor(t), reduction="none")
+    np.testing.assert_allclose(loss(x, LABELS) / V, theirs, rtol=1e-6)
+
+
+def test_classes_of_several_devices() -> None:
+    """An axis of vmap does for one of a mesh."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(N, 12)), "float32")
+    parts = jnp.moveaxis(x.reshape(N, 3, 4), 1, 0)
+
+    def part(x: jax.Array) -> jax.Array:
+        return loss(jaxce.ShardedLogits(x, "parts"), LABELS)
+
+    got = jax.vmap(part, out_axes=None, axis_name="parts")(parts)
+    np.testing.assert_allclose(got, loss(x, LABELS), rtol=1e-6)
