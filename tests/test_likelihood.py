@@ -287,7 +287,9 @@ def test_what_stirling_leaves(size: int) -> None:
     with jax.enable_x64(size == 8):
         c, coefficients = _likelihood._BINET[size]
         count, c = len(coefficients), M(str(c))
-        at = [(1 + mpmath.cos(mpmath.pi * (2 * j + 1) / (2 * count))) / 2 / (1 + c) for j in range(count)]
+        end = M(1) if size == 4 else M("1.21")  # the largest 1 / x^2
+        points = [(1 + mpmath.cos(mpmath.pi * (2 * j + 1) / (2 * count))) / 2 for j in range(count)]
+        at = [point * end / (1 + c * end) for point in points]
         values = [mpmath.sqrt(1 / u - c) * binet(mpmath.sqrt(1 / u - c)) for u in at]
         exact = mpmath.lu_solve(mpmath.matrix([[u**n for n in range(count)] for u in at]), mpmath.matrix(values))
         np.testing.assert_allclose(coefficients, [float(a) for a in exact], rtol=1e-14)
