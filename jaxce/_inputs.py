@@ -1,7 +1,8 @@
-"""The door: logits of any kind, and what comes with them, checked once and given names, on the device that has them.
+"""The inputs of a function of logits: checked, named, and each device's part of them.
 
-`read_logits` makes `Logits` of what a public function is given, and `on_each_device` gives a function of their arrays what
-this device has of them. Where an array has its rows and its classes is said once, by its name, in the two tables here.
+`read_logits` checks what a public function is given and makes `Logits` of it, arrays by name. `on_each_device` runs a
+function on the part of the arrays that this device has. Which axes of an array are rows and which are classes is said once,
+by its name, in the two tables here.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Inputs = dict[str, Array]
 The logits are an "array", or "hidden" states and a "kernel", perhaps with "bias", "temperature" and "soft_cap". With
 them may come masks, True where something is there: of "rows", of "classes" and of "entries" (whose axes of rows may be
 of length 1); "labels", one for each row; "targets", as "entries", or "shares" of the "chosen" classes, some for each
-row; "weights", one for each class; "example_weights", one for each row; "known", whether all that a row lists are classes.
+row, and "listed" which of these are no padding; "weights", one for each class; "example_weights", one for each row.
 """
 
 LOGITS = "array", "hidden", "kernel", "bias", "temperature", "soft_cap"
@@ -35,8 +36,8 @@ LOGITS = "array", "hidden", "kernel", "bias", "temperature", "soft_cap"
 ALONG_CLASSES = {"array": -1, "kernel": None, "bias": 0, "classes": 0, "entries": -1, "targets": -1, "weights": 0}
 """The axis of classes of each input that has one; that of a kernel is its own."""
 
-OF_ROWS = {name: 1 for name in ("array", "logits", "hidden", "entries", "targets", "chosen", "shares")}
-OF_ROWS |= {name: 0 for name in ("rows", "labels", "label", "example_weights", "known")}
+OF_ROWS = {name: 1 for name in ("array", "logits", "hidden", "entries", "targets", "chosen", "shares", "listed")}
+OF_ROWS |= {name: 0 for name in ("rows", "labels", "label", "example_weights")}
 """The inputs that have axes of rows, and how many axes they have beside those. The "logits" of a block are made of others,
 as is the "label", its logit."""
 
@@ -77,7 +78,7 @@ class Spec(NamedTuple):
 
 
 class Logits(NamedTuple):
-    """Logits of any kind past the door."""
+    """Logits of any kind, checked, with what came with them."""
 
     spec: Spec
     inputs: Inputs
@@ -116,12 +117,7 @@ class Logits(NamedTuple):
             raise _checks.ArgumentValueError(f"labels must have {of}, got {_checks.describe(y)}")
         w = _checks.real("weights", weights, self.dtype)
         _checks.same_shape("weights", w, y.shape, "the shape of labels")
-        chosen = self._class(y)
-        there = _rows_there(self.inputs)  # a row that takes no part has no weight, whatever it holds
-        w = w if there is None else jnp.where(there[..., None], w, 0)
-        bad = (chosen < 0) & (w != 0)
-        shares = jnp.where(bad, jnp.nan, w).astype(self.dtype)
-        return self.having(chosen=jnp.where(bad, 0, chosen), shares=shares)
+        return self.having(chosen=self._class(y), shares=w.astype(self.dtype))
 
     def _class(self, labels: Array) -> Array:
         """Integer labels, -1 where one is no class."""
@@ -147,7 +143,7 @@ class Logits(NamedTuple):
 def read_logits(
     argument: str, logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None, *others: Any
 ) -> Logits:
-    """``logits`` past the door. They are computed with in the widest dtype of them, ``others`` and float32."""
+    """``logits``, checked. They are computed with in the widest dtype of them, ``others`` and float32."""
     if not isinstance(logits, NotArray):
         logits = _checks.floating(argument, logits)
     axes = _checks.axes(axis, logits.ndim)
@@ -234,10 +230,11 @@ def _place(spec: Spec, name: str, x: Array, rows: tuple[int, ...]) -> tuple[Any,
 
 
 def _prepared(specs: tuple[Spec, ...], inputs: tuple[Inputs, ...]) -> tuple[tuple[Spec, ...], tuple[Inputs, ...]]:
-    """With the size of blocks, and products that nothing makes larger than they are."""
+    """With the size of blocks, and without what rows hold that take no part."""
     specs = tuple(map(_in_blocks, specs, inputs))
     size, strips = min(spec.size for spec in specs), max(spec.strips for spec in specs)
-    return tuple(s._replace(size=size, strips=strips) for s in specs), tuple(map(factors, specs, inputs))
+    inputs = tuple(_shares(spec, factors(spec, own)) for spec, own in zip(specs, inputs, strict=True))
+    return tuple(s._replace(size=size, strips=strips) for s in specs), inputs
 
 
 def _in_blocks(spec: Spec, inputs: Inputs) -> Spec:
@@ -265,3 +262,16 @@ def factors(spec: Spec, inputs: Inputs) -> Inputs:
         hidden = jnp.where(jnp.broadcast_to(there, hidden.shape[:-1])[..., None], hidden, 0)
     features = -1 - spec.class_axis
     return inputs | {"hidden": _mesh.whole(hidden, -1), "kernel": _mesh.whole(inputs["kernel"], features)}
+
+
+def _shares(spec: Spec, inputs: Inputs) -> Inputs:
+    """With shares of 0 in rows that take no part, and of NaN where a class that counts is none."""
+    if "shares" not in inputs:
+        return inputs
+    chosen, shares, there = inputs["chosen"], inputs["shares"], _rows_there(inputs)
+    if there is not None:
+        if "entries" in inputs and spec.axis_name is not None:  # another device may have the row's only classes
+            there = lax.pmax(there.astype(jnp.int32), spec.axis_name) > 0
+        shares = jnp.where(there[..., None], shares, 0)
+    bad = (chosen < 0) & (shares != 0)
+    return inputs | {"chosen": jnp.where(bad, 0, chosen), "shares": jnp.where(bad, jnp.nan, shares)}

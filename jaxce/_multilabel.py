@@ -17,7 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxce import _checks
 from jaxce._checks import ArrayLike, Axis, compiled
-from jaxce._inputs import Inputs, Logits, Spec, on_each_device, read_logits
+from jaxce._inputs import Inputs, Spec, on_each_device, read_logits
 from jaxce._logits import AnyLogits
 from jaxce._passes import add_up, along, block_of, by_rows, logits_of, masked
 from jaxce._rules import custom_jvp
@@ -77,39 +77,25 @@ def sigmoid_binary_cross_entropy_with_sparse_labels(
     Reference:
       Zhai et al., Sigmoid Loss for Language Image Pre-Training, https://arxiv.org/abs/2303.15343.
     """
-    return on_each_device(_losses, (_read(logits, labels, weights, axis, where, pos_weight),))
-
-
-def _read(
-    logits: AnyLogits,
-    labels: ArrayLike,
-    weights: ArrayLike | None = None,
-    axis: Axis = -1,
-    where: ArrayLike | None = None,
-    pos_weight: ArrayLike | None = None,
-) -> Logits:
-    """With the classes "chosen", and without "shares" if all count as one; NaN is a share of what is no class."""
     y = _checks.integer("labels", labels)
     w = jnp.ones(y.shape, jnp.float32) if weights is None else _checks.real("weights", weights)
-    _checks.same_shape("weights", w, y.shape, "the shape of labels")
     z = read_logits("logits", logits, axis, where, *(() if weights is None else (w,)))
-    z = z.with_shares(y, jnp.where(y == -1, 0, w))
-    shares = z.inputs["shares"]
-    z = z.having(known=~jnp.isnan(shares).any(-1))
-    if weights is None:
-        listed = {"chosen": jnp.where(shares == 1, z.inputs["chosen"], -1)}
-        z = z._replace(inputs={name: x for name, x in z.inputs.items() if name != "shares"} | listed)
-    if pos_weight is None:
-        return z
-    factor = _checks.real("pos_weight", pos_weight, z.dtype)
-    _checks.scalar_or("pos_weight", factor, (z.spec.classes,), "one number per class")
-    return z.having(weights=jnp.broadcast_to(factor, (z.spec.classes,)))
+    padding = (y < 0) & (y == -1)  # as an unsigned integer -1 would be another number
+    z = z.with_shares(jnp.where(padding, 0, y), w).having(listed=~padding)
+    if pos_weight is not None:
+        factor = _checks.real("pos_weight", pos_weight, z.dtype)
+        _checks.scalar_or("pos_weight", factor, (z.spec.classes,), "one number per class")
+        z = z.having(weights=jnp.broadcast_to(factor, (z.spec.classes,)))
+    return on_each_device(partial(_losses, weights is not None), (z,))
 
 
-def _losses(specs: tuple[Spec], given: tuple[Inputs]) -> Array:
+def _losses(weighted: bool, specs: tuple[Spec], given: tuple[Inputs]) -> Array:
     (spec,), (inputs,) = specs, given
-    known = inputs["known"]
-    inputs = {name: x for name, x in inputs.items() if name != "known"}
+    shares = jnp.where(inputs["listed"], inputs["shares"], 0)
+    known = ~jnp.isnan(shares).any(-1)
+    # Without weights a class counts once, however often it is listed.
+    labels = {"shares": shares} if weighted else {"chosen": jnp.where(shares == 1, inputs["chosen"], -1)}
+    inputs = {name: x for name, x in inputs.items() if name not in ("listed", "shares")} | labels
     total = by_rows(spec.chunks, (inputs,), partial(_total, spec))
     return total * jnp.where(known, 1, np.nan).astype(spec.dtype)
 

@@ -56,6 +56,10 @@ FUNCTIONS: dict[str, Callable[[Any, Arrays], Any]] = {
     "relative entropy, from": lambda x, a: jaxce.relative_entropy_with_logits(x, a["other"]),
     "relative entropy, to": lambda x, a: jaxce.relative_entropy_with_logits(a["other"], x),
     "Jensen-Shannon": lambda x, a: jaxce.jensen_shannon_divergence_with_logits(x, a["other"]),
+    "Jensen-Shannon, weighted": lambda x, a: jaxce.jensen_shannon_divergence_with_logits(x, a["other"], weight=0.2),
+    "binary, sparse labels": lambda x, a: jaxce.sigmoid_binary_cross_entropy_with_sparse_labels(
+        x, jnp.stack([a["labels"], a["labels"] - 1], -1), pos_weight=a["weights"]
+    ),
 }
 SPECS: dict[str, P] = {
     "logits": P("data", "model"),
@@ -543,6 +547,51 @@ def test_several_labels_and_one_target_for_all_rows_on_an_explicit_mesh(kind: st
         np.testing.assert_allclose(
             g, r, rtol=1e-5, atol=1e-5
         )  # sums of some dozens of float32 numbers in another order
+
+
+def test_arrays_sharded_in_other_ways_than_the_logits() -> None:
+    """Explicit axes: what comes with `LinearLogits` may be sharded by rows over another axis, or not at all."""
+    a = arrays("float32")
+    m = mesh(AxisType.Explicit)
+    several, shares = jnp.stack([a["labels"], a["labels"][::-1]], -1), jnp.full((len(a["labels"]), 2), 0.5)
+    rows, entries = jnp.arange(len(shares)) != 1, jnp.arange(V)[None] % 3 != jnp.arange(len(shares))[:, None] % 3
+
+    def losses(a: Arrays, several: Any, shares: Any, rows: Any, entries: Any) -> Any:
+        x = logits_of("linear, blocks", a)
+        for where in (rows, entries):
+            yield jaxce.softmax_cross_entropy_with_sparse_labels(x, several, shares, where=where)
+            yield jaxce.sigmoid_binary_cross_entropy_with_sparse_labels(x, several, shares, where=where)
+            yield integer(x, several[:, 0], where=where)
+            yield jaxce.softmax_cross_entropy(x, a["soft"], where=where)
+        yield jaxce.linear_cross_entropy(x, several[:, 0], shares[:, 0])
+
+    def put(x: Any, *spec: Any) -> Any:
+        return jax.device_put(x, NamedSharding(m, P(*spec)))
+
+    linear = {"hidden": put(a["hidden"], "data"), "kernel": put(a["kernel"]), "bias": put(a["bias"])}
+    linear["soft"] = put(a["soft"], "model", "data")
+    got = list(losses(linear, put(several, "model"), put(shares), put(rows, "model"), put(entries, None, "model")))
+    for g, r in zip(got, losses(a, several, shares, rows, entries), strict=True):
+        np.testing.assert_allclose(g, r, rtol=1e-5)  # twelve classes in float32, in another order
+
+
+def test_masks_of_entries_with_sharded_classes() -> None:
+    """A label on a masked class has loss +inf, also where its device has no other class of the row; no class is NaN."""
+    a = arrays("float32")
+    entries = jnp.arange(V)[None] < V // MODEL  # the other devices have no class that takes part
+    several, shares = jnp.array([[0, V - 1], [0, 1], [0, V], [1, -3]]), jnp.full((4, 2), 0.5)
+
+    def losses(x: Any, entries: Any) -> Any:
+        where = jnp.broadcast_to(entries, (4, entries.shape[-1]))
+        return jaxce.softmax_cross_entropy_with_sparse_labels(x, several, shares, where=where)
+
+    def part(x: Any, entries: Any) -> Any:
+        return losses(jaxce.ShardedLogits(x, "model"), entries)
+
+    by_hand = jax.shard_map(part, mesh=mesh(), in_specs=(P(None, "model"),) * 2, out_specs=P())
+    got, expected = by_hand(a["logits"][:4], entries), losses(a["logits"][:4], entries)
+    assert np.isposinf(expected[0]) and np.isnan(expected[2:]).all()
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 @pytest.mark.slow

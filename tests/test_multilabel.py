@@ -101,6 +101,12 @@ def test_infinite_logits_and_labels_that_are_no_class() -> None:
     np.testing.assert_allclose(loss(x[3:], np.zeros((2, 0), int)), got[[3, 3]])  # nothing listed
 
 
+def test_the_last_class_of_unsigned_labels_is_no_padding() -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 256)), "float32")
+    for dtype in ("uint8", "uint32", "int16"):
+        np.testing.assert_array_equal(loss(x, np.array([[255], [3]], dtype)), loss(x, np.array([[255], [3]])))
+
+
 def test_big_visions_formula() -> None:
     """SigLIP: each image's own text is yes, all others no, with a learned temperature and bias."""
     rng = np.random.default_rng(0)
