@@ -400,8 +400,9 @@ def describe(value: Any) -> str:
 
 
 def _array(argument: str, value: ArrayLike, kind: Any, expected: str, *hints: str) -> Array:
-    try:  # what only describes an array is one for all that is asked here
-        array: Any = value if isinstance(value, jax.ShapeDtypeStruct) else jnp.asarray(value)
+    try:  # An array stays as it is: under jax_debug_nans a copy of a traced one would be looked into.
+        # What only describes an array is one for all that is asked here.
+        array: Any = value if isinstance(value, jax.ShapeDtypeStruct | Array) else jnp.asarray(value)
     except (TypeError, ValueError):
         got = "None" if value is None else type(value).__name__
         raise ArgumentTypeError(f"{argument} must be {expected}, got {got}") from None

@@ -138,6 +138,10 @@ def softmax_cross_entropy_of_pairs(
     numbers = jnp.arange(rows, dtype=jnp.int32)
     if "kernel" in inputs and z.spec.class_axis != 0:
         inputs["kernel"] = inputs["kernel"].T
+    if (
+        "kernel" in inputs and "classes" in inputs
+    ):  # what a column holds that takes no part must not be multiplied, either
+        inputs["kernel"] = jnp.where(inputs["classes"][:, None], inputs["kernel"], 0)
     if axis_name is not None:
         numbers += columns * _mesh.index(axis_name)
         inputs |= lax.all_gather({n: inputs[n] for n in OF_COLUMNS if n in inputs}, axis_name, tiled=True)

@@ -215,3 +215,28 @@ def test_nothing_compiled(case: Case) -> None:
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # as compiled and not in test_transforms.py
+
+
+def test_no_nan_of_masked_products() -> None:
+    """Rows of hidden states, and columns of pairs, that take no part and are full of NaN, compiled and not."""
+    there, one = jnp.arange(4) != 2, jnp.ones((4, 3))
+    spoiled = jnp.where(there[:, None], one, jnp.nan)
+    kernel, labels = jnp.ones((3, 7)), jnp.array([0, 1, -100, 3])
+
+    def linear(hidden: Any) -> Any:
+        x = jaxce.LinearLogits(hidden, kernel, block_size=2)
+        sparse = jaxce.sigmoid_binary_cross_entropy_with_sparse_labels(x, labels[:, None], where=there)
+        mean = jaxce.linear_cross_entropy(x, labels, there)
+        return mean + jnp.sum(sparse + jaxce.softmax_cross_entropy_with_integer_labels(x, labels, where=there))
+
+    def of_pairs(columns: Any) -> Any:
+        x = jaxce.LinearLogits(one, columns, class_axis=0, block_size=2)
+        return sum(jnp.sum(v) for v in jaxce.softmax_cross_entropy_of_pairs(x, where=there, class_where=there))
+
+    with jax.debug_nans(True):
+        for loss in (linear, of_pairs):
+            for both in (jax.value_and_grad(loss), jax.jit(jax.value_and_grad(loss))):
+                value, gradient = both(spoiled)
+                assert np.isfinite(value) and np.all(np.isfinite(gradient)) and not np.any(gradient[2])
+            along = jax.jvp(jax.grad(loss), (spoiled,), (one,))[1]
+            assert np.all(np.isfinite(along))
