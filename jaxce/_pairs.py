@@ -34,7 +34,7 @@ from jaxce._inputs import Inputs, Spec, factors, read_logits
 from jaxce._logits import LinearLogits, ShardedLogits, shape_logits
 from jaxce._passes import join_rows, logits_of, split_rows
 from jaxce._rules import custom_jvp, largest
-from jaxce._sigmoid import _cost
+from jaxce._sigmoid import softplus
 
 _ROWS, _COLUMNS, _PAIRS = 1 << 14, 1 << 8, 1 << 24
 """How many rows of each device a tile has at most, how many columns at least, and how many pairs at most, which a TPU keeps
@@ -121,7 +121,7 @@ def softmax_cross_entropy_of_pairs(
     ):
         if given is not None:
             inputs[to] = check(name, given)
-            of = "one entry per row" if size == rows and to in OF_ROWS else "one entry per column"
+            of = "one entry per row" if to in ROWS_FIRST else "one entry per column"
             _checks.same_shape(name, inputs[to], (size,), of)
     if "groups" in inputs and "class_groups" not in inputs and rows == columns:
         inputs["class_groups"] = inputs["groups"]
@@ -144,21 +144,13 @@ def softmax_cross_entropy_of_pairs(
         inputs["kernel"] = jnp.where(inputs["classes"][:, None], inputs["kernel"], 0)
     if axis_name is not None:
         numbers += columns * _mesh.index(axis_name)
-        inputs |= lax.all_gather({n: inputs[n] for n in OF_COLUMNS if n in inputs}, axis_name, tiled=True)
+        inputs |= lax.all_gather({n: inputs[n] for n in COLUMNS_FIRST if n in inputs}, axis_name, tiled=True)
     inputs |= {"numbers": numbers, "labels": numbers if labels is None else z.with_labels(labels).inputs["labels"]}
-    options = _Options(
-        z.spec._replace(
-            class_axis=0,
-            axis_name=None,
-            classes=inputs["array"].shape[1] if "array" in inputs else inputs["kernel"].shape[0],
-        ),
-        positives == "group",
-        positives == "label" and labels is None,
-        exclude_self,
-        getattr(pairs, "block_size", None),
-        None,
-    )
-    of_rows, of_columns = _on_each_device(options, axis_name, inputs)
+    columns_in_all = inputs["array"].shape[1] if "array" in inputs else inputs["kernel"].shape[0]
+    spec = z.spec._replace(class_axis=0, axis_name=None, classes=columns_in_all)
+    own_labels = positives == "label" and labels is None
+    options = _Options(spec, positives == "group", own_labels, exclude_self, axis_name)
+    of_rows, of_columns = _on_each_device(options, inputs)
     if axis_name is not None:
         of_columns = lax.dynamic_slice_in_dim(of_columns, numbers[0], columns)
     return of_rows, of_columns
@@ -184,13 +176,12 @@ class _Options(NamedTuple):
     grouped: bool  # whether all of a row's group are positives
     one_row: bool  # whether a column is the label of one row at most, of the same number
     exclude_self: bool
-    block_size: int | None
     axis_name: AxisName | None  # over which rows are sharded
 
 
-OF_ROWS = "hidden", "array", "rows", "labels", "numbers", "groups", "row_shift"
-OF_COLUMNS = "kernel", "bias", "classes", "places", "class_groups", "column_shift"
-"""The inputs that have an axis of rows, and those that have one of columns, their first. An array is one tile."""
+ROWS_FIRST = "hidden", "array", "rows", "labels", "numbers", "groups", "row_shift"
+COLUMNS_FIRST = "kernel", "bias", "classes", "places", "class_groups", "column_shift"
+"""The inputs whose first axis is that of rows, and those whose first is that of columns. An array is one tile."""
 
 SHIFTS = "row_shift", "column_shift"
 
@@ -207,24 +198,23 @@ Lines = tuple[_Line, _Line]
 """Those of the rows and those of the columns."""
 
 
-def _on_each_device(options: _Options, axis_name: AxisName | None, inputs: Inputs) -> tuple[Array, Array]:
+def _on_each_device(options: _Options, inputs: Inputs) -> tuple[Array, Array]:
     """The losses of each device's rows and those of all columns, where an explicit mesh shards any input."""
     arrays = list(inputs.values())
     if not _mesh.is_explicit(arrays):
-        return _losses(options, axis_name, inputs)
-    places = [("rows" if n in OF_ROWS else None, *[None] * (x.ndim - 1))[: x.ndim] for n, x in inputs.items()]
+        return _losses(options, inputs)
+    places = [("rows" if n in ROWS_FIRST else None, *[None] * (x.ndim - 1))[: x.ndim] for n, x in inputs.items()]
     parts = _mesh.parts(arrays, places)
 
     def run(*arrays: Array) -> tuple[Array, Array]:
-        return _losses(options, parts.get("rows"), dict(zip(inputs, arrays, strict=True)))
+        return _losses(options._replace(axis_name=parts.get("rows")), dict(zip(inputs, arrays, strict=True)))
 
     specs = [PartitionSpec(*map(parts.get, place)) for place in places]
     return _mesh.spread(run, arrays, specs, (PartitionSpec(parts.get("rows")), PartitionSpec()))
 
 
-def _losses(options: _Options, axis_name: AxisName | None, inputs: Inputs) -> tuple[Array, Array]:
+def _losses(options: _Options, inputs: Inputs) -> tuple[Array, Array]:
     """The losses of the rows and of all columns, of rows that may be sharded."""
-    options = options._replace(axis_name=axis_name)
     rows, columns, dtype = inputs["labels"].shape[0], options.spec.classes, options.spec.dtype
     if rows == 0:
         return jnp.zeros(0, dtype), jnp.zeros(columns, dtype)
@@ -259,7 +249,7 @@ def _loss(line: _Line, count: Array) -> Array:
 
     y = line.total if line.positives is None else log(line.positives)
     present = (count > 0) & ((line.others != 0) | ~jnp.isneginf(y))
-    loss = _cost(jnp.where(present, log(line.others) - y, 0))
+    loss = softplus(jnp.where(present, log(line.others) - y, 0))
     if line.positives is not None:
         loss += jnp.where(count > 1, y - line.total / jnp.maximum(count, 1), 0)
     return jnp.where(present, loss, 0)
@@ -433,12 +423,14 @@ def _counts_of(options: _Options, part: Inputs) -> tuple[Array, Array]:
 def _split(options: _Options, inputs: Inputs) -> tuple[Inputs, Callable[[Any], Any]]:
     """The inputs as tiles of rows and blocks of columns, and how to join what is found of rows and of columns."""
     rows, columns = inputs["labels"].shape[0], options.spec.classes
-    local = max(1, rows // _mesh.devices(AxisType.Auto))
-    tiles, blocks = (1, 1) if "array" in inputs else (-(-local // _ROWS), 0)
-    least = min(max(_COLUMNS, columns // 16), _PAIRS // -(-local // tiles))
-    blocks = blocks or -(-columns // (options.block_size or least))
+    given, tiles, blocks = options.spec.block_size, 1, 1
+    if "array" not in inputs:
+        # The sizes of jax.export may be symbolic.
+        local = max(1, rows // _mesh.devices(AxisType.Auto)) if isinstance(rows, int) else 1
+        tiles = -(-local // _ROWS)
+        blocks = -(-columns // (given or min(max(_COLUMNS, columns // 16), _PAIRS // -(-local // tiles))))
     size = -(-columns // blocks)
-    if blocks > 1 and options.block_size is None:
+    if blocks > 1 and given is None:
         size = -(-size // 128) * 128  # as a TPU likes it
     if options.grouped or rows % tiles:
         inputs = {"rows": jnp.ones(rows, bool)} | inputs
@@ -446,9 +438,9 @@ def _split(options: _Options, inputs: Inputs) -> tuple[Inputs, Callable[[Any], A
         inputs = {"classes": jnp.ones(columns, bool)} | inputs
 
     def split(name: str, x: Array) -> Array:
-        if name in OF_ROWS:
+        if name in ROWS_FIRST:
             return split_rows(x, tiles)
-        if name not in OF_COLUMNS:
+        if name not in COLUMNS_FIRST:
             return x
         more = [(0, size * blocks - columns)] + [(0, 0)] * (x.ndim - 1)
         return jnp.pad(x, more).reshape(blocks, size, *x.shape[1:])
@@ -471,15 +463,15 @@ def _over_tiles(step: Callable[..., Any], join: Callable[..., Array], empty: flo
     def named(names: tuple[str, ...]) -> tuple[Inputs, ...]:
         return tuple({n: x for n, x in tree.items() if n in names} for tree in trees)
 
-    whole = tuple({n: x for n, x in tree.items() if n not in (*OF_ROWS, *OF_COLUMNS)} for tree in trees)
+    whole = tuple({n: x for n, x in tree.items() if n not in (*ROWS_FIRST, *COLUMNS_FIRST)} for tree in trees)
 
     def of_rows(rows: tuple[Inputs, ...]) -> tuple[Any, Any]:
         def of_block(columns: tuple[Inputs, ...]) -> tuple[Any, Any]:
             return step(*(w | r | c for w, r, c in zip(whole, rows, columns, strict=True)))
 
-        return _fold(of_block, join, empty, named(OF_COLUMNS))[::-1]
+        return _fold(of_block, join, empty, named(COLUMNS_FIRST))[::-1]
 
-    return _fold(of_rows, join, empty, named(OF_ROWS))[::-1]
+    return _fold(of_rows, join, empty, named(ROWS_FIRST))[::-1]
 
 
 def _fold(step: Callable[..., Any], join: Callable[..., Array], empty: float, xs: Any) -> tuple[Any, Any]:

@@ -34,7 +34,7 @@ def _atanh_coefficients(count: int) -> list[float]:
 _ATANH = {4: _atanh_coefficients(5), 8: _atanh_coefficients(11)}  # by the size of the numbers
 
 
-def _softplus(x: Array) -> Array:
+def _log1p_exp(x: Array) -> Array:
     """log(1 + exp(x)) for x <= 0."""
     e = jnp.exp(x)
     # log(1 + e) = 2 atanh(s) with s = e / (2 + e) <= 1/3, and 2 s = e - s e: e, the larger part, has no error to add.
@@ -94,7 +94,7 @@ def _binary_cross_entropy(x: Array, t: Array) -> Array:
     """-t log sigma(x) - (1 - t) log sigma(-x)."""
     x, t = _checks.upcast(x, t)
     wrong = _times(t, jnp.maximum(-x, 0)) - _times(t - 1, jnp.maximum(x, 0))  # XLA:CPU would keep 1 - t
-    return wrong + _softplus(-jnp.abs(x))
+    return wrong + _log1p_exp(-jnp.abs(x))
 
 
 @_binary_cross_entropy.defjvp
@@ -109,14 +109,14 @@ def _binary_cross_entropy_jvp(primals: tuple[Array, Array], tangents: tuple[Arra
 
 
 @custom_jvp
-def _cost(x: Array) -> Array:
+def softplus(x: Array) -> Array:
     """What a no costs: -log sigma(-x) = log(1 + exp(x)). A yes costs as much at -x."""
-    return jnp.maximum(x, 0) + _softplus(-jnp.abs(x))
+    return jnp.maximum(x, 0) + _log1p_exp(-jnp.abs(x))
 
 
-@_cost.defjvp
-def _cost_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return _cost(*primals), _sigmoids(*primals)[0] * tangents[0]
+@softplus.defjvp
+def _softplus_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return softplus(*primals), _sigmoids(*primals)[0] * tangents[0]
 
 
 def _smoothed(t: Array, a: Array) -> tuple[Array, Array]:
@@ -128,7 +128,7 @@ def _smoothed(t: Array, a: Array) -> tuple[Array, Array]:
 def _weighted(x: Array, t: Array, w: Array, a: Array) -> Array:
     """-w T log sigma(x) - (1 - T) log sigma(-x), T the smoothed label."""
     yes, no = _smoothed(t, a)
-    return _times(w * yes, _cost(-x)) + _times(no, _cost(x))
+    return _times(w * yes, softplus(-x)) + _times(no, softplus(x))
 
 
 @_weighted.defjvp
@@ -136,15 +136,15 @@ def _weighted_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tu
     (x, t), (_, _, w, a) = _platforms.reread(primals[:2]), primals  # as in _binary_cross_entropy
     dx, dt, dw, da = tangents
     (yes, no), (p, not_p) = _smoothed(t, a), _sigmoids(x)
-    by_label = product(_times(w, _cost(-x)) - _cost(x), (1 - a) * dt + (0.5 - t) * da)
-    return _weighted(*primals), (no * p - w * yes * not_p) * dx + by_label + product(_cost(-x), yes * dw)
+    by_label = product(_times(w, softplus(-x)) - softplus(x), (1 - a) * dt + (0.5 - t) * da)
+    return _weighted(*primals), (no * p - w * yes * not_p) * dx + by_label + product(softplus(-x), yes * dw)
 
 
 def binary_loss(x: Array, t: Array, weight: Array | None) -> Array:
     """The loss of logits by labels, booleans or numbers; ``weight`` is that of the positive class."""
     if t.dtype != bool:
         return _binary_cross_entropy(x, t) if weight is None else _weighted(x, t, weight, jnp.zeros((), x.dtype))
-    cost = _cost(jnp.where(t, -x, x))
+    cost = softplus(jnp.where(t, -x, x))
     return cost if weight is None else _times(jnp.where(t, weight, 1), cost)
 
 

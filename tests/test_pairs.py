@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import mpmath
 import numpy as np
@@ -321,3 +322,22 @@ def test_vmap_is_stacking() -> None:
 def test_wrong_arguments(wrong: Arrays, error: type[Exception], argument: str) -> None:
     with pytest.raises(error, match=f"^softmax_cross_entropy_of_pairs: {argument} must"):
         of_pairs(**({"logits": jnp.zeros((2, 3))} | wrong))
+
+
+@pytest.mark.parametrize("kind", ["array", "linear"])
+def test_any_number_of_rows_is_exported(kind: str) -> None:
+    """Of arrays any number of columns, too; blocks of columns are cut while tracing."""
+    a, b = embeddings(5, 5, "float32")["a"], embeddings(5, 5, "float32")["b"]
+
+    def losses(a: jax.Array, b: jax.Array, labels: jax.Array) -> Any:
+        return of_pairs(a @ b.T if kind == "array" else jaxce.LinearLogits(a, b, class_axis=0), labels)
+
+    def both(a: jax.Array, b: jax.Array, labels: jax.Array) -> Any:
+        return losses(a, b, labels), jax.grad(lambda *sides: scalar(losses(*sides, labels)), (0, 1))(a, b)
+
+    rows, columns = jax.export.symbolic_shape("n, k")
+    shapes = (rows, 4), (columns if kind == "array" else 5, 4)
+    structs = [*(jax.ShapeDtypeStruct(s, "float32") for s in shapes), jax.ShapeDtypeStruct((rows,), "int32")]
+    labels = jnp.array([3, 1, 0, 4, 2], "int32")
+    exported = jax.export.export(jax.jit(both))(*structs)
+    close(exported.call(a, b, labels), jax.jit(both)(a, b, labels), 1e-6, 1e-6)
