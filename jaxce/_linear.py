@@ -170,11 +170,10 @@ def _total(chunk_size: int | None, has_aux: bool, specs: tuple[Spec], given: tup
     """The weighted sum of the losses, and what is told of each example."""
     (spec,), (own,) = specs, given
     labels = jnp.where(own["rows"], own["labels"], 0) if "rows" in own else own["labels"]
-    names = {"weights": "class_weights", "example_weights": "weights"}
-    inputs = {names.get(name, name): x for name, x in own.items() if name not in ("labels", "rows")}
+    inputs = {name: x for name, x in own.items() if name not in ("labels", "rows")}
     inputs = {name: x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(spec.dtype) for name, x in inputs.items()}
     inputs["hidden"] = inputs["hidden"].reshape(labels.size, inputs["hidden"].shape[-1])
-    inputs["weights"] = inputs["weights"].reshape(labels.size)
+    inputs["example_weights"] = inputs["example_weights"].reshape(labels.size)
     inputs = _mesh.vary(inputs, _mesh.varying(inputs, labels))
     options = _Options(chunk_size, spec.class_axis, spec.block_size, spec.axis_name, has_aux, "rows" not in own)
     weighted_sum = _sum_by_blocks if "label_smoothing" in inputs else _weighted_sum
@@ -194,8 +193,7 @@ class _Options(NamedTuple):
     all_count: bool  # whether no weights were given
 
 
-# What the loss is differentiated by are `Inputs` with all examples on one axis, where "weights" are those of the examples
-# and "class_weights" those of the classes.
+# What the loss is differentiated by are `Inputs` with all examples on one axis.
 
 Aux = tuple[Array, Array]
 """The loss and the log-normalizer of each example, 0 where its weight is."""
@@ -226,13 +224,15 @@ def _sum_by_blocks(options: _Options, labels: Array, inputs: Inputs) -> tuple[Ar
         temperature=inputs.get("temperature"),
         axis_name=options.axis_name,
     )
-    modifiers: Any = {name: inputs[name] for name in ("label_smoothing", "z_loss", "class_weights") if name in inputs}
-    weights = inputs["weights"]
+    modifiers: Any = {name: inputs[name] for name in ("label_smoothing", "z_loss") if name in inputs}
+    weights = inputs["example_weights"]
 
     def counted(x: Array) -> Array:
         return jnp.where(weights == 0, 0, x)
 
-    losses = counted(softmax_cross_entropy_with_integer_labels(logits, labels, **modifiers))
+    losses = counted(
+        softmax_cross_entropy_with_integer_labels(logits, labels, class_weights=inputs.get("weights"), **modifiers)
+    )
     aux = lax.stop_gradient((losses, counted(logsumexp(logits)))) if options.has_aux else None
     return _share(options, jnp.sum(weights * losses)), aux
 
@@ -293,7 +293,7 @@ def _no_tangent(tree: Any) -> Any:
 # --- chunks of the rows that count ------------------------------------------------------------------------------------
 
 
-_OF_ROWS = {"labels", "hidden", "weights"}
+_OF_ROWS = {"labels", "hidden", "example_weights"}
 
 
 def _by_chunks(
@@ -306,7 +306,7 @@ def _by_chunks(
     """
     if chunks == 1:
         return _chunk(options, names, labels, inputs)
-    rows, dtype = labels.size, inputs["weights"].dtype
+    rows, dtype = labels.size, inputs["example_weights"].dtype
     groups = math.gcd(rows, _mesh.devices(AxisType.Auto))
     length = rows // groups
     size = -(-length // chunks)
@@ -324,7 +324,7 @@ def _by_chunks(
         ordered = {name: jnp.pad(x, there + [(0, 0)] * (x.ndim - 2)) for name, x in of_rows.items()}
     else:
         # An order by sums and a scatter of integers: a sort takes a TPU's compiler a minute.
-        counts, index = of_rows["weights"] != 0, jnp.arange(length, dtype=jnp.int32)
+        counts, index = of_rows["example_weights"] != 0, jnp.arange(length, dtype=jnp.int32)
         rank = jnp.cumsum(counts, 1, dtype=jnp.int32)
         places = jnp.where(counts, rank - 1, rank[:, -1:] + index[None] - rank)
         nowhere = jnp.full(size * chunks, length, jnp.int32)
@@ -426,8 +426,8 @@ def _chunk(
     aux = None
     if options.has_aux:
         log_normalizer = jnp.where(rows.takes_part, rows.log_normalizer, -jnp.inf)
-        aux = rows.loss, jnp.where(inputs["weights"] == 0, 0, log_normalizer)
-    return _share(options, jnp.sum(inputs["weights"] * rows.loss)), gradient, aux
+        aux = rows.loss, jnp.where(inputs["example_weights"] == 0, 0, log_normalizer)
+    return _share(options, jnp.sum(inputs["example_weights"] * rows.loss)), gradient, aux
 
 
 def _everywhere(options: _Options, x: Any) -> Any:
@@ -448,7 +448,7 @@ def _pass_near_the_maximum(
     options: _Options, names: tuple[str, ...], at: _Labels, inputs: Inputs
 ) -> tuple[_Pass, Array]:
     """A pass, and the numbers that its exponentials are relative to."""
-    counts, varying = inputs["weights"] != 0, _mesh.varying(at, inputs)
+    counts, varying = inputs["example_weights"] != 0, _mesh.varying(at, inputs)
 
     def relative_to(maximum: Array) -> tuple[_Pass, Array]:
         if options.axis_name is not None:
@@ -477,7 +477,7 @@ def _pass_near_the_maximum(
 
 
 def _rows(options: _Options, at: _Labels, inputs: Inputs, found: _Pass, r: Array) -> _Rows:
-    weights, x = inputs["weights"], _logits(inputs, found.label)
+    weights, x = inputs["example_weights"], _logits(inputs, found.label)
     dtype, gap = weights.dtype, x - r
     own = jnp.exp(gap)
     total = found.others + own
@@ -490,8 +490,8 @@ def _rows(options: _Options, at: _Labels, inputs: Inputs, found: _Pass, r: Array
     log_normalizer = jnp.where(takes_part, log_normalizer, 0)
 
     class_weight = jnp.ones_like(weights)
-    if "class_weights" in inputs:
-        taken = jnp.take(inputs["class_weights"].astype(dtype), at.place, mode="clip")
+    if "weights" in inputs:
+        taken = jnp.take(inputs["weights"].astype(dtype), at.place, mode="clip")
         class_weight = _everywhere(options, jnp.where(at.here, taken, 0))
     class_weight = jnp.where(at.valid, class_weight, jnp.nan)
     nll = jnp.where((class_weight == 0) & jnp.isposinf(nll), 0, nll)
@@ -513,7 +513,7 @@ def _rows(options: _Options, at: _Labels, inputs: Inputs, found: _Pass, r: Array
 def _gradient(
     options: _Options, names: tuple[str, ...], at: _Labels, inputs: Inputs, found: _Pass, rows: _Rows
 ) -> Inputs:
-    kernel, weights, class_axis = inputs["kernel"], inputs["weights"], options.class_axis % 2
+    kernel, weights, class_axis = inputs["kernel"], inputs["example_weights"], options.class_axis % 2
     dtype, gradient = weights.dtype, {}
 
     def total(x: Array) -> Array:
@@ -541,14 +541,14 @@ def _gradient(
     for name, others in found.slopes.items():
         of_label = jnp.where(at.here, rows.entry * _slope(inputs, found.label, name), 0)
         gradient[name] = total(rows.coefficient * (others + of_label))
-    if "weights" in names:
-        gradient["weights"] = _share(options, rows.loss)
+    if "example_weights" in names:
+        gradient["example_weights"] = _share(options, rows.loss)
     if "z_loss" in names:
         gradient["z_loss"] = _share(options, total(weights * rows.log_normalizer**2))
-    if "class_weights" in names:
-        zeros = jnp.zeros(inputs["class_weights"].shape, dtype)
+    if "weights" in names:
+        zeros = jnp.zeros(inputs["weights"].shape, dtype)
         place = jnp.where(at.here, at.place, zeros.size)  # as a negative index would count from the end
-        gradient["class_weights"] = zeros.at[place].add(jnp.where(rows.takes_part, weights * rows.nll, 0), mode="drop")
+        gradient["weights"] = zeros.at[place].add(jnp.where(rows.takes_part, weights * rows.nll, 0), mode="drop")
     return gradient
 
 
@@ -570,7 +570,7 @@ def _is_half(inputs: Inputs) -> bool:
 
 def _products(options: _Options, inputs: Inputs) -> Array:
     u = product(inputs["hidden"], inputs["kernel"], options.class_axis, _is_half(inputs)).astype(
-        inputs["weights"].dtype
+        inputs["example_weights"].dtype
     )
     if "bias" not in inputs:
         return u

@@ -236,7 +236,7 @@ def test_only_chunks_with_rows_that_count_are_computed(monkeypatch: pytest.Monke
 
     def turns(weights: jax.Array) -> jax.Array:
         labels = jnp.zeros(12, "int32")
-        return _linear._by_chunks(options, (), 4, labels, rest | {"weights": weights})[0]
+        return _linear._by_chunks(options, (), 4, labels, rest | {"example_weights": weights})[0]
 
     counts = [0, 1, 3, 4, 7, 12]
     several = jnp.asarray([np.roll(np.arange(12) < n, n) for n in counts], "float32")
