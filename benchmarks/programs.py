@@ -385,6 +385,8 @@ def classes_last(shape: Shape, dtype: str) -> list[Struct]:
 WIDE = ((8192, 32768), "bfloat16")
 MAIN = [WIDE, ((8192, 1000), "float32"), ((65536, 10), "float32")]
 LINEAR = ((8192, 2048, 128256), "bfloat16")
+EMBEDDINGS = ((16384, 512), "bfloat16")
+LABELS = ((8192, 512, 128256), "bfloat16")
 
 
 class Case(NamedTuple):
@@ -483,6 +485,44 @@ def _of_product(class_axis: int) -> Loss:
     return loss
 
 
+def with_temperature(shape: Shape, dtype: str) -> list[Struct]:
+    """Embeddings of both sides of pairs, and a temperature."""
+    return [(shape, dtype), (shape, dtype), ((), "float32")]
+
+
+def _pairs(a: jax.Array, b: jax.Array, temperature: jax.Array) -> jaxce.LinearLogits:
+    return jaxce.LinearLogits(a, b, class_axis=0, temperature=temperature)
+
+
+def _all_pairs(a: jax.Array, b: jax.Array, temperature: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b.T, preferred_element_type=jnp.float32) / temperature
+
+
+def _plain_clip(a: jax.Array, b: jax.Array, temperature: jax.Array) -> Any:
+    x, labels = _all_pairs(a, b, temperature), jnp.arange(a.shape[0])
+    return tuple(optax.losses.softmax_cross_entropy_with_integer_labels(v, labels) for v in (x, x.T))
+
+
+def _our_siglip(a: jax.Array, b: jax.Array, temperature: jax.Array) -> jax.Array:
+    labels = jnp.arange(a.shape[0])[:, None]
+    return jaxce.sigmoid_binary_cross_entropy_with_sparse_labels(_pairs(a, b, temperature), labels)
+
+
+def _plain_siglip(a: jax.Array, b: jax.Array, temperature: jax.Array) -> jax.Array:
+    x = _all_pairs(a, b, temperature)
+    return jnp.sum(jax.nn.softplus(jnp.where(jnp.eye(len(x), dtype=bool), -x, x)), -1)
+
+
+def _our_sparse_binary(h: jax.Array, w: jax.Array, labels: jax.Array) -> jax.Array:
+    logits = jaxce.LinearLogits(h, w, class_axis=0)
+    return jaxce.sigmoid_binary_cross_entropy_with_sparse_labels(logits, _several(labels))
+
+
+def _plain_sparse_binary(h: jax.Array, w: jax.Array, labels: jax.Array) -> jax.Array:
+    x = jnp.matmul(h, w.T, preferred_element_type=jnp.float32)
+    return jnp.sum(jax.nn.softplus(x), -1) - jnp.sum(jnp.take_along_axis(x, _several(labels), -1), -1)
+
+
 _integer = jaxce.softmax_cross_entropy_with_integer_labels
 _optax_integer = optax.losses.softmax_cross_entropy_with_integer_labels
 
@@ -536,6 +576,15 @@ CASES: dict[str, Case] = {
     "linear_cross_entropy [D, V]": Case(
         _of_linear(jaxce.linear_cross_entropy, 1), _of_product(1), classes_last, [LINEAR], by=(0, 1)
     ),
+    "CLIP, all pairs": Case(
+        lambda *sides: jaxce.softmax_cross_entropy_of_pairs(_pairs(*sides)),
+        _plain_clip,
+        with_temperature,
+        [EMBEDDINGS],
+        by=(0, 1, 2),
+    ),
+    "SigLIP, all pairs": Case(_our_siglip, _plain_siglip, with_temperature, [EMBEDDINGS], by=(0, 1, 2)),
+    "sigmoid, sparse labels": Case(_our_sparse_binary, _plain_sparse_binary, classes_first, [LABELS], by=(0, 1)),
 }
 
 MODES = "value", "value and gradient"
