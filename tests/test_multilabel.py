@@ -119,13 +119,20 @@ def test_big_visions_formula() -> None:
     np.testing.assert_allclose(loss(logits, np.arange(7)[:, None]).mean(), expected, rtol=1e-6)
 
 
-def test_torchs_multilabel_soft_margin_loss() -> None:
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(N, V)).astype("float32")
-    t = np.asarray(targets(arguments(), False))
+def soft_margin() -> tuple[np.ndarray, np.ndarray]:
+    x = np.random.default_rng(0).normal(size=(N, V)).astype("float32")
+    return x, np.asarray(targets(arguments(), False))
+
+
+def test_the_formula_of_torchs_multilabel_soft_margin_loss() -> None:
+    x, t = soft_margin()
     plain = (t * np.logaddexp(0, -x) + (1 - t) * np.logaddexp(0, x)).mean(-1)
     np.testing.assert_allclose(loss(x, LABELS) / V, plain, rtol=1e-6)
+
+
+def test_torchs_multilabel_soft_margin_loss() -> None:
     torch = pytest.importorskip("torch")
+    x, t = soft_margin()
     theirs = torch.nn.functional.multilabel_soft_margin_loss(torch.tensor(x), torch.tensor(t), reduction="none")
     np.testing.assert_allclose(loss(x, LABELS) / V, theirs, rtol=1e-6)
 

@@ -271,6 +271,21 @@ def test_half_precision_and_kernels_by_columns() -> None:
     assert [g.dtype for g in slopes(a, b, jnp.float32(0.3))] == ["bfloat16", "bfloat16", "float32"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_numbers_are_the_same_with_x64(dtype: str) -> None:
+    e = embeddings(6, 8, dtype)
+
+    def both() -> Any:
+        return of_pairs(linear(e)), jax.grad(lambda e: scalar(of_pairs(linear(e))))(e)
+
+    expected = both()
+    with jax.enable_x64(True):
+        got = both()
+    for g, v in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert g.dtype == v.dtype
+        np.testing.assert_array_equal(np.asarray(g, np.float64), np.asarray(v, np.float64))
+
+
 # --- programs ---------------------------------------------------------------------------------------------------------
 
 
