@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxce import _checks
+from jaxce import _checks, _platforms
 from jaxce._checks import ArrayLike, Axis, compiled
-from jaxce._rules import custom_jvp, largest, product
+from jaxce._rules import custom_jvp, product
 from jaxce._sigmoid import sigmoid_binary_cross_entropy
 from jaxce._statistics import logsumexp
 from jaxce._terms import polynomial
@@ -120,18 +120,10 @@ def _times_exp(x: Array, *exponents: Array) -> Array:
     return x
 
 
-def _fused(x: Array) -> Array:
-    """x > -inf, an exponential, logarithm or quotient that is used more than once.
-
-    XLA:CPU writes out such an array, and with it most of what it is computed from, but not a maximum.
-    """
-    return jnp.maximum(x, -largest(x))
-
-
 @custom_jvp
 def _mantissa(x: Array) -> Array:
     """exp(x) in [1, 2)."""
-    return _fused(jnp.exp(x))
+    return _platforms.fused(jnp.exp(x))
 
 
 _mantissa.defslopes(lambda x: (_mantissa(x),), times=product)
@@ -140,7 +132,7 @@ _mantissa.defslopes(lambda x: (_mantissa(x),), times=product)
 @custom_jvp
 def _times_mantissa(x: Array, exponent: Array) -> Array:
     """x exp(exponent): a plain product, which XLA:CPU fuses, as neither is 0 where the other is infinite."""
-    return x * _fused(jnp.exp(exponent))
+    return x * _platforms.fused(jnp.exp(exponent))
 
 
 @_times_mantissa.defjvp
@@ -156,7 +148,7 @@ def _exp(*exponents: Array) -> Array:
 @custom_jvp
 def _reciprocal(x: Array) -> Array:
     """1 / x."""
-    return _fused(1 / x)
+    return _platforms.fused(1 / x)
 
 
 @_reciprocal.defjvp
@@ -168,7 +160,7 @@ def _reciprocal_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Arra
 @custom_jvp
 def _log(x: Array) -> Array:
     """log x, x > 0."""
-    return _fused(jnp.log(x))
+    return _platforms.fused(jnp.log(x))
 
 
 @_log.defjvp

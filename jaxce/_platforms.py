@@ -28,6 +28,7 @@ from jax import Array, lax
 
 from jaxce import _mesh
 from jaxce._inputs import OF_ROWS, Inputs
+from jaxce._rules import largest
 from jaxce._state import Ask, Block, State, before, leaves, meet, meet_all
 
 _PARTS = 8
@@ -225,6 +226,14 @@ def _at_label(block: Block, dtype: np.dtype) -> dict[str, Array]:
 def reread(x: Any) -> Any:
     """The same arrays, to be read once more on a CPU, where else what is made of them twice would be kept."""
     return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
+def fused(x: Array) -> Array:
+    """x > -inf, an exponential, logarithm or quotient that is used more than once.
+
+    XLA:CPU writes out such an array, and with it most of what it is computed from, but not a maximum.
+    """
+    return lax.platform_dependent(x, cpu=lambda x: jnp.maximum(x, -largest(x)), default=lambda x: x)
 
 
 def renamed(x: Array, finite: Array) -> Array:

@@ -302,6 +302,19 @@ def test_what_stirling_leaves(size: int) -> None:
     assert ulp_error(x * np.asarray(slope), slopes, [0.5] * len(x)).max() <= 4  # it is added to a half
 
 
+@pytest.mark.parametrize(("name", "arrays"), [("student_t_nll", 6), ("negative_binomial_nll", 10), ("gamma_nll", 6)])
+def test_gradients_write_few_arrays_on_a_cpu(name: str, arrays: int) -> None:
+    """5, 9 and 5; where XLA:CPU fuses nothing that is used twice 21, 29 and 10."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("what another platform fuses is not of interest here")
+    function = getattr(jaxce, name)
+    names = inspect.signature(function).parameters
+    args = [jax.ShapeDtypeStruct((100_000,), "float32") for n in names if n not in ("where", "full")]
+    varying = tuple(i for i, n in enumerate(names) if i < len(args) and n != "counts")
+    gradient = jax.jit(jax.grad(lambda *a: jnp.sum(function(*a)), varying))
+    assert gradient.lower(*args).compile().memory_analysis().temp_size_in_bytes <= arrays * 4 * 100_000
+
+
 # --- extreme parameters -----------------------------------------------------------------------------------------------
 
 
