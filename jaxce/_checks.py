@@ -281,6 +281,7 @@ SHARE = Number("a number in [0, 1]", lambda a: 0 <= a <= 1)
 FINITE = Number("a finite number")
 NOT_NEGATIVE = Number("a number of at least 0", lambda g: 0 <= g < math.inf)
 POSITIVE = Number("a positive number", lambda v: 0 < v < math.inf, neutral=None)
+SHARES, NUMBERS = SHARE._replace(broadcasts=True), FINITE._replace(broadcasts=True)
 
 _AXIS = "an integer or a tuple of integers"
 _BASE = "None (nats) or a positive number other than 1"

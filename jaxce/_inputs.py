@@ -37,9 +37,11 @@ ALONG_CLASSES = {"array": -1, "kernel": None, "bias": 0, "classes": 0, "entries"
 """The axis of classes of each input that has one; that of a kernel is its own."""
 
 OF_ROWS = {name: 1 for name in ("array", "logits", "hidden", "entries", "targets", "chosen", "shares", "listed")}
-OF_ROWS |= {name: 0 for name in ("rows", "labels", "label", "example_weights")}
-"""The inputs that have axes of rows, and how many axes they have beside those. The "logits" of a block are made of others,
-as is the "label", its logit."""
+OF_ROWS |= {
+    name: 0 for name in ("rows", "labels", "label", "example_weights", "temperature", "label_smoothing", "z_loss")
+}
+"""The inputs that have axes of rows, and how many axes they have beside those; options may be one number for all. The
+"logits" of a block are made of others, as is the "label", its logit."""
 
 BLOCK = 1 << 26
 """About how many logits a block has at most."""
@@ -135,6 +137,13 @@ class Logits(NamedTuple):
         _checks.same_shape("class_weights", weights, (self.spec.classes,), "one number per class")
         return self.having(weights=weights)
 
+    def of_rows(self, option: str, value: ArrayLike) -> Array:
+        """An option that is a number, or one for each row: then 0 in rows that take no part."""
+        x = jnp.asarray(value).astype(self.dtype)
+        _checks.scalar_or(option, x, _checks.batch_shape(self.shape, self.axes), "one number per row")
+        there = _rows_there(self.spec, self.inputs) if x.ndim else None
+        return x if there is None else jnp.where(jnp.broadcast_to(there, x.shape), x, 0)
+
     def having(self, **inputs: Array) -> Logits:
         """With more inputs."""
         return self._replace(inputs=self.inputs | inputs)
@@ -168,9 +177,19 @@ def read_logits(
     return Logits(spec, inputs | masks, axes, logits.shape)
 
 
-def _rows_there(inputs: Inputs) -> Array | None:
+def _rows_there(spec: Spec, inputs: Inputs) -> Array | None:
     """Which rows take part; None: all."""
-    return inputs.get("rows", inputs["entries"].any(-1) if "entries" in inputs else None)
+    if "entries" not in inputs:
+        return inputs.get("rows")
+    there = inputs["entries"].any(-1)
+    if spec.axis_name is None:
+        return there
+    return lax.pmax(there.astype(jnp.int32), spec.axis_name) > 0  # another device may have the row's only classes
+
+
+def has_rows(name: str, x: Array) -> bool:
+    """Whether an input has axes of rows."""
+    return name in OF_ROWS and x.ndim > OF_ROWS[name]
 
 
 # ---------------------------------------------------------------------------------------------------- what a device has
@@ -222,7 +241,7 @@ def _sharded(spec: Spec, axis_name: AxisName) -> Spec:
 def _place(spec: Spec, name: str, x: Array, rows: tuple[int, ...]) -> tuple[Any, ...]:
     """What each axis of an input goes along: one of the rows' axes, the "classes", or nothing that others share."""
     place: list[Any] = [None] * x.ndim
-    if name in OF_ROWS and x.ndim > OF_ROWS[name]:
+    if has_rows(name, x):
         place[: len(rows)] = [axis if n > 1 else None for axis, n in zip(rows, x.shape, strict=False)]
     if name in ALONG_CLASSES and spec.axis_name is None:
         place[spec.axis(name, x)] = "classes"
@@ -257,9 +276,12 @@ def factors(spec: Spec, inputs: Inputs) -> Inputs:
     """With the factors of the product as it needs them, on any mesh and with any mask."""
     if "array" in inputs:
         return inputs
-    hidden, there = inputs["hidden"], _rows_there(inputs)
+    hidden, there = inputs["hidden"], _rows_there(spec, inputs)
     if there is not None:  # what a row holds that takes no part must not be multiplied by anything
-        hidden = jnp.where(jnp.broadcast_to(there, hidden.shape[:-1])[..., None], hidden, 0)
+        there = jnp.broadcast_to(there, hidden.shape[:-1])
+        hidden = jnp.where(there[..., None], hidden, 0)
+        if "temperature" in inputs and has_rows("temperature", inputs["temperature"]):
+            inputs = inputs | {"temperature": jnp.where(there, inputs["temperature"], 1)}
     features = -1 - spec.class_axis
     return inputs | {"hidden": _mesh.whole(hidden, -1), "kernel": _mesh.whole(inputs["kernel"], features)}
 
@@ -268,10 +290,8 @@ def _shares(spec: Spec, inputs: Inputs) -> Inputs:
     """With shares of 0 in rows that take no part, and of NaN where a class that counts is none."""
     if "shares" not in inputs:
         return inputs
-    chosen, shares, there = inputs["chosen"], inputs["shares"], _rows_there(inputs)
+    chosen, shares, there = inputs["chosen"], inputs["shares"], _rows_there(spec, inputs)
     if there is not None:
-        if "entries" in inputs and spec.axis_name is not None:  # another device may have the row's only classes
-            there = lax.pmax(there.astype(jnp.int32), spec.axis_name) > 0
         shares = jnp.where(there[..., None], shares, 0)
     bad = (chosen < 0) & (shares != 0)
     return inputs | {"chosen": jnp.where(bad, 0, chosen), "shares": jnp.where(bad, jnp.nan, shares)}

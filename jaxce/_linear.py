@@ -27,8 +27,8 @@ from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jax.sharding import AxisType
 
 from jaxce import _checks, _mesh, _platforms
-from jaxce._checks import FINITE, SHARE, ArrayLike, AxisName, compiled
-from jaxce._inputs import Inputs, Spec, on_each_device, read_logits
+from jaxce._checks import NUMBERS, SHARES, ArrayLike, AxisName, compiled
+from jaxce._inputs import OF_ROWS, Inputs, Spec, has_rows, on_each_device, read_logits
 from jaxce._logits import LinearLogits, product, shape_logits
 from jaxce._reduction import weighted_mean
 from jaxce._rules import custom_jvp
@@ -79,7 +79,7 @@ def linear_cross_entropy(
 ) -> tuple[Array, tuple[Array, Array]]: ...
 
 
-@compiled("chunk_size", "has_aux", label_smoothing=SHARE, z_loss=FINITE)
+@compiled("chunk_size", "has_aux", label_smoothing=SHARES, z_loss=NUMBERS)
 def linear_cross_entropy(
     logits: LinearLogits,
     labels: ArrayLike,
@@ -118,9 +118,9 @@ def linear_cross_entropy(
       logits: `LinearLogits` of shape [..., classes].
       labels: integer classes, of the shape of the logits without the classes.
       weights: booleans, integers or floating point, of the shape of the labels.
-      label_smoothing: the share in [0, 1] that is spread evenly over the classes.
+      label_smoothing: the share in [0, 1] that is spread evenly over the classes; a number, or one for each example.
       class_weights: one number per class, by which its part of the loss is multiplied.
-      z_loss: the factor of the squared log-normalizer.
+      z_loss: the factor of the squared log-normalizer; a number, or one for each example.
       normalizer: a number to divide by in place of the sum of the weights, say that of all micro-batches.
       chunk_size: how many examples at a time, of each device, where a gradient is formed. By default 8192 on a TPU, and
         elsewhere as many as there are features, and at least 512.
@@ -157,11 +157,10 @@ def linear_cross_entropy(
     if not isinstance(has_aux, bool):
         raise _checks.ArgumentTypeError(f"has_aux must be True or False, got {has_aux!r}")
 
-    numbers = {"label_smoothing": label_smoothing, "z_loss": z_loss}
-    numbers = {name: jnp.asarray(value) for name, value in numbers.items() if value is not None}
-    counts = {} if weights is None else {"rows": w != 0}
-    run = partial(_total, chunk_size, has_aux)
-    total, aux = on_each_device(run, (z.having(example_weights=w, **counts, **numbers),), results=("total", "rows"))
+    z = z.having(example_weights=w, **({} if weights is None else {"rows": w != 0}))
+    options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    z = z.having(**{name: z.of_rows(name, value) for name, value in options.items() if value is not None})
+    total, aux = on_each_device(partial(_total, chunk_size, has_aux), (z,), results=("total", "rows"))
     mean = weighted_mean(total, normalizer=jnp.sum(w) if normalizer is None else normalizer)
     return (mean, aux) if has_aux else mean
 
@@ -172,8 +171,9 @@ def _total(chunk_size: int | None, has_aux: bool, specs: tuple[Spec], given: tup
     labels = jnp.where(own["rows"], own["labels"], 0) if "rows" in own else own["labels"]
     inputs = {name: x for name, x in own.items() if name not in ("labels", "rows")}
     inputs = {name: x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(spec.dtype) for name, x in inputs.items()}
-    inputs["hidden"] = inputs["hidden"].reshape(labels.size, inputs["hidden"].shape[-1])
-    inputs["example_weights"] = inputs["example_weights"].reshape(labels.size)
+    for name, x in inputs.items():
+        if name in OF_ROWS and x.ndim == labels.ndim + OF_ROWS[name]:
+            inputs[name] = x.reshape(labels.size, *x.shape[labels.ndim :])
     inputs = _mesh.vary(inputs, _mesh.varying(inputs, labels))
     options = _Options(chunk_size, spec.class_axis, spec.block_size, spec.axis_name, has_aux, "rows" not in own)
     weighted_sum = _sum_by_blocks if "label_smoothing" in inputs else _weighted_sum
@@ -293,9 +293,6 @@ def _no_tangent(tree: Any) -> Any:
 # --- chunks of the rows that count ------------------------------------------------------------------------------------
 
 
-_OF_ROWS = {"labels", "hidden", "example_weights"}
-
-
 def _by_chunks(
     options: _Options, names: tuple[str, ...], chunks: int, labels: Array, inputs: Inputs
 ) -> tuple[Array, Inputs, Aux | None]:
@@ -317,7 +314,7 @@ def _by_chunks(
     def take(x: Array, places: Array) -> Array:
         return jax.vmap(lambda x, p: jnp.take(x, p, axis=0, mode="fill", fill_value=0))(x, places)
 
-    of_rows = {name: grouped(x) for name, x in ({"labels": labels} | inputs).items() if name in _OF_ROWS}
+    of_rows = {name: grouped(x) for name, x in ({"labels": labels} | inputs).items() if has_rows(name, x)}
     if options.all_count:
         turns: Any = chunks
         there = [(0, 0), (0, size * chunks - length)]
@@ -353,7 +350,7 @@ def _by_chunks(
     def zeros(*shape: int) -> Array:
         return jnp.zeros(shape, dtype)
 
-    found: dict[str, Any] = {name: zeros(*ordered[name].shape) for name in names if name in _OF_ROWS}
+    found: dict[str, Any] = {name: zeros(*ordered[name].shape) for name in names if name in ordered}
     sums = {name: zeros(*inputs[name].shape) for name in names if name not in found}
     if options.has_aux:
         found["aux"] = (zeros(groups, size * chunks),) * 2
@@ -419,6 +416,9 @@ def _chunk(
     options: _Options, names: tuple[str, ...], labels: Array, inputs: Inputs
 ) -> tuple[Array, Inputs, Aux | None]:
     """The sum over some rows, and its derivatives, from three products."""
+    if "temperature" in inputs and has_rows("temperature", inputs["temperature"]):  # 0 of rows that fill a chunk
+        counts = inputs["example_weights"] != 0
+        inputs = inputs | {"temperature": jnp.where(counts, inputs["temperature"], 1)}
     at = _labels(options, labels, inputs)
     found, r = _pass_near_the_maximum(options, names, at, inputs)
     rows = _rows(options, at, inputs, found, r)
@@ -516,8 +516,9 @@ def _gradient(
     kernel, weights, class_axis = inputs["kernel"], inputs["example_weights"], options.class_axis % 2
     dtype, gradient = weights.dtype, {}
 
-    def total(x: Array) -> Array:
-        return jnp.sum(jnp.where(rows.takes_part, x, 0))
+    def total(name: str, x: Array) -> Array:
+        x = jnp.where(rows.takes_part, x, 0)
+        return x if has_rows(name, inputs[name]) else jnp.sum(x)
 
     if found.kept is not None:
         entry = (rows.entry * _slope(inputs, found.label, "products")).astype(found.kept.dtype)
@@ -540,11 +541,11 @@ def _gradient(
             gradient["bias"] = jnp.sum(multiply(jnp.stack(parts), 1, g, 0), 0)
     for name, others in found.slopes.items():
         of_label = jnp.where(at.here, rows.entry * _slope(inputs, found.label, name), 0)
-        gradient[name] = total(rows.coefficient * (others + of_label))
+        gradient[name] = total(name, rows.coefficient * (others + of_label))
     if "example_weights" in names:
         gradient["example_weights"] = _share(options, rows.loss)
     if "z_loss" in names:
-        gradient["z_loss"] = _share(options, total(weights * rows.log_normalizer**2))
+        gradient["z_loss"] = _share(options, total("z_loss", weights * rows.log_normalizer**2))
     if "weights" in names:
         zeros = jnp.zeros(inputs["weights"].shape, dtype)
         place = jnp.where(at.here, at.place, zeros.size)  # as a negative index would count from the end

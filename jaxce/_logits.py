@@ -15,6 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxce import _checks
 from jaxce._checks import ArrayLike, AxisName
 from jaxce._rules import custom_jvp
+from jaxce._state import beside
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -30,7 +31,8 @@ class LinearLogits:
     the value nor a derivative needs memory for more than a block of logits, and the kernel is never copied whole (for a
     kernel in half precision its gradient is accumulated in float32, in an array of the kernel's shape). The classes
     are the last axis. It is a pytree: it passes through `jax.jit`, `jax.vmap`, `jax.lax.scan` and their like.
-    ``logits[:, :-1]`` has some of the rows, ``logits / t`` another temperature and ``logits + b`` another bias.
+    ``logits[:, :-1]`` has some of the rows, ``logits / t`` another temperature, ``logits / t[..., None]`` one for each row,
+    and ``logits + b`` another bias.
 
     float16 and bfloat16 are multiplied as they are and summed in float32; in float32 JAX's own matmul precision holds.
     Where hidden and kernel are both bfloat16, cotangents of logits are rounded to bfloat16 before they are multiplied, and
@@ -42,7 +44,8 @@ class LinearLogits:
       bias: one number per class.
       class_axis: the kernel's axis of classes; 0 for a kernel of shape [classes, features], such as a tied embedding.
       soft_cap: a positive number that no logit's magnitude exceeds.
-      temperature: a positive number by which hW + b is divided.
+      temperature: a positive number by which hW + b is divided, or one for each row, of the shape of hidden without its
+        features.
       block_size: how many classes at a time. By default an eighth of them, between 2048 and 8192; where that makes more
         than 2^26 logits with all rows of a device, these are taken in chunks, one after the other.
       axis_name: inside `jax.shard_map`, the mesh axis, or axes, over which the kernel's classes are sharded: kernel and
@@ -98,7 +101,9 @@ class LinearLogits:
         size = self.block_size
         if size is not None:
             size = _checks.positive_integer("block_size", size, "None or a positive integer")
-        temperature = _checks.option("temperature", self.temperature, _checks.POSITIVE)
+        temperature = _temperature(self.temperature)
+        if np.ndim(temperature):
+            _checks.scalar_or("temperature", temperature, hidden.shape[:-1], "one number per row")
         fields = {
             "hidden": hidden,
             "kernel": kernel,
@@ -167,22 +172,34 @@ class LinearLogits:
                     f"an index must leave the axis of classes whole, got {index!r}; to take some classes "
                     "give LinearLogits a part of the kernel, or a where= to the loss"
                 )
-        return dataclasses.replace(self, hidden=self.hidden[index])
+        temperature = self.temperature
+        if self._temperatures is not None:
+            temperature = self._temperatures[..., None][index][..., 0]
+        return dataclasses.replace(self, hidden=self.hidden[index], temperature=temperature)
 
     def __truediv__(self, temperature: ArrayLike) -> LinearLogits:
-        """The logits at a temperature."""
+        """The logits at a temperature; with an axis for the classes, of length 1, at one for each row."""
         self._demand_no_soft_cap("divide by a number before it is applied, give temperature=")
-        temperature = _checks.option("temperature", temperature, _checks.POSITIVE)
+        t = _temperature(temperature)
+        if np.ndim(t):
+            of = "one number per row and an axis of length 1"
+            _checks.scalar_or("temperature", t, (*self.hidden.shape[:-1], 1), of)
+            t = t[..., 0]
         if self.temperature is not None:
-            before, temperature = (jnp.asarray(t).astype(self.dtype) for t in (self.temperature, temperature))
-            temperature = before * temperature
-        return dataclasses.replace(self, temperature=temperature)
+            before, t = (jnp.asarray(t).astype(self.dtype) for t in (self.temperature, t))
+            t = before * t
+        return dataclasses.replace(self, temperature=t)
 
     def __add__(self, bias: ArrayLike) -> LinearLogits:
         """The logits with one more bias."""
         self._demand_no_soft_cap("add a bias before it is applied, give bias=")
         more = _checks.floating("bias", bias)
         _checks.same_shape("bias", more, (self.classes,), "one number per class")
+        if self._temperatures is not None:
+            raise _checks.ArgumentTypeError(
+                "what has a temperature for each row must stay as it is; to add a bias before it divides, give bias=, "
+                "else use materialize()"
+            )
         if self.temperature is not None:  # by which the bias of the product is divided
             more = more * jnp.asarray(self.temperature).astype(more.dtype)
         if self.bias is not None:
@@ -197,6 +214,12 @@ class LinearLogits:
             raise _checks.ArgumentTypeError(
                 f"what has a soft cap must stay as it is; to {hint}, else use materialize()"
             )
+
+    @property
+    def _temperatures(self) -> Array | None:
+        """Those of the rows, if each has its own."""
+        temperature: Any = self.temperature
+        return temperature if np.ndim(temperature) else None
 
     @property
     def half(self) -> bool:
@@ -214,8 +237,15 @@ class LinearLogits:
         if self.class_axis == 0:
             parts.append("class_axis=0")
         options = {name: getattr(self, name) for name in ("soft_cap", "temperature", "block_size", "axis_name")}
+        if self._temperatures is not None:
+            parts.append(f"temperature={_checks.describe(options.pop('temperature'))}")
         parts += [f"{name}={value!r}" for name, value in options.items() if value is not None]
         return f"LinearLogits({whole}{', '.join(parts)})"
+
+
+def _temperature(value: Any) -> Any:
+    """A positive number, or an array of them."""
+    return _checks.option("temperature", value, _checks.POSITIVE._replace(broadcasts=True))
 
 
 def _is_mask(index: Any) -> bool:
@@ -357,7 +387,7 @@ def shape_logits(x: Array, temperature: Any, soft_cap: Any) -> Array:
     absent = jnp.isneginf(x)
     x = jnp.where(absent, 0, x)
     if temperature is not None:
-        x = x / jnp.asarray(temperature).astype(x.dtype)
+        x = x / beside(jnp.asarray(temperature).astype(x.dtype), x)
     if soft_cap is not None:
         cap = jnp.asarray(soft_cap).astype(x.dtype)
         x = cap * jnp.tanh(x / cap)

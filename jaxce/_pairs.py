@@ -166,6 +166,8 @@ def _read(logits: Any, axis_name: AxisName | None) -> Any:
     if axis_name is not None and not linear:
         raise _checks.ArgumentTypeError(f"logits must be LinearLogits with axis_name, got {_checks.describe(logits)}")
     logits = logits if linear else _checks.floating("logits", logits)
+    if linear and getattr(logits.temperature, "ndim", 0):
+        raise _checks.ArgumentValueError(f"logits must have one temperature for all rows, got {logits!r}")
     if logits.ndim != 2:
         raise _checks.ArgumentValueError(f"logits must have two axes, rows and columns, got shape {logits.shape}")
     return logits if axis_name is None else dataclasses.replace(logits, axis_name=_checks.axis_name(axis_name))

@@ -24,7 +24,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxce import _mesh, _platforms
-from jaxce._inputs import ALONG_CLASSES, OF_ROWS, Inputs, Spec
+from jaxce._inputs import ALONG_CLASSES, OF_ROWS, Inputs, Spec, has_rows
 from jaxce._logits import product, shape_logits
 from jaxce._state import Block, State, beside, meet, meet_all, meet_devices, nothing
 
@@ -344,7 +344,7 @@ def by_rows(chunks: int, inputs: tuple[Inputs, ...], function: Callable[..., Any
         trailing = x.shape[x.ndim - OF_ROWS[name] :]
         return split_rows(jnp.broadcast_to(x, (*batch, *trailing)).reshape(rows, *trailing), chunks)
 
-    chunked = tuple({n: split(n, x) for n, x in i.items() if n in OF_ROWS} for i in inputs)
-    whole = tuple({n: x for n, x in i.items() if n not in OF_ROWS} for i in inputs)
+    chunked = tuple({n: split(n, x) for n, x in i.items() if has_rows(n, x)} for i in inputs)
+    whole = tuple({n: x for n, x in i.items() if not has_rows(n, x)} for i in inputs)
     out = lax.map(lambda chunk: function(*(c | w for c, w in zip(chunk, whole, strict=True))), chunked)
     return jax.tree.map(lambda x: join_rows(x, rows).reshape(batch), out)

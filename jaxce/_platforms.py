@@ -27,7 +27,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxce import _mesh
-from jaxce._inputs import OF_ROWS, Inputs
+from jaxce._inputs import OF_ROWS, Inputs, has_rows
 from jaxce._rules import largest
 from jaxce._state import Ask, Block, State, before, leaves, meet, meet_all
 
@@ -150,8 +150,8 @@ def _by_rows(function: Callable[[Inputs], Any], inputs: Inputs, shape: tuple[int
             return x.reshape(1, *x.shape[axes:])
         return jnp.broadcast_to(x, (*batch, *x.shape[axes:])).reshape(rows, *x.shape[axes:])
 
-    whole = {n: x for n, x in inputs.items() if n not in OF_ROWS}
-    split = {n: flat(x, OF_ROWS[n]) for n, x in inputs.items() if n in OF_ROWS}
+    whole = {n: x for n, x in inputs.items() if not has_rows(n, x)}
+    split = {n: flat(x, OF_ROWS[n]) for n, x in inputs.items() if has_rows(n, x)}
 
     def chunk(start: Array) -> Any:
         here, at = _in_this_turn(split, start)

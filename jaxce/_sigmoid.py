@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from jaxce import _checks, _platforms
-from jaxce._checks import NOT_NEGATIVE, SHARE, ArrayLike, compiled
+from jaxce._checks import NOT_NEGATIVE, SHARE, SHARES, ArrayLike, compiled
 from jaxce._rules import custom_jvp, largest, product
 from jaxce._terms import neg_log, ratio
 
@@ -292,7 +292,7 @@ def _arguments(logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None) ->
     return keep, _checks.only(keep, x, 0), _checks.only(keep, t, 1)
 
 
-@compiled(label_smoothing=SHARE)
+@compiled(label_smoothing=SHARES)
 def sigmoid_binary_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -325,7 +325,8 @@ def sigmoid_binary_cross_entropy(
             them. The rest has loss 0 and gradient 0, whatever it holds.
         pos_weight: weight of the positive class, a number or an array that broadcasts to logits; negatives / positives
             of the data balances the two. PyTorch's meaning, soft labels included.
-        label_smoothing: what share of each label is replaced by 1/2, in [0, 1]. Keras' meaning.
+        label_smoothing: what share of each label is replaced by 1/2, in [0, 1]: a number or an array, as pos_weight.
+            Keras' meaning.
 
     Returns:
         The loss of each entry, in the shape of logits: float32 for half precision, else the widest of the dtypes.
@@ -351,10 +352,13 @@ def sigmoid_binary_cross_entropy(
     if pos_weight is None and label_smoothing is None:
         loss = _binary_cross_entropy(x, t)
     else:
-        factor = 1 if pos_weight is None else pos_weight
-        w = _checks.dense("pos_weight", factor, x.shape, _checks.compute_dtype(x, t), "logits")
+        dtype = _checks.compute_dtype(x, t)
+        w = _checks.dense("pos_weight", 1 if pos_weight is None else pos_weight, x.shape, dtype, "logits")
         x, t, w = _checks.upcast(x, t, _checks.only(keep, w, 1))
-        loss = _weighted(x, t, w, jnp.asarray(0 if label_smoothing is None else label_smoothing).astype(x.dtype))
+        a = jnp.asarray(0 if label_smoothing is None else label_smoothing)
+        if a.ndim:
+            a = _checks.only(keep, _checks.dense("label_smoothing", a, x.shape, dtype, "logits"), 0)
+        loss = _weighted(x, t, w, a.astype(x.dtype))
     return _checks.only(keep, loss, 0)
 
 

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxce import _checks
-from jaxce._checks import FINITE, NOT_NEGATIVE, SHARE, ArrayLike, Axis, compiled
+from jaxce._checks import FINITE, NOT_NEGATIVE, NUMBERS, SHARE, SHARES, ArrayLike, Axis, compiled
 from jaxce._inputs import Logits, read_logits
 from jaxce._logits import AnyLogits
 from jaxce._measures import GIVEN, LOG_NORMALIZER, NLL, UNIFORM, WEIGHT, Class, Measure, measure, replaced, sum_of
 from jaxce._rules import times, weigh
 
 
-@compiled("axis", label_smoothing=SHARE, z_loss=FINITE)
+@compiled("axis", label_smoothing=SHARES, z_loss=NUMBERS)
 def softmax_cross_entropy_with_integer_labels(
     logits: AnyLogits,
     labels: ArrayLike,
@@ -53,9 +53,9 @@ def softmax_cross_entropy_with_integer_labels(
       labels: integer classes, of the shape of the logits without the class axes.
       axis: the class axis, or several; labels then count the classes of the flattened axes.
       where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the logits).
-      label_smoothing: the share in [0, 1] that is spread evenly over the classes.
+      label_smoothing: the share in [0, 1] that is spread evenly over the classes; a number, or one for each row.
       class_weights: one number per class, by which its part of the loss is multiplied.
-      z_loss: the factor of the squared log-normalizer.
+      z_loss: the factor of the squared log-normalizer; a number, or one for each row.
 
     Returns:
       Losses of the batch shape, float32 for half-precision logits and the logits' dtype otherwise. Optax gives half
@@ -77,7 +77,7 @@ def softmax_cross_entropy_with_integer_labels(
     return _modified(z, NLL, label_smoothing, z_loss)
 
 
-@compiled("axis", label_smoothing=SHARE, z_loss=FINITE)
+@compiled("axis", label_smoothing=SHARES, z_loss=NUMBERS)
 def softmax_cross_entropy(
     logits: AnyLogits,
     labels: ArrayLike,
@@ -104,9 +104,10 @@ def softmax_cross_entropy(
       labels: numbers that broadcast to the same shape, or booleans or integers of it; not normalised.
       axis: the class axis, or several that together hold the classes.
       where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the logits).
-      label_smoothing: the share in [0, 1] of the labels that is spread evenly over the classes.
+      label_smoothing: the share in [0, 1] of the labels that is spread evenly over the classes; a number, or one for each
+        row.
       class_weights: one number per class, by which its part of the loss is multiplied.
-      z_loss: the factor of the squared log-normalizer.
+      z_loss: the factor of the squared log-normalizer; a number, or one for each row.
 
     Returns:
       Losses of the batch shape, in the wider dtype of logits and labels and at least float32.
@@ -127,7 +128,7 @@ def softmax_cross_entropy(
     return _modified(z, GIVEN, label_smoothing, z_loss)
 
 
-@compiled("axis", label_smoothing=SHARE, z_loss=FINITE)
+@compiled("axis", label_smoothing=SHARES, z_loss=NUMBERS)
 def softmax_cross_entropy_with_sparse_labels(
     logits: AnyLogits,
     labels: ArrayLike,
@@ -158,9 +159,10 @@ def softmax_cross_entropy_with_sparse_labels(
       weights: numbers of the shape of the labels; not normalised.
       axis: the class axis, or several; labels then count the classes of the flattened axes.
       where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the logits).
-      label_smoothing: the share in [0, 1] of the weights that is spread evenly over the classes.
+      label_smoothing: the share in [0, 1] of the weights that is spread evenly over the classes; a number, or one for
+        each row.
       class_weights: one number per class, by which its part of the loss is multiplied.
-      z_loss: the factor of the squared log-normalizer.
+      z_loss: the factor of the squared log-normalizer; a number, or one for each row.
 
     Returns:
       Losses of the batch shape, float32 for half-precision logits and the logits' dtype otherwise.
@@ -309,11 +311,11 @@ def _modified(z: Logits, loss: Measure, label_smoothing: Any, z_loss: Any) -> Ar
     if weighted:
         total = weigh(values[WEIGHT], total)
     if label_smoothing is not None:
-        share = jnp.asarray(label_smoothing).astype(z.dtype)
+        share = z.of_rows("label_smoothing", label_smoothing)
         total = weigh(1 - share, total) + weigh(share, values[UNIFORM])
     if z_loss is not None:
         log_normalizer = jnp.where(state.present, values[LOG_NORMALIZER], 0)
-        total += weigh(jnp.asarray(z_loss).astype(z.dtype), weigh(log_normalizer, log_normalizer))
+        total += weigh(z.of_rows("z_loss", z_loss), weigh(log_normalizer, log_normalizer))
     return total
 
 

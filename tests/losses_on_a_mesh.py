@@ -7,6 +7,7 @@ By hand: ``XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m pytest t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import sys
@@ -291,17 +292,18 @@ MORE = [("z_loss", WAYS[3]), *(("label_smoothing", way) for way in WAYS)]
 
 @pytest.mark.parametrize(("option", "way"), DEFAULT + [pytest.param(*p, marks=pytest.mark.slow) for p in MORE])
 def test_mean_loss(option: str, way: str) -> None:
-    """In chunks of rows: its value, gradient, second derivative and what it tells of each row are the formula's."""
+    """In chunks of rows, with options for each: its value, gradient, second derivative and what it tells of each row."""
 
     def mean(a: Arrays, axis_name: Any = None, whole: Any = None) -> Any:
         weights = jnp.where(a["labels"] == 4, 0, a["rows"])
-        options = {option: 0.1, "class_weights": a["weights"], "normalizer": 3.0}
-        logits = logits_of("linear", a, axis_name)
+        options = {option: a["option"], "class_weights": a["weights"], "normalizer": 3.0}
+        logits = dataclasses.replace(logits_of("linear", a, axis_name), temperature=a["temperature"])
         if whole is None:
             total, aux = jaxce.linear_cross_entropy(logits, a["labels"], weights, chunk_size=1, has_aux=True, **options)
             return (total if axis_name is None else jax.lax.psum(total, "data")), aux
         x = logits.materialize()
-        smoothing, z_loss = (0.1 * (option == name) for name in ("label_smoothing", "z_loss"))
+        smoothing, z_loss = (a["option"] * float(option == name) for name in ("label_smoothing", "z_loss"))
+        smoothing = smoothing[:, None]
         targets = (1 - smoothing) * jax.nn.one_hot(a["labels"], V, dtype=weights.dtype) + smoothing / V
         log_normalizers = jax.nn.logsumexp(x, -1)
         losses = -jnp.sum(a["weights"][None] * targets * jax.nn.log_softmax(x), -1) + z_loss * log_normalizers**2
@@ -316,7 +318,14 @@ def test_mean_loss(option: str, way: str) -> None:
     with jax.enable_x64(True):
         names = "hidden", "kernel", "bias", "weights", "labels"
         a = {n: v for n, v in arrays().items() if n in names} | {"rows": jnp.array([1.0, 5.0, 0.5, 2.0])}
-        for name in ("hidden", "rows", "labels"):  # enough for several chunks of the rows of eight devices
+        a |= {"temperature": jnp.array([0.5, 1.0, 2.0, 0.8]), "option": jnp.array([0.1, 0.2, 0.3, 0.0])}
+        for name in (
+            "hidden",
+            "rows",
+            "labels",
+            "temperature",
+            "option",
+        ):  # enough for several chunks of the rows of eight devices
             a[name] = jnp.concatenate([jnp.roll(a[name], i, 0) for i in range(4)])
         specs = {n: SPECS.get(n, P("data")) for n in a}
         f: Any = mean
@@ -553,11 +562,12 @@ def test_arrays_sharded_in_other_ways_than_the_logits() -> None:
     """Explicit axes: what comes with `LinearLogits` may be sharded by rows over another axis, or not at all."""
     a = arrays("float32")
     m = mesh(AxisType.Explicit)
+    a["temperature"] = jnp.array([0.5, 1.0, 2.0, 0.8])
     several, shares = jnp.stack([a["labels"], a["labels"][::-1]], -1), jnp.full((len(a["labels"]), 2), 0.5)
     rows, entries = jnp.arange(len(shares)) != 1, jnp.arange(V)[None] % 3 != jnp.arange(len(shares))[:, None] % 3
 
     def losses(a: Arrays, several: Any, shares: Any, rows: Any, entries: Any) -> Any:
-        x = logits_of("linear, blocks", a)
+        x = dataclasses.replace(logits_of("linear, blocks", a), temperature=a["temperature"])
         for where in (rows, entries):
             yield jaxce.softmax_cross_entropy_with_sparse_labels(x, several, shares, where=where)
             yield jaxce.sigmoid_binary_cross_entropy_with_sparse_labels(x, several, shares, where=where)
@@ -569,7 +579,7 @@ def test_arrays_sharded_in_other_ways_than_the_logits() -> None:
         return jax.device_put(x, NamedSharding(m, P(*spec)))
 
     linear = {"hidden": put(a["hidden"], "data"), "kernel": put(a["kernel"]), "bias": put(a["bias"])}
-    linear["soft"] = put(a["soft"], "model", "data")
+    linear |= {"soft": put(a["soft"], "model", "data"), "temperature": put(a["temperature"], "model")}
     got = list(losses(linear, put(several, "model"), put(shares), put(rows, "model"), put(entries, None, "model")))
     for g, r in zip(got, losses(a, several, shares, rows, entries), strict=True):
         np.testing.assert_allclose(g, r, rtol=1e-5)  # twelve classes in float32, in another order

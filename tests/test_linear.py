@@ -500,6 +500,64 @@ def test_indices_of_rows(rows: str) -> None:
     close(x[ROWS_OF[rows]].materialize(), x.materialize()[ROWS_OF[rows]], rtol=1e-6, atol=1e-6)
 
 
+@some("integer labels, modified", "relative entropy, from")
+def test_a_temperature_for_each_row(name: str) -> None:
+    """Against the formula of the logits, by everything that varies: with rows in chunks, two axes of them, and strips."""
+    function = FUNCTIONS[name]
+    with jax.enable_x64(True):
+        a = arguments("float64") | {"temperature": jnp.array([0.5, 1.5, 3.0])}
+
+        def plain(a: Any) -> jax.Array:
+            x = (a["hidden"] @ a["kernel"] + a["bias"][None]) / a["temperature"][:, None]
+            return scalar(function, a["soft_cap"] * jnp.tanh(x / a["soft_cap"]))
+
+        expected = quick(jax.value_and_grad(plain))(a)
+        close(quick(jax.value_and_grad(lambda a: scalar(function, linear(a, block_size=4))))(a), expected, 1e-12, 1e-13)
+
+
+def test_rows_of_temperatures() -> None:
+    """Slices, operators, vmap, and what is said where there are other numbers than rows."""
+    a = arguments() | {"temperature": jnp.array([0.5, 1.5, 3.0])}
+    del a["soft_cap"]
+    x = linear(a)
+    whole = ((a["hidden"] @ a["kernel"] + a["bias"][None]) / a["temperature"][:, None]).astype("float32")
+    close(x.materialize(), whole, rtol=1e-6, atol=1e-6)
+    mask = jnp.array([True, False, True])
+    for index in (slice(1, None), (slice(1, None), slice(None)), (..., slice(None)), mask, jnp.array([2, 0]), None, 1):
+        close(x[index].materialize(), whole[index], rtol=1e-6, atol=1e-6)
+    t = jnp.array([2.0, 1.0, 4.0])
+    close((x / t[:, None]).materialize(), whole / t[:, None], rtol=1e-6, atol=1e-6)
+    bare = jaxce.LinearLogits(a["hidden"], a["kernel"])
+    close((bare / t[:, None] / 2).materialize(), bare.materialize() / t[:, None] / 2, rtol=1e-6, atol=1e-6)
+    two = jaxce.LinearLogits(jnp.stack([a["hidden"]] * 2), a["kernel"], temperature=jnp.stack([t, 2 * t]), block_size=4)
+    at_once = integer(two, np.stack([LABELS] * 2))
+    one_by_one = [
+        integer(jaxce.LinearLogits(a["hidden"], a["kernel"], temperature=s, block_size=4), LABELS) for s in (t, 2 * t)
+    ]
+    close(at_once, jnp.stack(one_by_one), rtol=1e-6, atol=1e-6)
+    assert repr(bare / t[:, None]).endswith("temperature=float32[3])")
+    for call, error, message in [
+        (
+            lambda: x / t,
+            ValueError,
+            r"a scalar or have one number per row and an axis of length 1, \(3, 1\), got float32",
+        ),
+        (
+            lambda: x + a["bias"],
+            TypeError,
+            "a temperature for each row must stay as it is; to add a bias .* give bias=",
+        ),
+        (
+            lambda: linear(a | {"temperature": t[:2]}),
+            ValueError,
+            r"temperature must be a scalar or have one .* \(3,\), got",
+        ),
+        (lambda: jaxce.softmax_cross_entropy_of_pairs(x), ValueError, "logits must have one temperature for all rows"),
+    ]:
+        with pytest.raises(error, match=message):
+            call()
+
+
 def test_temperatures_and_biases_by_operators() -> None:
     a = arguments()
     del a["soft_cap"]
@@ -525,7 +583,7 @@ def test_what_operators_refuse() -> None:
         (lambda: x[0, 0, 0], IndexError, "an index must leave the axis of classes whole"),
         (lambda: x + 1.0, ValueError, "bias must have one number per class"),
         (lambda: x / 0, ValueError, "temperature must be a positive number"),
-        (lambda: x / W[0], ValueError, "temperature must be a scalar"),
+        (lambda: x / W[0], ValueError, "temperature must be a scalar or have one number per row and an axis"),
         (lambda: capped / 2, TypeError, "give temperature="),
         (lambda: capped + W[0], TypeError, "give bias="),
     ]:

@@ -18,7 +18,8 @@ EXAMPLES, FEATURES, CLASSES = 7, 5, 11
 Arrays = dict[str, jax.Array]
 
 
-def arguments(dtype: str = "float64", class_axis: int = -1, seed: int = 0) -> Arrays:
+def arguments(dtype: str = "float64", class_axis: int = -1, seed: int = 0, of_rows: bool = False) -> Arrays:
+    """All that varies; ``of_rows`` gives each row a temperature and a z-loss of its own."""
     rng = np.random.default_rng(seed)
     kernel = rng.normal(size=(FEATURES, CLASSES))
     values = {
@@ -31,13 +32,15 @@ def arguments(dtype: str = "float64", class_axis: int = -1, seed: int = 0) -> Ar
         "class_weights": rng.uniform(size=CLASSES),
         "z_loss": 0.01,
     }
+    if of_rows:
+        values |= {"temperature": rng.uniform(0.5, 2, EXAMPLES), "z_loss": rng.uniform(size=EXAMPLES)}
     return {name: jnp.asarray(value, dtype) for name, value in values.items()}
 
 
 LABELS = jnp.array([0, 1, 2, -100, 4, 5, 10])
 
 
-def fused(a: Arrays, class_axis: int = -1, chunk_size: int | None = 3, smoothing: float = 0.0) -> jax.Array:
+def fused(a: Arrays, class_axis: int = -1, chunk_size: int | None = 3, smoothing: Any = 0.0) -> jax.Array:
     shape = {name: a[name] for name in ("bias", "temperature", "soft_cap")}
     logits = jaxce.LinearLogits(a["hidden"], a["kernel"], class_axis=class_axis, block_size=4, **shape)
     options: dict[str, Any] = {name: a[name] for name in ("class_weights", "z_loss")}
@@ -45,9 +48,11 @@ def fused(a: Arrays, class_axis: int = -1, chunk_size: int | None = 3, smoothing
     return jaxce.linear_cross_entropy(logits, LABELS, a["weights"], **options)
 
 
-def plain(a: Arrays, class_axis: int = -1, smoothing: float = 0.0) -> jax.Array:
+def plain(a: Arrays, class_axis: int = -1, smoothing: Any = 0.0) -> jax.Array:
     """The formulas, on the logits as an array."""
-    x = (a["hidden"] @ (a["kernel"].T if class_axis == 0 else a["kernel"]) + a["bias"][None]) / a["temperature"]
+    smoothing = jnp.reshape(smoothing, (-1, 1))
+    x = a["hidden"] @ (a["kernel"].T if class_axis == 0 else a["kernel"]) + a["bias"][None]
+    x /= a["temperature"].reshape(-1, 1)
     log_p = jax.nn.log_softmax(a["soft_cap"] * jnp.tanh(x / a["soft_cap"]))
     log_sum = jax.nn.logsumexp(a["soft_cap"] * jnp.tanh(x / a["soft_cap"]), axis=-1)
     targets = (1 - smoothing) * jax.nn.one_hot(LABELS, CLASSES, dtype=x.dtype) + smoothing / CLASSES
@@ -68,18 +73,25 @@ def counted(gradient: Arrays) -> Arrays:
     return gradient | {"weights": jnp.delete(gradient["weights"], 3)}
 
 
+SMOOTHING = np.array([0.1, 0.0, 1.0, 0.3, 0.2, 0.5, 0.9])
+
+
 @pytest.mark.parametrize(
-    ("chunk_size", "class_axis", "smoothing"),
+    ("chunk_size", "class_axis", "smoothing", "of_rows"),
     [
-        (3, -1, 0.0),
-        (None, 0, 0.0),
-        (3, -1, 0.1),
-        *(pytest.param(*p, marks=pytest.mark.slow) for p in ((3, 0, 0.0), (None, -1, 0.0), (1, 0, 0.0), (1, 0, 0.1))),
+        (3, -1, 0.0, True),
+        (None, 0, 0.0, False),
+        (3, -1, SMOOTHING, True),
+        *(
+            pytest.param(*p, marks=pytest.mark.slow)
+            for p in ((3, 0, 0.0, False), (None, -1, 0.0, True), (1, 0, 0.0, False), (1, 0, 0.1, False))
+        ),
     ],
 )
-def test_value_and_gradient(chunk_size: int | None, class_axis: int, smoothing: float) -> None:
+def test_value_and_gradient(chunk_size: int | None, class_axis: int, smoothing: Any, of_rows: bool) -> None:
+    """Against the formulas, by everything: also with options that are one number for each row."""
     with jax.enable_x64(True):
-        a = arguments(class_axis=class_axis)
+        a = arguments(class_axis=class_axis, of_rows=of_rows)
         value, gradient = jax.jit(jax.value_and_grad(lambda a: fused(a, class_axis, chunk_size, smoothing)))(a)
         expected, by_formula = jax.value_and_grad(lambda a: plain(a, class_axis, smoothing))(a)
         close(value, expected)

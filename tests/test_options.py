@@ -261,3 +261,49 @@ def test_options_are_mapped() -> None:
         option = OPTIONS[name]
         values = jnp.array(option.values)
         close(jax.vmap(option.call)(values), [option.plain(v) for v in option.values])
+
+
+OF_ROWS = [n for n in OPTIONS if "linear" not in n and n.endswith(("smoothing", "z_loss", "alpha", "temperature"))]
+
+
+@pytest.mark.parametrize("name", [n for n in OF_ROWS if n != "smooth_labels"])
+def test_one_number_for_each_row(name: str) -> None:
+    """Each row's loss is that with its own number, and the derivative by the numbers is each row's own."""
+    option = OPTIONS[name]
+    values = np.array([0.4, 0.7, 1.0, 0.5], np.float32)
+    each = np.diag([option.plain(float(v)) for v in values])
+    step = 1e-5
+    slopes = np.diag([(option.plain(v + step) - option.plain(v - step)) / (2 * step) for v in map(float, values)])
+    got, slope = jax.jit(jax.value_and_grad(lambda v: (lambda x: (jnp.sum(x), x))(option.call(v)), has_aux=True))(
+        values
+    )
+    close(got[1], each)
+    close(slope, slopes)
+    close(option.call(list(values.tolist())), each)  # as a list, eagerly
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_of_rows_that_take_no_part(value: float) -> None:
+    """They may be anything: also where a mask of entries, or a weight of 0, takes the row away."""
+    numbers = jnp.array([0.2, value, 0.7, 0.5])
+    there = jnp.array([True, False, True, True])
+    entries = jnp.broadcast_to(there[:, None], (4, 5))
+
+    def rows(where: Any, **options: jax.Array) -> jax.Array:
+        return jaxce.softmax_cross_entropy_with_integer_labels(linear(**options), Y, where=where)
+
+    def smoothed(v: jax.Array) -> jax.Array:
+        return jaxce.softmax_cross_entropy_with_integer_labels(X, Y, where=there, label_smoothing=v, z_loss=v)
+
+    def mean(v: jax.Array) -> jax.Array:
+        return jaxce.linear_cross_entropy(linear(temperature=v), Y, there, z_loss=v)
+
+    def smoothed_mean(v: jax.Array) -> jax.Array:
+        return jaxce.linear_cross_entropy(linear(), Y, there, label_smoothing=v)
+
+    of_rows = [lambda v: rows(there, temperature=v), lambda v: rows(entries, temperature=v), smoothed]
+    for call in (*of_rows, mean, smoothed_mean):
+        got = jax.value_and_grad(lambda v, call=call: jnp.sum(call(v)))(numbers)
+        right = jax.value_and_grad(lambda v, call=call: jnp.sum(call(v)))(numbers.at[1].set(1))
+        chex.assert_trees_all_equal(got, right)
+        assert got[1][1] == 0 and np.isfinite(got[0])
