@@ -58,13 +58,15 @@ def surprisal(p: ArrayLike, *, base: float | None = None) -> Array:
     Returns:
       -log p, elementwise: +inf at 0, where a subnormal number counts as 0. Right to 2 ulp.
 
-    >>> import jaxce
-    >>> print(jaxce.surprisal(0.2))
-    1.6094
-    >>> print(jaxce.surprisal(0.775, base=2))
-    0.3677
+    Examples:
+      >>> import jaxce
+      >>> print(jaxce.surprisal(0.2))
+      1.6094
+      >>> print(jaxce.surprisal(0.775, base=2))
+      0.3677
 
-    Source: C. E. Shannon, A mathematical theory of communication, 1948.
+    References:
+      C. E. Shannon, A mathematical theory of communication, 1948.
     """
     log_base = _checks.log_base(base)
     (array,) = _checks.upcast(_checks.floating("p", p))
@@ -86,12 +88,13 @@ def entropy(p: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None, *, ba
       probability counts as 0 on the CPU. The gradient is -(1 + log p), +inf at p = 0 and 0 in
       entries that don't take part.
 
-    >>> import jax.numpy as jnp
-    >>> import jaxce
-    >>> print(jaxce.entropy(jnp.array([[0.5, 0.5], [1.0, 0.0]]), base=2))
-    [1. 0.]
+    Examples:
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.entropy(jnp.array([[0.5, 0.5], [1.0, 0.0]]), base=2))
+      [1. 0.]
 
-    Source: C. E. Shannon, A mathematical theory of communication, 1948.
+    References:
+      C. E. Shannon, A mathematical theory of communication, 1948.
     """
     log_base = _checks.log_base(base)
     (array,) = classes_of(axis, where, 0, p=p)
@@ -117,12 +120,13 @@ def cross_entropy(
       One value per example, p's shape without ``axis``; 0 for a row with nothing left. Right to 4 ulp. A subnormal
       probability counts as 0 on the CPU. The gradient is -log q for p and -p/q for q, both 0 where p = q = 0.
 
-    >>> import jax.numpy as jnp
-    >>> import jaxce
-    >>> print(jaxce.cross_entropy(jnp.array([0.0, 1.0, 0.0]), jnp.array([0.2, 0.7, 0.1])))
-    0.3567
+    Examples:
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.cross_entropy(jnp.array([0.0, 1.0, 0.0]), jnp.array([0.2, 0.7, 0.1])))
+      0.3567
 
-    Source: T. M. Cover and J. A. Thomas, Elements of Information Theory, 2006, section 2.3: H(p) + D(p||q).
+    References:
+      T. M. Cover and J. A. Thomas, Elements of Information Theory, 2006, section 2.3: H(p) + D(p||q).
     """
     log_base = _checks.log_base(base)
     a, b = classes_of(axis, where, 0, p=p, q=q)
@@ -152,12 +156,13 @@ def relative_entropy(
       included. A subnormal probability counts as 0 on the CPU. The gradient is log(p/q) for p (-inf at p = 0 < q) and
       1 - p/q for q, both 0 where p = q = 0.
 
-    >>> import jax.numpy as jnp
-    >>> import jaxce
-    >>> print(jaxce.relative_entropy(jnp.array([0.5, 0.5]), jnp.array([0.25, 0.75])))
-    0.1438
+    Examples:
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.relative_entropy(jnp.array([0.5, 0.5]), jnp.array([0.25, 0.75])))
+      0.1438
 
-    Source: I. Csiszar, Why least squares and maximum entropy?, 1991 (the generalised form).
+    References:
+      I. Csiszar, Why least squares and maximum entropy?, 1991 (the generalised form).
     """
     log_base = _checks.log_base(base)
     a, b = classes_of(axis, where, 0, p=p, q=q)
@@ -183,12 +188,13 @@ def jensen_shannon_divergence(
       One value per example, p's shape without ``axis``; 0 for a row with nothing left. Right to 16 ulp, near-equal pairs
       included. A subnormal probability counts as 0 on the CPU. The gradient is log(p/m) / 2 for p, log(q/m) / 2 for q.
 
-    >>> import jax.numpy as jnp
-    >>> import jaxce
-    >>> print(jaxce.jensen_shannon_divergence(jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]), base=2))
-    1.0
+    Examples:
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.jensen_shannon_divergence(jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]), base=2))
+      1.0
 
-    Source: J. Lin, Divergence measures based on the Shannon entropy, 1991.
+    References:
+      J. Lin, Divergence measures based on the Shannon entropy, 1991.
     """
     log_base = _checks.log_base(base)
     a, b = classes_of(axis, where, 0, p=p, q=q)
@@ -244,12 +250,13 @@ def mutual_information(joint: ArrayLike, axis: Axis = (-2, -1), *, base: float |
       the products of the marginals, rounded as they are, leave so much. The gradient is
       (log(p_xy / (p_x p_y)) - value) / total, -inf where p_xy = 0 but neither marginal is.
 
-    >>> import jax.numpy as jnp
-    >>> import jaxce
-    >>> print(jaxce.mutual_information(jnp.array([[0.5, 0.0], [0.0, 0.5]]), base=2))
-    1.0
+    Examples:
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.mutual_information(jnp.array([[0.5, 0.0], [0.0, 0.5]]), base=2))
+      1.0
 
-    Source: T. M. Cover and J. A. Thomas, Elements of Information Theory, 2006, section 2.3.
+    References:
+      T. M. Cover and J. A. Thomas, Elements of Information Theory, 2006, section 2.3.
     """
     log_base = _checks.log_base(base)
     (array,) = _checks.upcast(_checks.real("joint", joint))
@@ -285,12 +292,13 @@ def differential_entropy(
       One value per sample set, samples' shape without ``axis``. Where so many samples are equal that a spacing is 0 the
       estimate is -inf. Differentiable in the samples.
 
-    >>> import jax.numpy as jnp
-    >>> import jaxce
-    >>> print(jaxce.differential_entropy(jnp.linspace(0.0, 1.0, 101)))
-    0.00995
+    Examples:
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.differential_entropy(jnp.linspace(0.0, 1.0, 101)))
+      0.00995
 
-    Source: H. A. Noughabi, Entropy estimation using numerical methods, 2015, and the papers that it names.
+    References:
+      H. A. Noughabi, Entropy estimation using numerical methods, 2015, and the papers that it names.
     """
     log_base = _checks.log_base(base)
     (array,) = _checks.upcast(_checks.floating("samples", samples))
@@ -465,12 +473,13 @@ def entropy_with_logits(
     Returns:
       Entropies of the batch shape, in float32 for half-precision logits.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxce
       >>> print(jaxce.entropy_with_logits(jnp.array([[0.0, 0.0, 0.0, 0.0], [0.0, 50.0, 0.0, -jnp.inf]]), base=2))
       [2.0000e+00 2.8383e-20]
 
-    Source: Cover and Thomas, Elements of Information Theory, 2006, section 2.1.
+    References:
+      Cover and Thomas, Elements of Information Theory, 2006, section 2.1.
     """
     log_base = _checks.log_base(base)
     z = read_logits("logits", logits, axis, where)
@@ -501,12 +510,13 @@ def cross_entropy_with_logits(
     Returns:
       One value per example, in the wider dtype of the two and at least float32.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxce
       >>> print(jaxce.cross_entropy_with_logits(jnp.array([0.0, 0.0]), jnp.array([0.0, 1.0])))
       0.81326
 
-    Source: Murphy, Probabilistic Machine Learning: An Introduction, 2022, section 6.1.2.
+    References:
+      Murphy, Probabilistic Machine Learning: An Introduction, 2022, section 6.1.2.
     """
     log_base = _checks.log_base(base)
     (value,), (p_there, q_there) = _measure(p_logits, q_logits, axis, where, _CROSS_ENTROPY)
@@ -538,12 +548,13 @@ def relative_entropy_with_logits(
       to 32 ulp, or of float32 to 1e-4 of results down to 1e-12, near-equal logits with a large offset included. The
       gradient is p (log(p/q) - D) for p_logits and q - p for q_logits.
 
-    >>> import jax.numpy as jnp
-    >>> import jaxce
-    >>> print(jaxce.relative_entropy_with_logits(jnp.array([0.0, 0.0]), jnp.array([0.0, 1.0])))
-    0.1201
+    Examples:
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.relative_entropy_with_logits(jnp.array([0.0, 0.0]), jnp.array([0.0, 1.0])))
+      0.1201
 
-    Source: S. Kullback and R. A. Leibler, On information and sufficiency, 1951.
+    References:
+      S. Kullback and R. A. Leibler, On information and sufficiency, 1951.
     """
     log_base = _checks.log_base(base)
     (total, drift), (p_there, q_there) = _measure(p_logits, q_logits, axis, where, _RELATIVE_ENTROPY, _DRIFT)
@@ -586,12 +597,13 @@ def jensen_shannon_divergence_with_logits(
       the two. Right to 32 ulp, or of float32 to 1e-4 of results down to 1e-12, near-equal logits with a large offset
       included.
 
-    >>> import jax.numpy as jnp
-    >>> import jaxce
-    >>> print(jaxce.jensen_shannon_divergence_with_logits(jnp.array([0.0, 0.0]), jnp.array([0.0, 1.0])))
-    0.02854
+    Examples:
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.jensen_shannon_divergence_with_logits(jnp.array([0.0, 0.0]), jnp.array([0.0, 1.0])))
+      0.02854
 
-    Source: J. Lin, Divergence measures based on the Shannon entropy, 1991.
+    References:
+      J. Lin, Divergence measures based on the Shannon entropy, 1991.
     """
     log_base = _checks.log_base(base)
     if weight is None:

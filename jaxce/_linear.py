@@ -132,7 +132,7 @@ def linear_cross_entropy(
       log-normalizer :math:`\operatorname{logsumexp}(x)`, both 0 where the weight is 0, and without derivatives. Beside a
       gradient from three products they cost nothing, else one more product.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxce
       >>> def loss(hidden, kernel):
       ...     return jaxce.linear_cross_entropy(jaxce.LinearLogits(hidden, kernel), jnp.array([0, 4, -100]),
@@ -142,7 +142,7 @@ def linear_cross_entropy(
       >>> print(value, losses, log_normalizers)
       1.60944 [1.60944 1.60944 0. ] [3.60944 3.60944 0. ]
 
-    Reference:
+    References:
       Hsu et al., Liger Kernel, https://arxiv.org/abs/2410.10989, section 3.2.
     """
     if not isinstance(logits, LinearLogits):

@@ -51,7 +51,7 @@ class LinearLogits:
       axis_name: inside `jax.shard_map`, the mesh axis, or axes, over which the kernel's classes are sharded: kernel and
         bias are then this device's part, and hidden is the same on all devices of the axis. See `ShardedLogits`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxce
       >>> logits = jaxce.LinearLogits(jnp.ones((2, 3)), jnp.ones((3, 5)), block_size=2)
       >>> logits
@@ -59,7 +59,7 @@ class LinearLogits:
       >>> print(jaxce.softmax_cross_entropy_with_integer_labels(logits, jnp.array([0, 4])))
       [1.60944 1.60944]
 
-    Reference:
+    References:
       Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, https://arxiv.org/abs/2411.09009.
     """
 
@@ -283,7 +283,7 @@ class ShardedLogits:
       axis_name: the mesh axis over which the classes are sharded; of several, the first is the slowest, as in
         `jax.sharding.PartitionSpec`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jaxce
       >>> from jax.sharding import PartitionSpec as P
       >>> mesh = jax.make_mesh((jax.device_count(),), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -294,7 +294,7 @@ class ShardedLogits:
       >>> print(jax.jit(sharded)(jnp.zeros((2, 5 * jax.device_count())), jnp.array([0, 4])) - jnp.log(jax.device_count()))
       [1.60944 1.60944]
 
-    Reference:
+    References:
       Shoeybi et al., Megatron-LM, https://arxiv.org/abs/1909.08053, section 3.
     """
 

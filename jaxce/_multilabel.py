@@ -67,14 +67,14 @@ def sigmoid_binary_cross_entropy_with_sparse_labels(
     Returns:
       Losses of the batch shape, float32 for half-precision logits and the logits' dtype otherwise.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxce
       >>> logits = jnp.array([[2.0, -1.0, 0.5, -60.0], [40.0, -45.0, -45.0, 50.0]])
       >>> labels = jnp.array([[0, 2], [3, 0]])
       >>> print(jaxce.sigmoid_binary_cross_entropy_with_sparse_labels(logits, labels))
       [9.142667e-01 4.305797e-18]
 
-    Reference:
+    References:
       Zhai et al., Sigmoid Loss for Language Image Pre-Training, https://arxiv.org/abs/2303.15343.
     """
     y = _checks.integer("labels", labels)

@@ -92,7 +92,7 @@ def softmax_cross_entropy_of_pairs(
     Returns:
       The losses of the rows and those of the columns, float32 for half-precision logits and the logits' dtype otherwise.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxce
       >>> images, texts = jnp.eye(3, 4), jnp.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0]])
       >>> logits = jaxce.LinearLogits(images, texts, class_axis=0, temperature=0.1)
@@ -102,7 +102,7 @@ def softmax_cross_entropy_of_pairs(
       >>> print((by_image.mean() + by_text.mean()) / 2)
       0.2311
 
-    Reference:
+    References:
       Radford et al., CLIP, https://arxiv.org/abs/2103.00020; van den Oord et al., InfoNCE, https://arxiv.org/abs/1807.03748;
       Yi et al., https://research.google/pubs/pub48840 for the bias; Khosla et al., SupCon, https://arxiv.org/abs/2004.11362.
     """

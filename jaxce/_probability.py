@@ -178,26 +178,23 @@ def categorical_cross_entropy(
     result.
 
     Args:
-        probs: predicted probabilities q, floating point.
-        labels: label probabilities t, of the same shape or one that broadcasts to it: floating point, or with as many axes
-            integers or booleans (one-hot).
-        axis: where the classes are; one axis or several.
-        where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
-            as the prediction, to which they broadcast (entries).
+      probs: predicted probabilities q, floating point.
+      labels: label probabilities t, of the same shape or one that broadcasts to it: floating point, or with as many axes
+        integers or booleans (one-hot).
+      axis: where the classes are; one axis or several.
+      where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
+        as the prediction, to which they broadcast (entries).
 
     Returns:
-        One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
+      One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
 
-    Raises:
-        TypeError: for a wrong dtype.
-        ValueError: for a wrong shape or axis.
+    Examples:
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.categorical_cross_entropy(jnp.array([0.7, 0.2, 0.1]), jnp.array([0.0, 1.0, 0.0])))
+      1.6094
 
-    >>> import jax.numpy as jnp
-    >>> import jaxce
-    >>> print(jaxce.categorical_cross_entropy(jnp.array([0.7, 0.2, 0.1]), jnp.array([0.0, 1.0, 0.0])))
-    1.6094
-
-    Source: Good, "Rational Decisions", JRSS B 14 (1952).
+    References:
+      Good, "Rational Decisions", JRSS B 14 (1952).
     """
     q, t = _dense(("probs", "labels"), probs, labels, axis, where, (1.0, 0.0))
     return total(neg_x_log_y(t, q))
@@ -216,26 +213,23 @@ def categorical_cross_entropy_with_integer_labels(
     and have gradient 0, whatever they hold. An empty batch gives an empty result.
 
     Args:
-        probs: predicted probabilities q, floating point.
-        labels: class numbers y, integer, of the batch shape.
-        axis: where the classes are; one axis or several.
-        where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
-            as the prediction, to which they broadcast (entries).
+      probs: predicted probabilities q, floating point.
+      labels: class numbers y, integer, of the batch shape.
+      axis: where the classes are; one axis or several.
+      where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
+        as the prediction, to which they broadcast (entries).
 
     Returns:
-        One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
+      One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
 
-    Raises:
-        TypeError: for a wrong dtype.
-        ValueError: for a wrong shape or axis.
+    Examples:
+      >>> import jax.numpy as jnp, jaxce
+      >>> probs = jnp.array([[0.7, 0.2, 0.1], [0.1, 0.4, 0.5]])
+      >>> print(jaxce.categorical_cross_entropy_with_integer_labels(probs, jnp.array([1, 2])))
+      [1.6094 0.6931]
 
-    >>> import jax.numpy as jnp
-    >>> import jaxce
-    >>> probs = jnp.array([[0.7, 0.2, 0.1], [0.1, 0.4, 0.5]])
-    >>> print(jaxce.categorical_cross_entropy_with_integer_labels(probs, jnp.array([1, 2])))
-    [1.6094 0.6931]
-
-    Source: Good, "Rational Decisions", JRSS B 14 (1952).
+    References:
+      Good, "Rational Decisions", JRSS B 14 (1952).
     """
     return neg_log(_pick("probs", probs, labels, axis, where, 0.0, 1.0))
 
@@ -251,24 +245,21 @@ def binary_cross_entropy(probs: ArrayLike, labels: ArrayLike, *, where: ArrayLik
     the part whose weight and probability both are 0 counts as 0. An empty array gives an empty array.
 
     Args:
-        probs: predicted probabilities of yes, floating point, of any shape.
-        labels: probabilities of yes, floating point, integer or boolean, of the same shape or one that broadcasts to it.
-        where: what takes part: booleans or integers (what isn't 0) with as many axes as probs, which broadcast to
-            them. The rest has loss 0 and gradient 0, whatever it holds.
+      probs: predicted probabilities of yes, floating point, of any shape.
+      labels: probabilities of yes, floating point, integer or boolean, of the same shape or one that broadcasts to it.
+      where: what takes part: booleans or integers (what isn't 0) with as many axes as probs, which broadcast to
+        them. The rest has loss 0 and gradient 0, whatever it holds.
 
     Returns:
-        The loss of each entry in nats: float32 for half precision, else the wider of the two dtypes.
+      The loss of each entry in nats: float32 for half precision, else the wider of the two dtypes.
 
-    Raises:
-        TypeError: for a wrong dtype.
-        ValueError: for a shape that does not broadcast to that of probs.
+    Examples:
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.binary_cross_entropy(jnp.array([0.7, 0.2, 1.0]), jnp.array([1, 0, 1])))
+      [0.3567 0.2231 0. ]
 
-    >>> import jax.numpy as jnp
-    >>> import jaxce
-    >>> print(jaxce.binary_cross_entropy(jnp.array([0.7, 0.2, 1.0]), jnp.array([1, 0, 1])))
-    [0.3567 0.2231 0. ]
-
-    Source: Good, "Rational Decisions", JRSS B 14 (1952).
+    References:
+      Good, "Rational Decisions", JRSS B 14 (1952).
     """
     q = _checks.floating("probs", probs)
     t = _checks.dense("labels", labels, q.shape, _checks.compute_dtype(q), "probs")
@@ -296,26 +287,23 @@ def kl_divergence(
     entry left, add 0 and have gradient 0, whatever they hold. An empty batch gives an empty result.
 
     Args:
-        log_predictions: log q, floating point.
-        targets: probabilities t, of the same shape or one that broadcasts to it: floating point, or with as many axes
-            integers or booleans (one-hot).
-        axis: where the classes are; one axis or several.
-        where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
-            as the prediction, to which they broadcast (entries).
+      log_predictions: log q, floating point.
+      targets: probabilities t, of the same shape or one that broadcasts to it: floating point, or with as many axes
+        integers or booleans (one-hot).
+      axis: where the classes are; one axis or several.
+      where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
+        as the prediction, to which they broadcast (entries).
 
     Returns:
-        One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
+      One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
 
-    Raises:
-        TypeError: for a wrong dtype.
-        ValueError: for a wrong shape or axis.
+    Examples:
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.kl_divergence(jnp.log(jnp.array([0.25, 0.75, 0.0])), jnp.array([0.5, 0.5, 0.0])))
+      0.1438
 
-    >>> import jax.numpy as jnp
-    >>> import jaxce
-    >>> print(jaxce.kl_divergence(jnp.log(jnp.array([0.25, 0.75, 0.0])), jnp.array([0.5, 0.5, 0.0])))
-    0.1438
-
-    Source: Kullback and Leibler, "On Information and Sufficiency", Ann. Math. Stat. 22 (1951).
+    References:
+      Kullback and Leibler, "On Information and Sufficiency", Ann. Math. Stat. 22 (1951).
     """
     names = ("log_predictions", "targets")
     return total(_kl_term(*_dense(names, log_predictions, targets, axis, where, (0.0, 1.0))))
@@ -335,26 +323,23 @@ def kl_divergence_with_log_targets(
     empty batch gives an empty result.
 
     Args:
-        log_predictions: log q, floating point.
-        log_targets: l = log t, floating point, of the same shape or one that broadcasts to it.
-        axis: where the classes are; one axis or several.
-        where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
-            as the prediction, to which they broadcast (entries).
+      log_predictions: log q, floating point.
+      log_targets: l = log t, floating point, of the same shape or one that broadcasts to it.
+      axis: where the classes are; one axis or several.
+      where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
+        as the prediction, to which they broadcast (entries).
 
     Returns:
-        One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
+      One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
 
-    Raises:
-        TypeError: for a wrong dtype.
-        ValueError: for a wrong shape or axis.
+    Examples:
+      >>> import jax.numpy as jnp, jaxce
+      >>> q, t = jnp.array([0.25, 0.75]), jnp.array([0.5, 0.5])
+      >>> print(jaxce.kl_divergence_with_log_targets(jnp.log(q), jnp.log(t)))
+      0.1438
 
-    >>> import jax.numpy as jnp
-    >>> import jaxce
-    >>> q, t = jnp.array([0.25, 0.75]), jnp.array([0.5, 0.5])
-    >>> print(jaxce.kl_divergence_with_log_targets(jnp.log(q), jnp.log(t)))
-    0.1438
-
-    Source: Kullback and Leibler, "On Information and Sufficiency", Ann. Math. Stat. 22 (1951).
+    References:
+      Kullback and Leibler, "On Information and Sufficiency", Ann. Math. Stat. 22 (1951).
     """
     names = ("log_predictions", "log_targets")
     return total(_log_target_term(*_dense(names, log_predictions, log_targets, axis, where, (0.0, 0.0))))
@@ -374,26 +359,23 @@ def generalized_kl_divergence(
     entry left, add 0 and have gradient 0, whatever they hold. An empty batch gives an empty result.
 
     Args:
-        log_predictions: log q, floating point.
-        targets: t >= 0, of the same shape or one that broadcasts to it: floating point, or with as many axes integers or
-            booleans.
-        axis: where the classes are; one axis or several.
-        where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
-            as the prediction, to which they broadcast (entries).
+      log_predictions: log q, floating point.
+      targets: t >= 0, of the same shape or one that broadcasts to it: floating point, or with as many axes integers or
+        booleans.
+      axis: where the classes are; one axis or several.
+      where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
+        as the prediction, to which they broadcast (entries).
 
     Returns:
-        One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
+      One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
 
-    Raises:
-        TypeError: for a wrong dtype.
-        ValueError: for a wrong shape or axis.
+    Examples:
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.generalized_kl_divergence(jnp.log(jnp.array([0.5, 2.0])), jnp.array([1.0, 2.0])))
+      0.1931
 
-    >>> import jax.numpy as jnp
-    >>> import jaxce
-    >>> print(jaxce.generalized_kl_divergence(jnp.log(jnp.array([0.5, 2.0])), jnp.array([1.0, 2.0])))
-    0.1931
-
-    Source: Csiszar, "Why Least Squares and Maximum Entropy?", Ann. Stat. 19 (1991).
+    References:
+      Csiszar, "Why Least Squares and Maximum Entropy?", Ann. Stat. 19 (1991).
     """
     names = ("log_predictions", "targets")
     terms = _generalized_kl_term(*_dense(names, log_predictions, targets, axis, where, (0.0, 1.0)))
@@ -412,25 +394,22 @@ def nll(log_probs: ArrayLike, labels: ArrayLike, axis: Axis = -1, where: ArrayLi
     gradient 0, whatever they hold. An empty batch gives an empty result.
 
     Args:
-        log_probs: log q, floating point.
-        labels: class numbers y, integer, of the batch shape.
-        axis: where the classes are; one axis or several.
-        where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
-            as the prediction, to which they broadcast (entries).
+      log_probs: log q, floating point.
+      labels: class numbers y, integer, of the batch shape.
+      axis: where the classes are; one axis or several.
+      where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
+        as the prediction, to which they broadcast (entries).
 
     Returns:
-        One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
+      One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
 
-    Raises:
-        TypeError: for a wrong dtype.
-        ValueError: for a wrong shape or axis.
+    Examples:
+      >>> import jax.numpy as jnp, jaxce
+      >>> log_probs = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.4, 0.5]]))
+      >>> print(jaxce.nll(log_probs, jnp.array([1, -1]), where=jnp.array([True, False])))
+      [1.6094 0. ]
 
-    >>> import jax.numpy as jnp
-    >>> import jaxce
-    >>> log_probs = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.4, 0.5]]))
-    >>> print(jaxce.nll(log_probs, jnp.array([1, -1]), where=jnp.array([True, False])))
-    [1.6094 0. ]
-
-    Source: Good, "Rational Decisions", JRSS B 14 (1952).
+    References:
+      Good, "Rational Decisions", JRSS B 14 (1952).
     """
     return 0 - _pick("log_probs", log_probs, labels, axis, where, -jnp.inf, 0.0)

@@ -59,28 +59,25 @@ def weighted_mean(
     outside, or divide by it.
 
     Args:
-        losses: floating point, integers or booleans (hits, whose mean is an accuracy), of any shape.
-        weights: booleans, integers or floating point, in the shape of losses or one that broadcasts to it.
-        axis: over what to take the mean: one axis or several, or None for all.
-        normalizer: a total to divide by in place of sum(w), say that of all micro-batches: a number, or one for each
-            result. It is not summed over ``axis_name``.
-        axis_name: names of mapped axes over which to sum as well.
+      losses: floating point, integers or booleans (hits, whose mean is an accuracy), of any shape.
+      weights: booleans, integers or floating point, in the shape of losses or one that broadcasts to it.
+      axis: over what to take the mean: one axis or several, or None for all.
+      normalizer: a total to divide by in place of sum(w), say that of all micro-batches: a number, or one for each
+        result. It is not summed over ``axis_name``.
+      axis_name: names of mapped axes over which to sum as well.
 
     Returns:
-        The mean, of the shape that is left; half precision is computed and returned in float32.
+      The mean, of the shape that is left; half precision is computed and returned in float32.
 
-    Raises:
-        TypeError: for a wrong dtype.
-        ValueError: for weights or a normalizer that don't fit, or a wrong axis.
+    Examples:
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.weighted_mean(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([3.0, 1.0, 0.0])))
+      1.5
+      >>> print(jaxce.weighted_mean(jnp.array([[1.0, 3.0], [5.0, 7.0]]), jnp.array([[True], [False]])))
+      2.0
 
-    >>> import jax.numpy as jnp
-    >>> import jaxce
-    >>> print(jaxce.weighted_mean(jnp.array([1.0, 3.0, jnp.nan]), jnp.array([3.0, 1.0, 0.0])))
-    1.5
-    >>> print(jaxce.weighted_mean(jnp.array([[1.0, 3.0], [5.0, 7.0]]), jnp.array([[True], [False]])))
-    2.0
-
-    Source: Cauchy's weighted mean; Hardy, Littlewood and Polya, "Inequalities" (1934), chapter 2.
+    References:
+      Cauchy's weighted mean; Hardy, Littlewood and Polya, "Inequalities" (1934), chapter 2.
     """
     x = _checks.real("losses", losses)
     axes = tuple(range(x.ndim)) if axis is None else _checks.axes(axis, x.ndim)
@@ -118,21 +115,19 @@ def perplexity(nll: ArrayLike, *, base: float | None = None) -> Array:
     is another number.
 
     Args:
-        nll: mean negative log-likelihood, floating point, of any shape.
-        base: the base of the logarithm in which nll was measured (2 for bits); None for nats.
+      nll: mean negative log-likelihood, floating point, of any shape.
+      base: the base of the logarithm in which nll was measured (2 for bits); None for nats.
 
     Returns:
-        The perplexity, of the same shape; half precision is computed and returned in float32.
+      The perplexity, of the same shape; half precision is computed and returned in float32.
 
-    Raises:
-        TypeError: for nll that isn't floating point.
-        ValueError: for a base that is not positive, or 1.
+    Examples:
+      >>> import jaxce
+      >>> print(jaxce.perplexity(2.302585), jaxce.perplexity(3.0, base=2))
+      10.0000 8.0
 
-    >>> import jaxce
-    >>> print(jaxce.perplexity(2.302585), jaxce.perplexity(3.0, base=2))
-    10.0000 8.0
-
-    Source: Jelinek et al., "Perplexity, a measure of the difficulty of speech recognition tasks", JASA 62 (1977).
+    References:
+      Jelinek et al., "Perplexity, a measure of the difficulty of speech recognition tasks", JASA 62 (1977).
     """
     x = _checks.floating("nll", nll)
     log_base = _checks.log_base(base)
@@ -149,21 +144,19 @@ def bits_per(nll: ArrayLike, count: ArrayLike) -> Array:
     0 nats over 0 units are 0 bits, with derivative 0; any other total over 0 units is infinite.
 
     Args:
-        nll: total (not mean) negative log-likelihood in nats, floating point, of any shape.
-        count: how many units it is for, floating point or integer: one number, or one for each nll.
+      nll: total (not mean) negative log-likelihood in nats, floating point, of any shape.
+      count: how many units it is for, floating point or integer: one number, or one for each nll.
 
     Returns:
-        Bits per unit, in the shape of nll; half precision is computed and returned in float32.
+      Bits per unit, in the shape of nll; half precision is computed and returned in float32.
 
-    Raises:
-        TypeError: for a wrong dtype.
-        ValueError: for counts of another shape.
+    Examples:
+      >>> import jaxce
+      >>> print(jaxce.bits_per(1000.0, 512))
+      2.8178
 
-    >>> import jaxce
-    >>> print(jaxce.bits_per(1000.0, 512))
-    2.8178
-
-    Source: Shannon, "A Mathematical Theory of Communication", Bell System Technical Journal 27 (1948).
+    References:
+      Shannon, "A Mathematical Theory of Communication", Bell System Technical Journal 27 (1948).
     """
     x = _checks.floating("nll", nll)
     n = _checks.real("count", count, _checks.compute_dtype(x))

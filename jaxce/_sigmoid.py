@@ -319,34 +319,31 @@ def sigmoid_binary_cross_entropy(
     right to 4 ulp (gradient: of the larger of its two parts).
 
     Args:
-        logits: floating point, of any shape.
-        labels: probabilities of yes, floating point, integer or boolean, of the same shape or one that broadcasts to it.
-        where: what takes part: booleans or integers (what isn't 0) with as many axes as logits, which broadcast to
-            them. The rest has loss 0 and gradient 0, whatever it holds.
-        pos_weight: weight of the positive class, a number or an array that broadcasts to logits; negatives / positives
-            of the data balances the two. PyTorch's meaning, soft labels included.
-        label_smoothing: what share of each label is replaced by 1/2, in [0, 1]: a number or an array, as pos_weight.
-            Keras' meaning.
+      logits: floating point, of any shape.
+      labels: probabilities of yes, floating point, integer or boolean, of the same shape or one that broadcasts to it.
+      where: what takes part: booleans or integers (what isn't 0) with as many axes as logits, which broadcast to
+        them. The rest has loss 0 and gradient 0, whatever it holds.
+      pos_weight: weight of the positive class, a number or an array that broadcasts to logits; negatives / positives
+        of the data balances the two. PyTorch's meaning, soft labels included.
+      label_smoothing: what share of each label is replaced by 1/2, in [0, 1]: a number or an array, as pos_weight.
+        Keras' meaning.
 
     Returns:
-        The loss of each entry, in the shape of logits: float32 for half precision, else the widest of the dtypes.
+      The loss of each entry, in the shape of logits: float32 for half precision, else the widest of the dtypes.
 
-    Raises:
-        TypeError: for logits that are not floating point, labels or weights that are not numbers, a mask of floats.
-        ValueError: for a shape that does not broadcast to that of logits, or smoothing out of range.
+    Examples:
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.sigmoid_binary_cross_entropy(jnp.array([0.0, 40.0, -2.0, jnp.inf]), jnp.array([1, 1, 1, 1])))
+      [6.931472e-01 4.248354e-18 2.126928e+00 0.000000e+00]
+      >>> labels = jnp.array([True, False, True])
+      >>> print(jaxce.sigmoid_binary_cross_entropy(jnp.zeros(3), labels, pos_weight=2))
+      [1.3863 0.6931 1.3863]
+      >>> missing = jnp.array([1.0, 0.0, jnp.nan])
+      >>> print(jaxce.sigmoid_binary_cross_entropy(jnp.zeros(3), missing, where=~jnp.isnan(missing)))
+      [0.6931472 0.6931472 0. ]
 
-    >>> import jax.numpy as jnp
-    >>> import jaxce
-    >>> print(jaxce.sigmoid_binary_cross_entropy(jnp.array([0.0, 40.0, -2.0, jnp.inf]), jnp.array([1, 1, 1, 1])))
-    [6.931472e-01 4.248354e-18 2.126928e+00 0.000000e+00]
-    >>> labels = jnp.array([True, False, True])
-    >>> print(jaxce.sigmoid_binary_cross_entropy(jnp.zeros(3), labels, pos_weight=2))
-    [1.3863 0.6931 1.3863]
-    >>> missing = jnp.array([1.0, 0.0, jnp.nan])
-    >>> print(jaxce.sigmoid_binary_cross_entropy(jnp.zeros(3), missing, where=~jnp.isnan(missing)))
-    [0.6931472 0.6931472 0. ]
-
-    Source: Cox, "The Regression Analysis of Binary Sequences", JRSS B 20 (1958).
+    References:
+      Cox, "The Regression Analysis of Binary Sequences", JRSS B 20 (1958).
     """
     keep, x, t = _arguments(logits, labels, where)
     if pos_weight is None and label_smoothing is None:
@@ -383,26 +380,23 @@ def sigmoid_focal_loss(
     and dtypes: as there. Optax's formula and arguments, except that None and not a negative alpha means no weights.
 
     Args:
-        logits: floating point, of any shape.
-        labels: probabilities of yes, floating point, integer or boolean, of the same shape or one that broadcasts to it.
-        alpha: weight of yes, in [0, 1], against 1 - alpha for no: a number, or an array that broadcasts to logits, such as
-            one number for each question.
-        gamma: how strongly to look away, at least 0; a number or an array, as alpha.
-        where: what takes part, as there.
+      logits: floating point, of any shape.
+      labels: probabilities of yes, floating point, integer or boolean, of the same shape or one that broadcasts to it.
+      alpha: weight of yes, in [0, 1], against 1 - alpha for no: a number, or an array that broadcasts to logits, such as
+        one number for each question.
+      gamma: how strongly to look away, at least 0; a number or an array, as alpha.
+      where: what takes part, as there.
 
     Returns:
-        The loss of each entry, in the shape of logits.
+      The loss of each entry, in the shape of logits.
 
-    Raises:
-        TypeError: for logits that are not floating point, labels or options that are not numbers, a mask of floats.
-        ValueError: for a shape that does not broadcast to that of logits, or options out of range.
+    Examples:
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.sigmoid_focal_loss(jnp.array([0.0, 4.0, -4.0]), jnp.array([1, 1, 1])))
+      [1.7329e-01 5.8716e-06 3.8749e+00]
 
-    >>> import jax.numpy as jnp
-    >>> import jaxce
-    >>> print(jaxce.sigmoid_focal_loss(jnp.array([0.0, 4.0, -4.0]), jnp.array([1, 1, 1])))
-    [1.7329e-01 5.8716e-06 3.8749e+00]
-
-    Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, https://arxiv.org/abs/1708.02002.
+    References:
+      Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, https://arxiv.org/abs/1708.02002.
     """
     keep, x, t = _arguments(logits, labels, where)
     given = {"alpha": 1 if alpha is None else alpha, "gamma": 0 if gamma is None else gamma}

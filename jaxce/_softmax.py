@@ -61,14 +61,14 @@ def softmax_cross_entropy_with_integer_labels(
       Losses of the batch shape, float32 for half-precision logits and the logits' dtype otherwise. Optax gives half
       precision back, wraps the label -1, and lets a masked label have a negative loss; otherwise the two agree.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxce
       >>> logits = jnp.array([[2.0, -1.0, 0.5], [0.0, 40.0, 0.0], [1.0, 1.0, 1.0]])
       >>> labels = jnp.array([0, 1, -100])
       >>> print(jaxce.softmax_cross_entropy_with_integer_labels(logits, labels, where=labels != -100))
       [2.4131e-01 8.4967e-18 0.0000e+00]
 
-    Reference:
+    References:
       Goodfellow, Bengio and Courville, Deep Learning, 2016, section 6.2.2.3; for label smoothing Szegedy et al.,
       https://arxiv.org/abs/1512.00567, section 7; for z-loss Chowdhery et al., https://arxiv.org/abs/2204.02311, section 5.
     """
@@ -112,14 +112,14 @@ def softmax_cross_entropy(
     Returns:
       Losses of the batch shape, in the wider dtype of logits and labels and at least float32.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxce
       >>> logits = jnp.array([[2.0, -1.0, 0.5], [0.0, -jnp.inf, 0.0]])
       >>> labels = jnp.array([[0.7, 0.1, 0.2], [0.5, 0.0, 0.5]])
       >>> print(jaxce.softmax_cross_entropy(logits, labels))
       [0.84131 0.69315 ]
 
-    Reference:
+    References:
       Murphy, Probabilistic Machine Learning: An Introduction, 2022, sections 6.1 and 10.3.
     """
     given = _checks.array("labels", labels)
@@ -167,12 +167,15 @@ def softmax_cross_entropy_with_sparse_labels(
     Returns:
       Losses of the batch shape, float32 for half-precision logits and the logits' dtype otherwise.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxce
       >>> logits = jnp.array([[2.0, -1.0, 0.5], [0.0, 40.0, 0.0]])
       >>> labels, weights = jnp.array([[0, 2], [1, -1]]), jnp.array([[0.7, 0.3], [1.0, 0.0]])
       >>> print(jaxce.softmax_cross_entropy_with_sparse_labels(logits, labels, weights))
       [6.9131e-01 8.4967e-18]
+
+    References:
+      Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531.
     """
     shares = _checks.array("weights", weights)
     z = read_logits("logits", logits, axis, where, _wide(shares))
@@ -218,12 +221,12 @@ def softmax_focal_loss(
     Returns:
       Losses of the batch shape.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxce
       >>> print(jaxce.softmax_focal_loss(jnp.array([[2.0, -1.0, 0.5], [0.0, 0.0, 0.0]]), jnp.array([0, 1])))
       [0.01109 0.48827]
 
-    Reference:
+    References:
       Lin et al., Focal Loss for Dense Object Detection, https://arxiv.org/abs/1708.02002.
     """
     return _by_label_dtype(logits, labels, axis, where, class_weights, _focal, gamma)
@@ -258,12 +261,12 @@ def poly_loss_cross_entropy(
     Returns:
       Losses of the batch shape.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxce
       >>> print(jaxce.poly_loss_cross_entropy(jnp.array([[2.0, -1.0, 0.5]]), jnp.array([[0.7, 0.1, 0.2]])))
       [1.66354]
 
-    Reference:
+    References:
       Leng et al., PolyLoss, https://arxiv.org/abs/2204.12511.
     """
     return _by_label_dtype(logits, labels, axis, where, class_weights, _poly, epsilon)
@@ -284,12 +287,12 @@ def smooth_labels(labels: ArrayLike, alpha: ArrayLike, *, axis: Axis = -1, where
     Returns:
       An array of the shape of the labels, in float32 for half-precision labels.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxce
       >>> print(jaxce.smooth_labels(jnp.array([1.0, 0.0, 0.0, 0.0]), 0.1, where=jnp.array([True, True, False, True])))
       [0.93333 0.03333 0. 0.03333]
 
-    Reference:
+    References:
       Szegedy et al., Rethinking the Inception Architecture, https://arxiv.org/abs/1512.00567, section 7.
     """
     (t,) = _checks.upcast(_checks.real("labels", labels))

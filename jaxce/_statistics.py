@@ -63,11 +63,14 @@ def softmax_statistics(
     Returns:
       `SoftmaxStatistics` with four arrays of the batch shape.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxce
       >>> nll, log_normalizer, entropy, prediction = jaxce.softmax_statistics(jnp.array([1.0, 2.0, 3.0]), jnp.array(2))
       >>> print(f"{nll:.4f} {log_normalizer:.4f} {entropy:.4f} {prediction}")
       0.4076 3.4076 0.8324 2
+
+    References:
+      Milakov and Gimelshein, Online normalizer calculation for softmax, https://arxiv.org/abs/1805.02867.
     """
     z = read_logits("logits", logits, axis, where)
     measures = [LOG_NORMALIZER, ENTROPY]
@@ -94,10 +97,13 @@ def logsumexp(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None
     Returns:
       An array without the class axes, in float32 for half-precision logits.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxce
       >>> print(jaxce.logsumexp(jnp.array([0.0, -50.0])))
       1.92875e-22
+
+    References:
+      Blanchard, Higham and Higham, Accurately computing the log-sum-exp and softmax functions, IMAJNA 41, 2021.
     """
     return measure((read_logits("logits", logits, axis, where),), (LOG_NORMALIZER,))[0][0]
 
@@ -118,10 +124,13 @@ def log_softmax(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = No
     Returns:
       An array of the shape of the logits, in float32 for half-precision logits.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jaxce
       >>> print(jaxce.log_softmax(jnp.array([0.0, 20.0])))
       [-2.0000e+01 -2.0611537e-09]
+
+    References:
+      Blanchard, Higham and Higham, Accurately computing the log-sum-exp and softmax functions, IMAJNA 41, 2021.
     """
     z = read_logits("logits", logits, axis, where)
     batch = [a for a in range(len(z.shape)) if a not in z.axes]

@@ -288,11 +288,12 @@ def _mean_of(values: ArrayLike, weights: ArrayLike | None, where: ArrayLike | No
 class Mean(_Ratio):
     """Weighted mean of any values, such as losses.
 
-    >>> import jax.numpy as jnp
-    >>> from jaxce.metrics import Mean
-    >>> mean = Mean.from_batch(jnp.array([1.0, 2.0])).update(jnp.array([6.0, jnp.nan]), weights=jnp.array([2.0, 0.0]))
-    >>> print(mean.compute())
-    3.75
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxce.metrics import Mean
+      >>> mean = Mean.from_batch(jnp.array([1.0, 2.0])).update(jnp.array([6.0, jnp.nan]), weights=jnp.array([2.0, 0.0]))
+      >>> print(mean.compute())
+      3.75
     """
 
     @classmethod
@@ -309,10 +310,11 @@ class Mean(_Ratio):
 class Perplexity(_Ratio):
     """Exponential of the mean of negative log-likelihoods in nats; 1 without data.
 
-    >>> import jax.numpy as jnp
-    >>> from jaxce.metrics import Perplexity
-    >>> print(Perplexity.from_batch(jnp.log(jnp.array([2.0, 8.0]))).compute())
-    4.0
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxce.metrics import Perplexity
+      >>> print(Perplexity.from_batch(jnp.log(jnp.array([2.0, 8.0]))).compute())
+      4.0
     """
 
     @classmethod
@@ -342,10 +344,11 @@ def _per_unit(nll: ArrayLike, units: ArrayLike, weights: ArrayLike | None, where
 class BitsPer(_Ratio):
     """Bits per byte, per character, or per whatever is counted: sum(nll) / (log 2 sum(units)); 0 without data.
 
-    >>> import jax.numpy as jnp
-    >>> from jaxce.metrics import BitsPer
-    >>> print(BitsPer.from_batch(jnp.log(jnp.array([2.0, 8.0])), units=jnp.array([1, 3])).compute())
-    1.0
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxce.metrics import BitsPer
+      >>> print(BitsPer.from_batch(jnp.log(jnp.array([2.0, 8.0])), units=jnp.array([1, 3])).compute())
+      1.0
     """
 
     @classmethod
@@ -480,11 +483,12 @@ _S = TypeVar("_S", bound=_Score)
 class Accuracy(_Score):
     """Weighted share of examples whose label has the largest logit, the first of equal ones; 0 without data.
 
-    >>> import jax.numpy as jnp
-    >>> from jaxce.metrics import Accuracy
-    >>> logits, labels = jnp.array([[0.0, 1.0], [3.0, 1.0], [0.0, 0.0]]), jnp.array([1, 1, -100])
-    >>> print(Accuracy.from_batch(logits, labels, where=labels != -100).compute())
-    0.5
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxce.metrics import Accuracy
+      >>> logits, labels = jnp.array([[0.0, 1.0], [3.0, 1.0], [0.0, 0.0]]), jnp.array([1, 1, -100])
+      >>> print(Accuracy.from_batch(logits, labels, where=labels != -100).compute())
+      0.5
     """
 
     _of = "correct"
@@ -497,10 +501,11 @@ class TopKAccuracy(_Score):
 
     A class that is masked, or whose logit is -inf, is never among them.
 
-    >>> import jax.numpy as jnp
-    >>> from jaxce.metrics import TopKAccuracy
-    >>> print(TopKAccuracy.from_batch(jnp.array([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]]), jnp.array([1, 2]), k=2).compute())
-    0.5
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxce.metrics import TopKAccuracy
+      >>> print(TopKAccuracy.from_batch(jnp.array([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]]), jnp.array([1, 2]), k=2).compute())
+      0.5
     """
 
     _of = "top"
@@ -533,10 +538,11 @@ class TopKAccuracy(_Score):
 class Brier(_Score):
     """The Brier score: the mean of the sum over classes of (p_k - [k is the label])^2, between 0 and 2; 0 without data.
 
-    >>> import jax.numpy as jnp
-    >>> from jaxce.metrics import Brier
-    >>> print(Brier.from_batch(jnp.zeros((3, 2)), jnp.array([0, 1, 1])).compute())
-    0.5
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxce.metrics import Brier
+      >>> print(Brier.from_batch(jnp.zeros((3, 2)), jnp.array([0, 1, 1])).compute())
+      0.5
 
     References:
         Brier, "Verification of Forecasts Expressed in Terms of Probability", Monthly Weather Review 78 (1950).
@@ -584,8 +590,8 @@ class _Bins(Metric):
         """The calibration error: of the gaps between the bins' accuracy and confidence, weighted by their examples.
 
         Args:
-            norm: "l1", the mean of the gaps (the expected calibration error), "l2", the root of the mean of their squares,
-                or "max", the largest (the maximum calibration error).
+          norm: "l1", the mean of the gaps (the expected calibration error), "l2", the root of the mean of their squares,
+            or "max", the largest (the maximum calibration error).
         """
         if norm not in NORMS:
             raise _checks.ArgumentValueError(f"norm must be one of {NORMS}, got {norm!r}")
@@ -629,11 +635,12 @@ class Calibration(_Bins):
     in (b/B, (b+1)/B]. ``compute()`` is the expected calibration error, the mean over examples of their bin's
     abs(accuracy - confidence), ``compute("l2")`` and ``compute("max")`` other norms.
 
-    >>> import jax.numpy as jnp
-    >>> from jaxce.metrics import Calibration
-    >>> calibration = Calibration.from_batch(jnp.array([[50.0, 0.0], [0.0, 50.0]]), jnp.array([0, 0]), bins=10)
-    >>> print(calibration.compute(), calibration.compute("max"), calibration.curve().accuracy[-1])
-    0.5 0.5 0.5
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxce.metrics import Calibration
+      >>> calibration = Calibration.from_batch(jnp.array([[50.0, 0.0], [0.0, 50.0]]), jnp.array([0, 0]), bins=10)
+      >>> print(calibration.compute(), calibration.compute("max"), calibration.curve().accuracy[-1])
+      0.5 0.5 0.5
 
     References:
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, https://arxiv.org/abs/1706.04599.
@@ -716,15 +723,16 @@ _FIELDS = ["nll", "weight", "units", "correct", "calibration", "top_k", "brier"]
 class Evaluation(Metric):
     """All metrics of classes in two passes over the logits; ``per_class=False`` leaves out top-k accuracy and Brier score.
 
-    >>> import jax.numpy as jnp
-    >>> from jaxce.metrics import Evaluation
-    >>> evaluation = Evaluation.empty(k=2)
-    >>> for labels in ([0, 2], [1, -100]):
-    ...     y = jnp.array(labels)
-    ...     evaluation = evaluation.update(jnp.array([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]]), y, where=y != -100)
-    >>> result = evaluation.compute()
-    >>> print(f"{result.nll:.4f} {result.accuracy:.4f} {result.top_k_accuracy:.4f} {result.brier:.4f}")
-    0.7409 0.6667 1.0000 0.4604
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxce.metrics import Evaluation
+      >>> evaluation = Evaluation.empty(k=2)
+      >>> for labels in ([0, 2], [1, -100]):
+      ...     y = jnp.array(labels)
+      ...     evaluation = evaluation.update(jnp.array([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]]), y, where=y != -100)
+      >>> result = evaluation.compute()
+      >>> print(f"{result.nll:.4f} {result.accuracy:.4f} {result.top_k_accuracy:.4f} {result.brier:.4f}")
+      0.7409 0.6667 1.0000 0.4604
     """
 
     nll: Sum
@@ -761,14 +769,14 @@ class Evaluation(Metric):
         """The evaluation of one batch.
 
         Args:
-            logits: [..., classes].
-            labels: integer classes, [...].
-            weights: how much each example counts, [...]: booleans, integers or floating point.
-            where: which examples take part, [...], or which entries of the logits.
-            units: how many bytes or characters each example stands for, [...]; 1 if not given.
-            k: for the top-k accuracy.
-            bins: for the calibration error.
-            per_class: whether top-k accuracy and Brier score are wanted.
+          logits: [..., classes].
+          labels: integer classes, [...].
+          weights: how much each example counts, [...]: booleans, integers or floating point.
+          where: which examples take part, [...], or which entries of the logits.
+          units: how many bytes or characters each example stands for, [...]; 1 if not given.
+          k: for the top-k accuracy.
+          bins: for the calibration error.
+          per_class: whether top-k accuracy and Brier score are wanted.
         """
         return _evaluate(logits, labels, weights, where, units, _options_of(k, bins, per_class))
 
@@ -859,13 +867,14 @@ def _binary_score(logits: Any, labels: Any, weights: Any, where: Any, of: str, t
 class BinaryAccuracy(_Ratio):
     """Weighted share of right answers, where the answer is yes if its probability exceeds ``threshold``; 0 without data.
 
-    >>> import jax.numpy as jnp
-    >>> from jaxce.metrics import BinaryAccuracy
-    >>> logits, labels = jnp.array([-1.0, 0.5, 2.0]), jnp.array([0, 0, 1])
-    >>> print(BinaryAccuracy.from_batch(logits, labels).compute().round(4))
-    0.6667
-    >>> print(BinaryAccuracy.from_batch(logits, labels, threshold=0.8).compute())
-    1.0
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxce.metrics import BinaryAccuracy
+      >>> logits, labels = jnp.array([-1.0, 0.5, 2.0]), jnp.array([0, 0, 1])
+      >>> print(BinaryAccuracy.from_batch(logits, labels).compute().round(4))
+      0.6667
+      >>> print(BinaryAccuracy.from_batch(logits, labels, threshold=0.8).compute())
+      1.0
     """
 
     threshold: float = 0.5
@@ -906,10 +915,11 @@ class BinaryBrier(_Ratio):
 
     That is half of the sum over both classes, which `Brier` has.
 
-    >>> import jax.numpy as jnp
-    >>> from jaxce.metrics import BinaryBrier
-    >>> print(BinaryBrier.from_batch(jnp.zeros(3), jnp.array([0, 1, 1])).compute())
-    0.25
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxce.metrics import BinaryBrier
+      >>> print(BinaryBrier.from_batch(jnp.zeros(3), jnp.array([0, 1, 1])).compute())
+      0.25
 
     References:
         Brier, "Verification of Forecasts Expressed in Terms of Probability", Monthly Weather Review 78 (1950).
@@ -943,11 +953,12 @@ class BinaryCalibration(_Bins):
     mean over questions of their bin's abs(share of yes - mean probability), ``compute("l2")`` and ``compute("max")`` other
     norms.
 
-    >>> import jax.numpy as jnp
-    >>> from jaxce.metrics import BinaryCalibration
-    >>> calibration = BinaryCalibration.from_batch(jnp.array([0.0, 0.0, 50.0]), jnp.array([1, 0, 0]), bins=10)
-    >>> print(calibration.compute().round(4), calibration.compute("max"))
-    0.3333 1.0
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxce.metrics import BinaryCalibration
+      >>> calibration = BinaryCalibration.from_batch(jnp.array([0.0, 0.0, 50.0]), jnp.array([1, 0, 0]), bins=10)
+      >>> print(calibration.compute().round(4), calibration.compute("max"))
+      0.3333 1.0
 
     References:
         Kumar, Liang and Ma, "Verified Uncertainty Calibration", NeurIPS 2019, https://arxiv.org/abs/1909.10155.
@@ -1004,12 +1015,13 @@ def _evaluate_answers(
 class BinaryEvaluation(Metric):
     """All metrics of yes-or-no questions, such as those of multi-label classification, where each label is one.
 
-    >>> import jax.numpy as jnp
-    >>> from jaxce.metrics import BinaryEvaluation
-    >>> logits, labels = jnp.array([[2.0, -1.0], [0.5, 3.0]]), jnp.array([[1, 0], [0, -1]])
-    >>> result = BinaryEvaluation.empty().update(logits, labels, where=labels != -1).compute()
-    >>> print(f"{result.nll:.4f} {result.accuracy:.4f} {result.brier:.4f}")
-    0.4714 0.6667 0.1579
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxce.metrics import BinaryEvaluation
+      >>> logits, labels = jnp.array([[2.0, -1.0], [0.5, 3.0]]), jnp.array([[1, 0], [0, -1]])
+      >>> result = BinaryEvaluation.empty().update(logits, labels, where=labels != -1).compute()
+      >>> print(f"{result.nll:.4f} {result.accuracy:.4f} {result.brier:.4f}")
+      0.4714 0.6667 0.1579
     """
 
     nll: Sum
@@ -1042,12 +1054,12 @@ class BinaryEvaluation(Metric):
         """The evaluation of one batch.
 
         Args:
-            logits: the log-odds of yes, of any shape, such as [N] or [N, K].
-            labels: 0 and 1, or booleans, of the same shape; anything else makes the result NaN where it counts.
-            weights: how much each question counts; with as many axes as the logits, to which they broadcast.
-            where: which questions take part: booleans or integers with as many axes as the logits, to which they broadcast.
-            bins: for the calibration error.
-            threshold: the probability above which the answer is yes, for the accuracy.
+          logits: the log-odds of yes, of any shape, such as [N] or [N, K].
+          labels: 0 and 1, or booleans, of the same shape; anything else makes the result NaN where it counts.
+          weights: how much each question counts; with as many axes as the logits, to which they broadcast.
+          where: which questions take part: booleans or integers with as many axes as the logits, to which they broadcast.
+          bins: for the calibration error.
+          threshold: the probability above which the answer is yes, for the accuracy.
         """
         bins = _checks.positive_integer("bins", bins)
         return _evaluate_answers(logits, labels, weights, where, bins, _threshold(threshold))

@@ -79,6 +79,17 @@ def test_every_public_name_is_listed(where: str) -> None:
         assert missing <= ({"SoftmaxStatistics", "safe_softmax_cross_entropy"} if where == "README" else set())
 
 
+@pytest.mark.parametrize("name", [n for n in jaxce.__all__ if inspect.isfunction(getattr(jaxce, n))])
+def test_docstrings_have_one_template(name: str) -> None:
+    """A line, the definition, and then the same sections in the same order, as in Optax."""
+    text = inspect.getdoc(getattr(jaxce, name)) or ""
+    assert re.findall(r"^(\w+):$", text, re.M) == ["Args", "Returns", "Examples", "References"]
+    lines = text.splitlines()
+    assert lines[0].endswith(".") and not lines[1]
+    arguments = re.findall(r"^(?:  |    )(\w+): ", text.partition("Args:\n")[2].partition("\nReturns:")[0], re.M)
+    assert arguments == list(inspect.signature(getattr(jaxce, name)).parameters)
+
+
 def test_math_is_on_one_line() -> None:
     """A role that is broken over two lines is shown with its backquotes, as text."""
     for path in [*(ROOT / "jaxce").glob("*.py"), *PAGES]:
