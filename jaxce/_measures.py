@@ -397,10 +397,19 @@ def _sums(specs: tuple[Spec, ...], terms: Any, inputs: tuple[Inputs, ...], known
     """The sums of terms over the classes."""
 
     def step(parts: Any, dparts: Any, known: Any, start: Any) -> tuple[Array, ...]:
-        c, *_ = _classes(specs, parts, dparts, known, start)
-        return _platforms.sums(tuple(term(c) for term in terms))
+        others = _renamed(known, "others") if len(terms) > 1 else known
+        values = (
+            term(_classes(specs, parts, dparts, others if n else known, start)[0]) for n, term in enumerate(terms)
+        )
+        return _platforms.sums(tuple(values))
 
     return add_up(specs, inputs, ({},) * len(inputs), known, step)
+
+
+def _renamed(known: _Known, field: str) -> _Known:
+    """The same, as other numbers to a GPU, which else writes out what is made of them for several results."""
+    rows = (row._replace(m=_platforms.renamed(row.m, getattr(row, field))) for row in known.rows)
+    return known._replace(rows=tuple(rows))
 
 
 def _classes(
@@ -498,7 +507,7 @@ def _tangents(
 ) -> tuple[Array, ...]:
     """What a block adds to the tangents of the measures."""
     if any(m.value is None for m in measures):
-        known = known._replace(rows=tuple(r._replace(m=_platforms.renamed(r.m, r.log_sum)) for r in known.rows))
+        known = _renamed(known, "log_sum")
     c, dxs, dfields = _classes(specs, parts, dparts, known, start)
     total: Any = {
         m: jnp.sum(_derivative(m.term, c, dfields), -1) if dfields else jnp.zeros(c.p.shape[:-1], c.p.dtype)
