@@ -320,19 +320,27 @@ def differential_entropy(
     large = jnp.max(jnp.abs(lax.stop_gradient(x)), -1, keepdims=True) > largest(x) / 4
     x = jnp.where(large, x / 4, x)
 
+    logs, constant = _log_spacings(x, m, method)
+    value = jnp.mean(logs, axis=-1) + constant + jnp.where(large[..., 0], math.log(4), 0)
+    return _in_base(value, log_base)
+
+
+def _log_spacings(x: Array, m: int, method: str) -> tuple[Array, float]:
+    """The logarithms of whose mean, with a constant, an estimator is made, of sorted samples."""
+    n = x.shape[-1]
     # x_i is the first sample for i < 1 and the last for i > n
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(m, m)], mode="edge")
     spacings = padded[..., 2 * m :] - padded[..., : -2 * m]
     i = np.arange(1, n + 1)
     if method == "vasicek":
-        logs, constant = -_terms.neg_log(spacings), math.log(n / (2 * m))
-    elif method == "van es":
-        logs, constant = -_terms.neg_log(x[..., m:] - x[..., :-m]), math.fsum(1 / k for k in range(m, n + 1))
-    elif method == "ebrahimi":
+        return -_terms.neg_log(spacings), math.log(n / (2 * m))
+    if method == "van es":
+        return -_terms.neg_log(x[..., m:] - x[..., :-m]), math.fsum(1 / k for k in range(m, n + 1))
+    if method == "ebrahimi":
         # fewer spacings fit in near the ends
         c = m + np.minimum(np.minimum(i - 1, n - i), m)
-        logs, constant = -_terms.neg_log(spacings), math.log(n) - float(np.mean(np.log(c)))
-    elif method == "correa":
+        return -_terms.neg_log(spacings), math.log(n) - float(np.mean(np.log(c)))
+    if method == "correa":
         # slope of the line through the 2m + 1 samples around each, measured in their spacing
         j = np.arange(-m, m + 1)
         around = padded[..., i[:, None] + (j + m - 1)]
@@ -341,13 +349,10 @@ def differential_entropy(
         away -= jnp.mean(away, axis=-1, keepdims=True)
         steps = jnp.broadcast_to(j.astype(x.dtype), away.shape)
         per_step = _terms.ratio(jnp.sum(away * away, axis=-1), jnp.sum(away * steps, axis=-1))
-        logs, constant = -(_terms.neg_log(width) + _terms.neg_log(per_step)), math.log(n)
-    else:
-        raise _checks.ArgumentValueError(
-            f'method must be "auto", "vasicek", "van es", "ebrahimi" or "correa", got {method!r}'
-        )
-    value = jnp.mean(logs, axis=-1) + constant + jnp.where(large[..., 0], math.log(4), 0)
-    return _in_base(value, log_base)
+        return -(_terms.neg_log(width) + _terms.neg_log(per_step)), math.log(n)
+    raise _checks.ArgumentValueError(
+        f'method must be "auto", "vasicek", "van es", "ebrahimi" or "correa", got {method!r}'
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- from logits

@@ -17,6 +17,7 @@ is repeated with that. Second derivatives are those of the loss by blocks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple, overload
 
@@ -307,45 +308,25 @@ def _by_chunks(
     groups = math.gcd(rows, _mesh.devices(AxisType.Auto))
     length = rows // groups
     size = -(-length // chunks)
+    given = {"labels": labels} | inputs
+    of_rows = {n: x.reshape(groups, length, *x.shape[1:]) for n, x in given.items() if has_rows(n, x)}
+    counts = None if options.all_count else of_rows["example_weights"] != 0
+    turns, ordered_of, restored = _order(counts, length, size, chunks)
+    ordered = {name: ordered_of(x) for name, x in of_rows.items()}
 
-    def grouped(x: Array) -> Array:
-        return x.reshape(groups, length, *x.shape[1:])
+    def cut(i: Array, x: Array) -> Array:
+        return lax.dynamic_slice_in_dim(x, i * size, size, 1).reshape(groups * size, *x.shape[2:])
 
-    def take(x: Array, places: Array) -> Array:
-        return jax.vmap(lambda x, p: jnp.take(x, p, axis=0, mode="fill", fill_value=0))(x, places)
-
-    of_rows = {name: grouped(x) for name, x in ({"labels": labels} | inputs).items() if has_rows(name, x)}
-    if options.all_count:
-        turns: Any = chunks
-        there = [(0, 0), (0, size * chunks - length)]
-        ordered = {name: jnp.pad(x, there + [(0, 0)] * (x.ndim - 2)) for name, x in of_rows.items()}
-    else:
-        # An order by sums and a scatter of integers: a sort takes a TPU's compiler a minute.
-        counts, index = of_rows["example_weights"] != 0, jnp.arange(length, dtype=jnp.int32)
-        rank = jnp.cumsum(counts, 1, dtype=jnp.int32)
-        places = jnp.where(counts, rank - 1, rank[:, -1:] + index[None] - rank)
-        nowhere = jnp.full(size * chunks, length, jnp.int32)
-        order = jax.vmap(lambda p: nowhere.at[p].set(index, unique_indices=True))(places)
-        turns = _most(jnp.max(-(-rank[:, -1] // size)))
-        ordered = {name: take(x, order) for name, x in of_rows.items()}
-
-    def restored(x: Array) -> Array:
-        x = x[:, :length] if options.all_count else take(x, places)
-        return x.reshape(rows, *x.shape[2:])
+    def put(i: Array, whole: Array, x: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(whole, x.reshape(groups, size, *x.shape[1:]), i * size, 1)
 
     def turn(i: Array, state: Any) -> Any:
-        def cut(x: Array) -> Array:
-            return lax.dynamic_slice_in_dim(x, i * size, size, 1).reshape(groups * size, *x.shape[2:])
-
-        def put(whole: Array, x: Array) -> Array:
-            return lax.dynamic_update_slice_in_dim(whole, x.reshape(groups, size, *x.shape[1:]), i * size, 1)
-
         total, sums, found = state
-        part = {name: cut(x) for name, x in ordered.items()}
+        part = {name: cut(i, x) for name, x in ordered.items()}
         value, gradient, aux = _chunk(options, names, part.pop("labels"), inputs | part)
         sums = {name: sums[name] + gradient[name] for name in sums}
         of_examples = {name: aux if name == "aux" else gradient[name] for name in found}
-        return _mesh.vary((total + value, sums, jax.tree.map(put, found, of_examples)), varying)
+        return _mesh.vary((total + value, sums, jax.tree.map(partial(put, i), found, of_examples)), varying)
 
     def zeros(*shape: int) -> Array:
         return jnp.zeros(shape, dtype)
@@ -357,9 +338,30 @@ def _by_chunks(
     varying = _mesh.varying(labels, inputs)
     start = _mesh.vary((zeros(), sums, found), varying)
     total, sums, found = lax.fori_loop(0, turns, turn, start)
-    found = jax.tree.map(restored, found)
+    found = jax.tree.map(lambda x: restored(x).reshape(rows, *x.shape[2:]), found)
     aux = found.pop("aux", None)
     return total, sums | found, aux
+
+
+Reorder = Callable[[Array], Array]
+
+
+def _order(counts: Array | None, length: int, size: int, chunks: int) -> tuple[Any, Reorder, Reorder]:
+    """How often the loop turns; and how rows of groups, [groups, length, ...], come into its chunks, and back."""
+    if counts is None:
+        there = [(0, 0), (0, size * chunks - length)]
+        return chunks, lambda x: jnp.pad(x, there + [(0, 0)] * (x.ndim - 2)), lambda x: x[:, :length]
+    # By sums and a scatter of integers: a sort takes a TPU's compiler a minute.
+    index = jnp.arange(length, dtype=jnp.int32)
+    rank = jnp.cumsum(counts, 1, dtype=jnp.int32)
+    places = jnp.where(counts, rank - 1, rank[:, -1:] + index[None] - rank)
+    nowhere = jnp.full(size * chunks, length, jnp.int32)
+    order = jax.vmap(lambda p: nowhere.at[p].set(index, unique_indices=True))(places)
+
+    def take(places: Array, x: Array) -> Array:
+        return jax.vmap(lambda x, p: jnp.take(x, p, axis=0, mode="fill", fill_value=0))(x, places)
+
+    return _most(jnp.max(-(-rank[:, -1] // size))), partial(take, order), partial(take, places)
 
 
 @jax.custom_batching.custom_vmap

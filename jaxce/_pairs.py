@@ -112,35 +112,19 @@ def softmax_cross_entropy_of_pairs(
         raise _checks.ArgumentTypeError(f"exclude_self must be True or False, got {exclude_self!r}")
     pairs = _read(logits, axis_name)
     rows, columns = pairs.shape
-    inputs: Inputs = {}
-    for name, to, given, check, size in (
-        ("where", "rows", where, _checks.boolean, rows),
-        ("class_where", "classes", class_where, _checks.boolean, columns),
-        ("groups", "groups", groups, _checks.integer, rows),
-        ("class_groups", "class_groups", class_groups, _checks.integer, columns),
-    ):
-        if given is not None:
-            inputs[to] = check(name, given)
-            of = "one entry per row" if to in ROWS_FIRST else "one entry per column"
-            _checks.same_shape(name, inputs[to], (size,), of)
-    if "groups" in inputs and "class_groups" not in inputs and rows == columns:
-        inputs["class_groups"] = inputs["groups"]
-    for name, other in (("groups", "class_groups"), ("class_groups", "groups")):
-        if name not in inputs and (other in inputs or positives == "group"):
-            raise _checks.ArgumentTypeError(f"{name} must be an integer array, got None")
+    grouped = positives == "group"
+    inputs = _masks_and_groups(pairs.shape, grouped, where, class_where, groups, class_groups)
     z = read_logits("logits", pairs, -1, inputs.get("rows"))
-    if positives == "group" and labels is not None:
+    if grouped and labels is not None:
         raise _checks.ArgumentTypeError(f"labels must be None with positives='group', got {_checks.describe(labels)}")
-    if positives == "label" and labels is None and (exclude_self or rows > columns):
+    if not grouped and labels is None and (exclude_self or rows > columns):
         of = "exclude_self=True" if exclude_self else f"{rows} rows and {columns} columns"
         raise _checks.ArgumentTypeError(f"labels must be given with {of}, got None")
     inputs = factors(z.spec, z.inputs) | inputs
     numbers = jnp.arange(rows, dtype=jnp.int32)
     if "kernel" in inputs and z.spec.class_axis != 0:
         inputs["kernel"] = inputs["kernel"].T
-    if (
-        "kernel" in inputs and "classes" in inputs
-    ):  # what a column holds that takes no part must not be multiplied, either
+    if "kernel" in inputs and "classes" in inputs:  # what takes no part must not be multiplied, either
         inputs["kernel"] = jnp.where(inputs["classes"][:, None], inputs["kernel"], 0)
     if axis_name is not None:
         numbers += columns * _mesh.index(axis_name)
@@ -148,12 +132,34 @@ def softmax_cross_entropy_of_pairs(
     inputs |= {"numbers": numbers, "labels": numbers if labels is None else z.with_labels(labels).inputs["labels"]}
     columns_in_all = inputs["array"].shape[1] if "array" in inputs else inputs["kernel"].shape[0]
     spec = z.spec._replace(class_axis=0, axis_name=None, classes=columns_in_all)
-    own_labels = positives == "label" and labels is None
-    options = _Options(spec, positives == "group", own_labels, exclude_self, axis_name)
+    options = _Options(spec, grouped, not grouped and labels is None, exclude_self, axis_name)
     of_rows, of_columns = _on_each_device(options, inputs)
     if axis_name is not None:
         of_columns = lax.dynamic_slice_in_dim(of_columns, numbers[0], columns)
     return of_rows, of_columns
+
+
+def _masks_and_groups(
+    shape: tuple[int, ...], grouped: bool, where: Any, class_where: Any, groups: Any, class_groups: Any
+) -> Inputs:
+    """What there is one of for each row or each column."""
+    inputs: Inputs = {}
+    for name, to, given, check in (
+        ("where", "rows", where, _checks.boolean),
+        ("class_where", "classes", class_where, _checks.boolean),
+        ("groups", "groups", groups, _checks.integer),
+        ("class_groups", "class_groups", class_groups, _checks.integer),
+    ):
+        if given is not None:
+            inputs[to] = check(name, given)
+            size, of = (shape[0], "row") if to in ROWS_FIRST else (shape[1], "column")
+            _checks.same_shape(name, inputs[to], (size,), f"one entry per {of}")
+    if "groups" in inputs and "class_groups" not in inputs and shape[0] == shape[1]:
+        inputs["class_groups"] = inputs["groups"]
+    for name, other in (("groups", "class_groups"), ("class_groups", "groups")):
+        if name not in inputs and (other in inputs or grouped):
+            raise _checks.ArgumentTypeError(f"{name} must be an integer array, got None")
+    return inputs
 
 
 def _read(logits: Any, axis_name: AxisName | None) -> Any:
