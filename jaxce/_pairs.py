@@ -386,12 +386,21 @@ def _positive(options: _Options, part: Inputs) -> Array:
     return positive & part["rows"][:, None] & part["classes"][None]
 
 
+@custom_jvp
+def _multiplied(x: Array, factor: Array) -> Array:
+    """Their product; a pair that isn't there, or is infinite, doesn't depend on the factor."""
+    return x * factor
+
+
+_multiplied.defslopes(lambda x, factor: (factor, jnp.where(jnp.isinf(x), 0, x)))
+
+
 def _pairs(options: _Options, part: Inputs) -> tuple[Array, Array]:
     """The logits, -inf where a pair isn't there, and which pairs are positives."""
     x = logits_of(options.spec, {n: v for n, v in part.items() if n not in ("temperature", "soft_cap")})
     x = x.astype(options.spec.dtype)
     if "temperature" in part:  # by which a division would take a TPU longer
-        x *= 1 / part["temperature"].astype(x.dtype)
+        x = _multiplied(x, jnp.broadcast_to(1 / part["temperature"].astype(x.dtype), x.shape))
     x = shape_logits(x, None, part.get("soft_cap"))
     x = jnp.where(jnp.isposinf(x), largest(x), x)
     positive = _positive(options, part)
