@@ -107,22 +107,23 @@ def _times_exp(x: Array, *exponents: Array) -> Array:
     else:
         high, low, most, digits, bias, integer = 190530846196 / 2**38, 1.6465949582897081e-12, 1e4, 52, 1023, jnp.int64
     exponents = tuple(lax.clamp(jnp.asarray(-most, x.dtype), e, jnp.asarray(most, x.dtype)) for e in exponents)
-    powers = [lax.stop_gradient(jnp.floor(e * (1 / math.log(2)))) for e in exponents]
+    powers = [lax.stop_gradient(jnp.round(e * (1 / math.log(2)))) for e in exponents]
+    power = sum(powers[1:], powers[0])
+    # what is left of opposite exponents is exactly 0
+    left = [e - n * high for e, n in zip(exponents, powers, strict=True)]
+    mantissa = sum(left[1:], left[0]) - power * low
     # 2^power in four steps, which over- or underflow only in the direction of the result
-    total = jnp.clip(sum(powers[1:], powers[0]), -4 * (bias - 4), 4 * (bias - 4))
-    quarter = jnp.floor(total / 4)
+    power = jnp.clip(power, -4 * (bias - 4), 4 * (bias - 4))
+    quarter = jnp.floor(power / 4)
     step, last = (
-        lax.bitcast_convert_type((n.astype(integer) + bias) << digits, x.dtype) for n in (quarter, total - 3 * quarter)
+        lax.bitcast_convert_type((n.astype(integer) + bias) << digits, x.dtype) for n in (quarter, power - 3 * quarter)
     )
-    x = x * step * step * step * last
-    for e, power in zip(exponents, powers, strict=True):
-        x = _times_mantissa(x, (e - power * high) - power * low)
-    return x
+    return _times_mantissa(x * step * step, mantissa) * step * last
 
 
 @custom_jvp
 def _mantissa(x: Array) -> Array:
-    """exp(x) in [1, 2)."""
+    """exp(x), which is near 1."""
     return _platforms.fused(jnp.exp(x))
 
 
@@ -239,68 +240,6 @@ def _deviance(s: Array, square: Array, far: Array) -> Array:
     half = _reciprocal(2 + s)
     u = s * half
     return jnp.where(near, square * half * (1 - 2 * u * _atanh_series(u * u) * half), far)
-
-
-@custom_jvp
-def _rate_deviance(k: Array, rate: Array, shift: Array, log_k: Array, log_rate: Array, x: Array) -> Array:
-    """K - L - L log(K / L) >= 0 for the rate K = x exp(log_rate) and L = exp(log_k), and K at L = 0.
-
-    Given as rate = K exp(-shift) and k = L exp(-shift), which don't overflow.
-    d/dlog_k = -L log(K / L), d/dlog_rate = K - L, d/dx = (K - L) / x.
-    """
-    gap, log_ratio = rate - k, _log_ratio(k, rate, log_k, log_rate, x)
-    s = gap * _reciprocal(jnp.where(k == 0, 1, k))
-    deviance = _deviance(jnp.where(k == 0, jnp.inf, s), gap * s, gap - product(k, log_ratio))
-    return _times_exp(deviance, shift)
-
-
-def _log_ratio(k: Array, rate: Array, log_k: Array, log_rate: Array, x: Array) -> Array:
-    return _log_of(rate * _reciprocal(jnp.where(k == 0, 1, k)), log_rate + _log(x) - log_k)
-
-
-@custom_jvp
-def _rate_gap(k: Array, rate: Array, shift: Array, log_k: Array, log_rate: Array, x: Array) -> Array:
-    """K - L."""
-    return _times_exp(rate - k, shift)
-
-
-@custom_jvp
-def _rate_gap_over_x(k: Array, rate: Array, shift: Array, log_k: Array, log_rate: Array, x: Array) -> Array:
-    """(K - L) / x. d/dx = L / x^2, as the rate is proportional to x."""
-    return _times_exp(product(rate - k, _reciprocal(x)), shift)
-
-
-def _rate_deviance_slopes(*args: Array) -> tuple[Array | None, ...]:
-    k, _, shift, log_k, _, _ = args
-    by_log_k = _times_exp(-product(_same(k, log_k), _log_ratio(*args[:2], *args[3:])), shift)
-    return None, None, None, by_log_k, _rate_gap(*args), _rate_gap_over_x(*args)
-
-
-def _rate_gap_slopes(
-    k: Array, rate: Array, shift: Array, log_k: Array, log_rate: Array, x: Array
-) -> tuple[Array | None, ...]:
-    return None, None, None, -_exp(log_k), _times_exp(x, log_rate), _exp(log_rate)
-
-
-def _rate_gap_over_x_slopes(
-    k: Array, rate: Array, shift: Array, log_k: Array, log_rate: Array, x: Array
-) -> tuple[Array | None, ...]:
-    over = _reciprocal(x)
-    return None, None, None, -_times_exp(over, log_k), _exp(log_rate), _times_exp(product(over, over), log_k)
-
-
-_rate_deviance.defslopes(_rate_deviance_slopes, times=product)
-_rate_gap.defslopes(_rate_gap_slopes, times=product)
-_rate_gap_over_x.defslopes(_rate_gap_over_x_slopes, times=product)
-
-
-@custom_jvp
-def _same(x: Array, log_x: Array) -> Array:
-    """x, whose derivative by its logarithm is x."""
-    return x
-
-
-_same.defslopes(lambda x, log_x: (None, _same(x, log_x)), times=product)
 
 
 # x mu(x) for x >= 1 as a polynomial in u = 1 / (x^2 + c), the one through its values at Chebyshev's points: c and the
@@ -633,6 +572,52 @@ def exponential_nll(log_rate: ArrayLike, x: ArrayLike, *, where: ArrayLike | Non
     return _checks.only(keep, jnp.where(x >= 0, _times_exp(x, log_rate) - log_rate, jnp.nan), 0)
 
 
+def _gamma_ratio(log_a: Array, log_rate: Array, x: Array) -> tuple[Array, Array]:
+    """y / a - 1, exactly 0 where all arguments say so, and log(y / a)."""
+    ratio = _times_exp(x, log_rate, -log_a)
+    return ratio - 1, _log_of(ratio, log_rate + _log(x) - log_a)
+
+
+@custom_jvp
+def _gamma_deviance(log_a: Array, log_rate: Array, x: Array) -> Array:
+    """y - a - a log(y / a) >= 0 for y = x exp(log_rate) and a = exp(log_a) >= 1.
+
+    d/dlog_a = -a log(y / a), d/dlog_rate = y - a, d/dx = (y - a) / x.
+    """
+    s, log_ratio = _gamma_ratio(log_a, log_rate, x)
+    return _times_exp(_deviance(s, s * s, s - log_ratio), log_a)
+
+
+@custom_jvp
+def _gamma_gap(log_a: Array, log_rate: Array, x: Array) -> Array:
+    """y - a."""
+    return _times_exp(_gamma_ratio(log_a, log_rate, x)[0], log_a)
+
+
+@custom_jvp
+def _gamma_gap_over_x(log_a: Array, log_rate: Array, x: Array) -> Array:
+    """(y - a) / x. d/dx = a / x^2, as y is proportional to x."""
+    return _times_exp(product(_gamma_ratio(log_a, log_rate, x)[0], _reciprocal(x)), log_a)
+
+
+def _gamma_deviance_slopes(*args: Array) -> tuple[Array, ...]:
+    return _times_exp(-_gamma_ratio(*args)[1], args[0]), _gamma_gap(*args), _gamma_gap_over_x(*args)
+
+
+def _gamma_gap_slopes(log_a: Array, log_rate: Array, x: Array) -> tuple[Array, ...]:
+    return -_exp(log_a), _times_exp(x, log_rate), _exp(log_rate)
+
+
+def _gamma_gap_over_x_slopes(log_a: Array, log_rate: Array, x: Array) -> tuple[Array, ...]:
+    over = _reciprocal(x)
+    return -_times_exp(over, log_a), _exp(log_rate), _times_exp(product(over, over), log_a)
+
+
+_gamma_deviance.defslopes(_gamma_deviance_slopes, times=product)
+_gamma_gap.defslopes(_gamma_gap_slopes, times=product)
+_gamma_gap_over_x.defslopes(_gamma_gap_over_x_slopes, times=product)
+
+
 @compiled()
 def gamma_nll(
     log_concentration: ArrayLike, log_rate: ArrayLike, x: ArrayLike, *, where: ArrayLike | None = None
@@ -666,13 +651,10 @@ def gamma_nll(
     keep, (log_a, log_rate, x) = _arguments(where, "x", log_concentration=log_concentration, log_rate=log_rate, x=x)
     positive = jnp.where(x > 0, x, 1)
     log_x = _log(positive)
-    # alpha >= 1, and alpha and beta x both divided by a number without which they would overflow
+    # alpha >= 1
     log_many = jnp.where(log_a >= 0, log_a, 0)
-    shift = jnp.maximum(log_many, log_rate + log_x) - (80 if x.dtype.itemsize == 4 else 700)
-    shift = lax.stop_gradient(jnp.maximum(shift, 0))
-    a, y = _exp(log_many, -shift), _times_exp(positive, log_rate, -shift)
-    deviance = _rate_deviance(a, y, shift, log_many, log_rate, positive)
-    many = deviance + (log_x - 0.5 * log_many) + (_binet(_exp(-log_many)) + _HALF_LOG_2PI)
+    many = _gamma_deviance(log_many, log_rate, positive)
+    many = many + (log_x - 0.5 * log_many) + (_binet(_exp(-log_many)) + _HALF_LOG_2PI)
     # alpha < 1: log Gamma(alpha) = log Gamma(1 + alpha) - log alpha
     log_few = jnp.where(log_a >= 0, 0, log_a)
     a, y = _exp(log_few), _times_exp(positive, log_rate)
@@ -683,6 +665,19 @@ def gamma_nll(
 
 
 # ---------------------------------------------------------------------------------------------------- counts
+
+
+@custom_jvp
+def _poisson_deviance(log_rate: Array, k: Array) -> Array:
+    """rate - k - k log(rate / k) >= 0, the rate for k = 0. d/dlog_rate = rate - k."""
+    rate, some = _exp(log_rate), jnp.where(k == 0, 1, k)
+    gap, over = rate - k, _reciprocal(some)
+    s = gap * over
+    far = gap - product(k, _log_of(rate * over, log_rate - _log(some)))
+    return _deviance(jnp.where(k == 0, jnp.inf, s), gap * s, far)
+
+
+_poisson_deviance.defslopes(lambda log_rate, k: (_exp(log_rate) - k, None))
 
 
 @compiled("full")
@@ -714,13 +709,9 @@ def poisson_nll(log_rate: ArrayLike, counts: ArrayLike, *, full: bool = True, wh
         Poisson, "Recherches sur la probabilite des jugements" (1837), section 81.
     """
     keep, (log_rate, k) = _arguments(where, "counts", log_rate=log_rate, counts=counts)
-    rate, valid = _exp(log_rate), k >= 0
+    valid = k >= 0
     k = lax.stop_gradient(jnp.where(valid, k, 0))
-    if full:
-        zero, log_k = jnp.zeros_like(k), _log(jnp.where(k > 0, k, 1))
-        value = _rate_deviance(k, rate, zero, log_k, log_rate, zero + 1) + _stirling(k)
-    else:
-        value = rate - product(k, log_rate)
+    value = _poisson_deviance(log_rate, k) + _stirling(k) if full else _exp(log_rate) - product(k, log_rate)
     return _checks.only(keep, jnp.where(valid, value, jnp.nan), 0)
 
 
