@@ -354,7 +354,7 @@ def gaussian_nll(
     """
     keep, (m, s, x) = _arguments(where, "x", location=location, log_scale=log_scale, x=x)
     z = _times_exp(x - m, -s)
-    return _checks.only(keep, 0.5 * product(z, z) + s + (_HALF_LOG_2PI if full else 0), 0)
+    return _checks.only(keep, product(0.5 * z, z) + s + (_HALF_LOG_2PI if full else 0), 0)
 
 
 @compiled()
@@ -409,9 +409,9 @@ def gaussian_relative_entropy(
     near = jnp.abs(log_ratio) < 1
     x = jnp.where(near, log_ratio, 0)
     terms = 13 if x.dtype.itemsize == 4 else 21
-    series = x * x * polynomial([1 / math.factorial(n + 2) for n in range(terms)], x)
-    excess = jnp.where(near, series, _exp(2 * s, -2 * q_s) - 1 - log_ratio)
-    return _checks.only(keep, 0.5 * product(z, z) + 0.5 * excess, 0)
+    series = x * x * polynomial([0.5 / math.factorial(n + 2) for n in range(terms)], x)
+    excess = jnp.where(near, series, _times_exp(jnp.full_like(s, 0.5), 2 * s, -2 * q_s) - 0.5 - 0.5 * log_ratio)
+    return _checks.only(keep, product(0.5 * z, z) + excess, 0)
 
 
 @compiled()
@@ -442,8 +442,9 @@ def laplace_nll(location: ArrayLike, log_scale: ArrayLike, x: ArrayLike, *, wher
         Laplace, "Memoire sur la probabilite des causes par les evenements" (1774).
     """
     keep, (m, s, x) = _arguments(where, "x", location=location, log_scale=log_scale, x=x)
-    z = _times_exp(x - m, -s)
-    return _checks.only(keep, product(z, lax.sign(z)) + s + math.log(2), 0)  # jnp.abs has the derivative 1 at 0
+    d = x - m
+    z = product(_times_exp(d, -s), lax.sign(d))  # jnp.abs has the derivative 1 at 0
+    return _checks.only(keep, z + s + math.log(2), 0)
 
 
 def _student_t_parts(d: Array, log_scale: Array, log_df: Array) -> tuple[Array, ...]:
@@ -461,7 +462,8 @@ def _student_t_parts(d: Array, log_scale: Array, log_df: Array) -> tuple[Array, 
 def _student_t_tail(d: Array, log_scale: Array, log_df: Array) -> Array:
     """(nu + 1) / 2 log(1 + q^2)."""
     _, z, q, _, _, log_total = _student_t_parts(d, log_scale, log_df)
-    return 0.5 * ((z * z + q * q) * _log1p_over(q * q) + (_times_exp(log_total, log_df) + log_total))
+    half = 0.5 * log_total
+    return (0.5 * z * z + 0.5 * q * q) * _log1p_over(q * q) + (_times_exp(half, log_df) + half)
 
 
 def _student_t_tail_slopes(d: Array, log_scale: Array, log_df: Array) -> tuple[Array, Array, Array]:
@@ -481,8 +483,8 @@ def _student_t_tail_slopes(d: Array, log_scale: Array, log_df: Array) -> tuple[A
     by_scale = (
         (z2 - product(product(zq, zq), none)) + product(q2, none) + (jnp.where(near, 0, _exp(log_df)) - lost + share)
     )
-    curved = product(product(zq, zq), _log1p_excess(q2)) + _times_exp(log_total - share, log_df)
-    return by_d, -by_scale, 0.5 * (curved - (product(q2, none) + share))
+    curved = product(product(0.5 * zq, zq), _log1p_excess(q2)) + _times_exp(0.5 * (log_total - share), log_df)
+    return by_d, -by_scale, curved - 0.5 * (product(q2, none) + share)
 
 
 _student_t_tail.defslopes(_student_t_tail_slopes, times=product)
@@ -716,10 +718,10 @@ def poisson_nll(log_rate: ArrayLike, counts: ArrayLike, *, full: bool = True, wh
 
 
 def _negative_binomial_gap(log_mean: Array, log_r: Array, k: Array) -> tuple[Array, ...]:
-    """g = r (k - m) / (m + r), g / r, m / (m + r), m r / (m + r) and r / (m + r), for r >= 1."""
+    """g = r (k - m) / (m + r), g / r, m / (m + r), m r / (m + r) and r / (m + r), for r >= 1 or k = 0."""
     _, m_share, r_share = _odds(log_mean, log_r)
     both = _times_exp(jnp.maximum(m_share, r_share), jnp.minimum(log_mean, log_r))
-    large = log_mean > 0  # then k - m is divided by m
+    large = (log_mean > 0) | (k == 0)  # then k - m is divided by m
     d = jnp.where(large, product(k, _exp(-jnp.maximum(log_mean, 0))) - 1, k - _exp(jnp.minimum(log_mean, 0)))
     gap = d * jnp.where(large, both, r_share)
     return gap, d * jnp.where(large, m_share, r_share * _exp(-log_r)), m_share, both, r_share
@@ -743,7 +745,7 @@ _negative_binomial_slope.defslopes(_negative_binomial_slope_slopes, times=produc
 def _negative_binomial_excess(log_mean: Array, log_r: Array, k: Array) -> Array:
     """r (g / r - log(1 + g / r)). d/dlog_mean = -g m / (m + r), d/dlog_r = itself - g^2 / (k + r)."""
     gap, s, _, _, r_share = _negative_binomial_gap(log_mean, log_r, k)
-    over_r = k * _exp(-log_r)
+    over_r = product(k, _exp(-log_r))
     e = _odds(log_mean, log_r)[0]
     log_ratio = _log_of((1 + over_r) * r_share, _log1p_any(over_r) - jnp.maximum(log_mean - log_r, 0) - _log1p(e))
     root = _times_exp(gap, -log_r / 2)
@@ -753,7 +755,7 @@ def _negative_binomial_excess(log_mean: Array, log_r: Array, k: Array) -> Array:
 def _negative_binomial_excess_slopes(log_mean: Array, log_r: Array, k: Array) -> tuple[Array | None, ...]:
     gap = _negative_binomial_gap(log_mean, log_r, k)[0]
     root = _times_exp(gap, -log_r / 2)
-    square = product(root, root) * _reciprocal(1 + k * _exp(-log_r))
+    square = product(root, root) * _reciprocal(1 + product(k, _exp(-log_r)))
     return -_times_share(gap, log_mean, log_r), _negative_binomial_excess(log_mean, log_r, k) - square, None
 
 
@@ -762,7 +764,10 @@ _negative_binomial_excess.defslopes(_negative_binomial_excess_slopes, times=prod
 
 @custom_jvp
 def _negative_binomial_deviance(log_mean: Array, log_r: Array, k: Array) -> Array:
-    """k log(k / m) - (k + r) log((k + r) / (m + r)), for r >= 1. d/dlog_mean = -g, d/dlog_r the part of r in it."""
+    """k log(k / m) - (k + r) log((k + r) / (m + r)), for r >= 1 or k = 0.
+
+    d/dlog_mean = -g, d/dlog_r the part of r in it.
+    """
     gap, _, _, both, _ = _negative_binomial_gap(log_mean, log_r, k)
     some = jnp.where(k == 0, 1, k)
     over = _reciprocal(some)
@@ -820,22 +825,23 @@ def negative_binomial_nll(
     valid = k >= 0
     k = lax.stop_gradient(jnp.where(valid, k, 0))
     # r >= 1: of the three log Gammas, Stirling's formula leaves log(2 pi k (k + r) / r) / 2 and mu of each
-    log_many = jnp.where(log_r >= 0, log_r, 0)
-    i = _exp(-log_many)
+    large = (log_r >= 0) | (k == 0)
+    log_many = jnp.where(large, log_r, 0)
+    i = _exp(jnp.where(log_r >= 0, -log_r, 0))
     rest = _stirling(k) + 0.5 * _log1p_any(k * i) + (_binet(i) - _binet(i * _reciprocal(1 + k * i)))
-    many = _negative_binomial_deviance(log_mean, log_many, k) + jnp.where(k == 0, 0, rest)
+    many = _negative_binomial_deviance(log_mean, log_many, k) + jnp.where(k == 0, 0, rest)  # k = 0: for all r
     # r < 1: k log((m + r) / m) + r log((m + r) / r), and log Gammas of 1 + r, 1 + k and 1 + k + r
-    log_few = jnp.where(log_r >= 0, 0, log_r)
+    log_few = jnp.where(large, 0, log_r)
     e, _, r_share = _odds(log_mean, log_few)
     r, log_odds, log1p_e, a, b = _exp(log_few), log_mean - log_few, _log1p(e), 1 + k, 1 + k + _exp(log_few)
     log_failure = jnp.where(log_odds > 0, log_odds, 0) + log1p_e  # log((m + r) / r)
     successes = product(k, jnp.where(log_odds > 0, 0, -log_odds) + log1p_e)
     failures = product(r, 1 - _log_of(a * r_share, _log(a) - log_failure))
-    gammas = (_log(jnp.where(k == 0, 1, k) + r) - log_few) + _log_gamma_1p(r)
+    gammas = (_log(k + r) - log_few) + _log_gamma_1p(r)
     over = _reciprocal(a)
     gammas = gammas - (b - 0.5) * _log1p(r * over) + (_binet(over) - _binet(_reciprocal(b)))
-    few = jnp.where(k == 0, product(r, log_failure), successes + failures + gammas)
-    return _checks.only(keep, jnp.where(valid, jnp.where(log_r >= 0, many, few), jnp.nan), 0)
+    few = successes + failures + gammas
+    return _checks.only(keep, jnp.where(valid, jnp.where(large, many, few), jnp.nan), 0)
 
 
 # ---------------------------------------------------------------------------------------------------- vectors, mixtures
