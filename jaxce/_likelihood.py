@@ -9,9 +9,10 @@ Arguments with the same number of axes broadcast by NumPy's rules, and an argume
 of those. What would make the result larger than every argument, such as predictions [N, 1] and observations [N], is an
 error, since the result [N, N] is rarely meant. For a mixture give observations an axis of their own: ``x[:, None]``.
 
-Values and all derivatives are exact over the whole range of the log-parameters for which the result itself is a finite
-number of the dtype, such as scales of exp(-170) in float32. Errors are given in ulp (units in the last place) of the
-largest term of a value, and of the largest term of an entry of a gradient.
+Values and derivatives are exact over the whole range of the log-parameters for which they are finite numbers of the
+dtype, such as scales of exp(-170) in float32; second derivatives as long as the largest of their terms is below an eighth
+of the largest number. Where a value is infinite, its derivatives may be NaN. Errors are given in ulp (units in the last
+place) of the largest term of a value, and of the largest term of an entry of a gradient.
 """
 
 from __future__ import annotations
@@ -469,20 +470,19 @@ def _student_t_tail(d: Array, log_scale: Array, log_df: Array) -> Array:
 def _student_t_tail_slopes(d: Array, log_scale: Array, log_df: Array) -> tuple[Array, Array, Array]:
     """(nu + 1) q^2 / (1 + q^2) / d, the same times -d, and (nu log(1 + q^2) - (nu + 1) q^2 / (1 + q^2)) / 2."""
     near, z, q, over_d, over, log_total = _student_t_parts(d, log_scale, log_df)
-    z2, q2 = product(z, z), product(q, q)
+    q2 = product(q, q)
     none, share = _reciprocal(1 + q2), jnp.where(near, 0, _reciprocal(1 + product(over, over)))
     # z^2 / (1 + q^2) as z^2 - z^2 q^2 / (1 + q^2), and nu share likewise: these have the right derivatives where q^2 is too
-    # small for a number and z^2 or nu large
-    zq = product(z, q)
-    by_d = _times_exp(z, -log_scale) - product(product(zq, _times_exp(q, -log_scale)), none)
-    by_d = by_d + product(_times_exp(q, -log_scale, -log_df / 2), none)
+    # small for a number and z^2 or nu large. They are at most twice the difference, of which half is taken first.
+    zq, half = product(z, q), 0.5 * z
     root = jnp.where(near, 0, _times_exp(over_d, log_scale, log_df))
     lost = product(product(root, root), share)
-    far = _times_exp(over_d, log_df) + product(over_d, share) - product(over_d, lost)
-    by_d = by_d + product(far, lax.sign(d))
-    by_scale = (
-        (z2 - product(product(zq, zq), none)) + product(q2, none) + (jnp.where(near, 0, _exp(log_df)) - lost + share)
-    )
+    far = 2 * (_times_exp(0.5 * over_d, log_df) - product(0.5 * over_d, lost)) + product(over_d, share)
+    by_d = 2 * (_times_exp(half, -log_scale) - product(product(0.5 * zq, _times_exp(q, -log_scale)), none))
+    by_d = by_d + product(_times_exp(q, -log_scale, -log_df / 2), none) + product(far, lax.sign(d))
+    by_scale = product(half, z) - product(product(0.5 * zq, zq), none)
+    by_scale = by_scale + (jnp.where(near, 0, _times_exp(jnp.full_like(d, 0.5), log_df)) - 0.5 * lost)
+    by_scale = 2 * by_scale + (product(q2, none) + share)
     curved = product(product(0.5 * zq, zq), _log1p_excess(q2)) + _times_exp(0.5 * (log_total - share), log_df)
     return by_d, -by_scale, curved - 0.5 * (product(q2, none) + share)
 
