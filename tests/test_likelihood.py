@@ -533,8 +533,10 @@ def extremes(name: str, dtype: str, count: int = 1000) -> list[np.ndarray]:
     counts = rng.choice([0, 1, 2, 3, 17, 1000, 0.25], count)
     zero = np.zeros(count)
     match name:
-        case "gaussian_nll" | "laplace_nll":
+        case "gaussian_nll":
             return [zero, s, distance]
+        case "laplace_nll":  # whose slope is the same at any distance
+            return [zero, s, np.where(rng.uniform(size=count) < 0.1, 1e-30, distance)]
         case "gaussian_relative_entropy":
             return [distance, s, zero, t]
         case "student_t_nll":
