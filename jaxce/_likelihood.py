@@ -9,9 +9,10 @@ Arguments with the same number of axes broadcast by NumPy's rules, and an argume
 of those. What would make the result larger than every argument, such as predictions [N, 1] and observations [N], is an
 error, since the result [N, N] is rarely meant. For a mixture give observations an axis of their own: ``x[:, None]``.
 
-Values and all derivatives are exact over the whole range of the log-parameters for which the result itself is a finite
-number of the dtype, such as scales of exp(-170) in float32. Errors are given in ulp (units in the last place) of the
-largest term of a value, and of the largest term of an entry of a gradient.
+Values and derivatives are exact over the whole range of the log-parameters for which they are finite numbers of the
+dtype, such as scales of exp(-170) in float32; second derivatives as long as the largest of their terms is below an eighth
+of the largest number. Where a value is infinite, its derivatives may be NaN. Errors are given in ulp (units in the last
+place) of the largest term of a value, and of the largest term of an entry of a gradient.
 """
 
 from __future__ import annotations
@@ -107,22 +108,23 @@ def _times_exp(x: Array, *exponents: Array) -> Array:
     else:
         high, low, most, digits, bias, integer = 190530846196 / 2**38, 1.6465949582897081e-12, 1e4, 52, 1023, jnp.int64
     exponents = tuple(lax.clamp(jnp.asarray(-most, x.dtype), e, jnp.asarray(most, x.dtype)) for e in exponents)
-    powers = [lax.stop_gradient(jnp.floor(e * (1 / math.log(2)))) for e in exponents]
+    powers = [lax.stop_gradient(jnp.round(e * (1 / math.log(2)))) for e in exponents]
+    power = sum(powers[1:], powers[0])
+    # what is left of opposite exponents is exactly 0
+    left = [e - n * high for e, n in zip(exponents, powers, strict=True)]
+    mantissa = sum(left[1:], left[0]) - power * low
     # 2^power in four steps, which over- or underflow only in the direction of the result
-    total = jnp.clip(sum(powers[1:], powers[0]), -4 * (bias - 4), 4 * (bias - 4))
-    quarter = jnp.floor(total / 4)
+    power = jnp.clip(power, -4 * (bias - 4), 4 * (bias - 4))
+    quarter = jnp.floor(power / 4)
     step, last = (
-        lax.bitcast_convert_type((n.astype(integer) + bias) << digits, x.dtype) for n in (quarter, total - 3 * quarter)
+        lax.bitcast_convert_type((n.astype(integer) + bias) << digits, x.dtype) for n in (quarter, power - 3 * quarter)
     )
-    x = x * step * step * step * last
-    for e, power in zip(exponents, powers, strict=True):
-        x = _times_mantissa(x, (e - power * high) - power * low)
-    return x
+    return _times_mantissa(x * step * step, mantissa) * step * last
 
 
 @custom_jvp
 def _mantissa(x: Array) -> Array:
-    """exp(x) in [1, 2)."""
+    """exp(x), which is near 1."""
     return _platforms.fused(jnp.exp(x))
 
 
@@ -241,68 +243,6 @@ def _deviance(s: Array, square: Array, far: Array) -> Array:
     return jnp.where(near, square * half * (1 - 2 * u * _atanh_series(u * u) * half), far)
 
 
-@custom_jvp
-def _rate_deviance(k: Array, rate: Array, shift: Array, log_k: Array, log_rate: Array, x: Array) -> Array:
-    """K - L - L log(K / L) >= 0 for the rate K = x exp(log_rate) and L = exp(log_k), and K at L = 0.
-
-    Given as rate = K exp(-shift) and k = L exp(-shift), which don't overflow.
-    d/dlog_k = -L log(K / L), d/dlog_rate = K - L, d/dx = (K - L) / x.
-    """
-    gap, log_ratio = rate - k, _log_ratio(k, rate, log_k, log_rate, x)
-    s = gap * _reciprocal(jnp.where(k == 0, 1, k))
-    deviance = _deviance(jnp.where(k == 0, jnp.inf, s), gap * s, gap - product(k, log_ratio))
-    return _times_exp(deviance, shift)
-
-
-def _log_ratio(k: Array, rate: Array, log_k: Array, log_rate: Array, x: Array) -> Array:
-    return _log_of(rate * _reciprocal(jnp.where(k == 0, 1, k)), log_rate + _log(x) - log_k)
-
-
-@custom_jvp
-def _rate_gap(k: Array, rate: Array, shift: Array, log_k: Array, log_rate: Array, x: Array) -> Array:
-    """K - L."""
-    return _times_exp(rate - k, shift)
-
-
-@custom_jvp
-def _rate_gap_over_x(k: Array, rate: Array, shift: Array, log_k: Array, log_rate: Array, x: Array) -> Array:
-    """(K - L) / x. d/dx = L / x^2, as the rate is proportional to x."""
-    return _times_exp(product(rate - k, _reciprocal(x)), shift)
-
-
-def _rate_deviance_slopes(*args: Array) -> tuple[Array | None, ...]:
-    k, _, shift, log_k, _, _ = args
-    by_log_k = _times_exp(-product(_same(k, log_k), _log_ratio(*args[:2], *args[3:])), shift)
-    return None, None, None, by_log_k, _rate_gap(*args), _rate_gap_over_x(*args)
-
-
-def _rate_gap_slopes(
-    k: Array, rate: Array, shift: Array, log_k: Array, log_rate: Array, x: Array
-) -> tuple[Array | None, ...]:
-    return None, None, None, -_exp(log_k), _times_exp(x, log_rate), _exp(log_rate)
-
-
-def _rate_gap_over_x_slopes(
-    k: Array, rate: Array, shift: Array, log_k: Array, log_rate: Array, x: Array
-) -> tuple[Array | None, ...]:
-    over = _reciprocal(x)
-    return None, None, None, -_times_exp(over, log_k), _exp(log_rate), _times_exp(product(over, over), log_k)
-
-
-_rate_deviance.defslopes(_rate_deviance_slopes, times=product)
-_rate_gap.defslopes(_rate_gap_slopes, times=product)
-_rate_gap_over_x.defslopes(_rate_gap_over_x_slopes, times=product)
-
-
-@custom_jvp
-def _same(x: Array, log_x: Array) -> Array:
-    """x, whose derivative by its logarithm is x."""
-    return x
-
-
-_same.defslopes(lambda x, log_x: (None, _same(x, log_x)), times=product)
-
-
 # x mu(x) for x >= 1 as a polynomial in u = 1 / (x^2 + c), the one through its values at Chebyshev's points: c and the
 # coefficients, by the size of the numbers. mu is right to 4e-11 and 4e-18, x mu'(x) to 4e-9 and 2e-17. For 8 bytes the
 # points go on to 1 / x = 1.1, as at an end a second derivative would lose digits; that by log x is right to 6e-16.
@@ -415,7 +355,7 @@ def gaussian_nll(
     """
     keep, (m, s, x) = _arguments(where, "x", location=location, log_scale=log_scale, x=x)
     z = _times_exp(x - m, -s)
-    return _checks.only(keep, 0.5 * product(z, z) + s + (_HALF_LOG_2PI if full else 0), 0)
+    return _checks.only(keep, product(0.5 * z, z) + s + (_HALF_LOG_2PI if full else 0), 0)
 
 
 @compiled()
@@ -470,9 +410,9 @@ def gaussian_relative_entropy(
     near = jnp.abs(log_ratio) < 1
     x = jnp.where(near, log_ratio, 0)
     terms = 13 if x.dtype.itemsize == 4 else 21
-    series = x * x * polynomial([1 / math.factorial(n + 2) for n in range(terms)], x)
-    excess = jnp.where(near, series, _exp(2 * s, -2 * q_s) - 1 - log_ratio)
-    return _checks.only(keep, 0.5 * product(z, z) + 0.5 * excess, 0)
+    series = x * x * polynomial([0.5 / math.factorial(n + 2) for n in range(terms)], x)
+    excess = jnp.where(near, series, _times_exp(jnp.full_like(s, 0.5), 2 * s, -2 * q_s) - 0.5 - 0.5 * log_ratio)
+    return _checks.only(keep, product(0.5 * z, z) + excess, 0)
 
 
 @compiled()
@@ -503,8 +443,9 @@ def laplace_nll(location: ArrayLike, log_scale: ArrayLike, x: ArrayLike, *, wher
         Laplace, "Memoire sur la probabilite des causes par les evenements" (1774).
     """
     keep, (m, s, x) = _arguments(where, "x", location=location, log_scale=log_scale, x=x)
-    z = _times_exp(x - m, -s)
-    return _checks.only(keep, product(z, lax.sign(z)) + s + math.log(2), 0)  # jnp.abs has the derivative 1 at 0
+    d = x - m
+    z = product(_times_exp(d, -s), lax.sign(d))  # jnp.abs has the derivative 1 at 0
+    return _checks.only(keep, z + s + math.log(2), 0)
 
 
 def _student_t_parts(d: Array, log_scale: Array, log_df: Array) -> tuple[Array, ...]:
@@ -522,28 +463,28 @@ def _student_t_parts(d: Array, log_scale: Array, log_df: Array) -> tuple[Array, 
 def _student_t_tail(d: Array, log_scale: Array, log_df: Array) -> Array:
     """(nu + 1) / 2 log(1 + q^2)."""
     _, z, q, _, _, log_total = _student_t_parts(d, log_scale, log_df)
-    return 0.5 * ((z * z + q * q) * _log1p_over(q * q) + (_times_exp(log_total, log_df) + log_total))
+    half = 0.5 * log_total
+    return (0.5 * z * z + 0.5 * q * q) * _log1p_over(q * q) + (_times_exp(half, log_df) + half)
 
 
 def _student_t_tail_slopes(d: Array, log_scale: Array, log_df: Array) -> tuple[Array, Array, Array]:
     """(nu + 1) q^2 / (1 + q^2) / d, the same times -d, and (nu log(1 + q^2) - (nu + 1) q^2 / (1 + q^2)) / 2."""
     near, z, q, over_d, over, log_total = _student_t_parts(d, log_scale, log_df)
-    z2, q2 = product(z, z), product(q, q)
+    q2 = product(q, q)
     none, share = _reciprocal(1 + q2), jnp.where(near, 0, _reciprocal(1 + product(over, over)))
     # z^2 / (1 + q^2) as z^2 - z^2 q^2 / (1 + q^2), and nu share likewise: these have the right derivatives where q^2 is too
-    # small for a number and z^2 or nu large
-    zq = product(z, q)
-    by_d = _times_exp(z, -log_scale) - product(product(zq, _times_exp(q, -log_scale)), none)
-    by_d = by_d + product(_times_exp(q, -log_scale, -log_df / 2), none)
+    # small for a number and z^2 or nu large. They are at most twice the difference, of which half is taken first.
+    zq, half = product(z, q), 0.5 * z
     root = jnp.where(near, 0, _times_exp(over_d, log_scale, log_df))
     lost = product(product(root, root), share)
-    far = _times_exp(over_d, log_df) + product(over_d, share) - product(over_d, lost)
-    by_d = by_d + product(far, lax.sign(d))
-    by_scale = (
-        (z2 - product(product(zq, zq), none)) + product(q2, none) + (jnp.where(near, 0, _exp(log_df)) - lost + share)
-    )
-    curved = product(product(zq, zq), _log1p_excess(q2)) + _times_exp(log_total - share, log_df)
-    return by_d, -by_scale, 0.5 * (curved - (product(q2, none) + share))
+    far = 2 * (_times_exp(0.5 * over_d, log_df) - product(0.5 * over_d, lost)) + product(over_d, share)
+    by_d = 2 * (_times_exp(half, -log_scale) - product(product(0.5 * zq, _times_exp(q, -log_scale)), none))
+    by_d = by_d + product(_times_exp(q, -log_scale, -log_df / 2), none) + product(far, lax.sign(d))
+    by_scale = product(half, z) - product(product(0.5 * zq, zq), none)
+    by_scale = by_scale + (jnp.where(near, 0, _times_exp(jnp.full_like(d, 0.5), log_df)) - 0.5 * lost)
+    by_scale = 2 * by_scale + (product(q2, none) + share)
+    curved = product(product(0.5 * zq, zq), _log1p_excess(q2)) + _times_exp(0.5 * (log_total - share), log_df)
+    return by_d, -by_scale, curved - 0.5 * (product(q2, none) + share)
 
 
 _student_t_tail.defslopes(_student_t_tail_slopes, times=product)
@@ -633,6 +574,52 @@ def exponential_nll(log_rate: ArrayLike, x: ArrayLike, *, where: ArrayLike | Non
     return _checks.only(keep, jnp.where(x >= 0, _times_exp(x, log_rate) - log_rate, jnp.nan), 0)
 
 
+def _gamma_ratio(log_a: Array, log_rate: Array, x: Array) -> tuple[Array, Array]:
+    """y / a - 1, exactly 0 where all arguments say so, and log(y / a)."""
+    ratio = _times_exp(x, log_rate, -log_a)
+    return ratio - 1, _log_of(ratio, log_rate + _log(x) - log_a)
+
+
+@custom_jvp
+def _gamma_deviance(log_a: Array, log_rate: Array, x: Array) -> Array:
+    """y - a - a log(y / a) >= 0 for y = x exp(log_rate) and a = exp(log_a) >= 1.
+
+    d/dlog_a = -a log(y / a), d/dlog_rate = y - a, d/dx = (y - a) / x.
+    """
+    s, log_ratio = _gamma_ratio(log_a, log_rate, x)
+    return _times_exp(_deviance(s, s * s, s - log_ratio), log_a)
+
+
+@custom_jvp
+def _gamma_gap(log_a: Array, log_rate: Array, x: Array) -> Array:
+    """y - a."""
+    return _times_exp(_gamma_ratio(log_a, log_rate, x)[0], log_a)
+
+
+@custom_jvp
+def _gamma_gap_over_x(log_a: Array, log_rate: Array, x: Array) -> Array:
+    """(y - a) / x. d/dx = a / x^2, as y is proportional to x."""
+    return _times_exp(product(_gamma_ratio(log_a, log_rate, x)[0], _reciprocal(x)), log_a)
+
+
+def _gamma_deviance_slopes(*args: Array) -> tuple[Array, ...]:
+    return _times_exp(-_gamma_ratio(*args)[1], args[0]), _gamma_gap(*args), _gamma_gap_over_x(*args)
+
+
+def _gamma_gap_slopes(log_a: Array, log_rate: Array, x: Array) -> tuple[Array, ...]:
+    return -_exp(log_a), _times_exp(x, log_rate), _exp(log_rate)
+
+
+def _gamma_gap_over_x_slopes(log_a: Array, log_rate: Array, x: Array) -> tuple[Array, ...]:
+    over = _reciprocal(x)
+    return -_times_exp(over, log_a), _exp(log_rate), _times_exp(product(over, over), log_a)
+
+
+_gamma_deviance.defslopes(_gamma_deviance_slopes, times=product)
+_gamma_gap.defslopes(_gamma_gap_slopes, times=product)
+_gamma_gap_over_x.defslopes(_gamma_gap_over_x_slopes, times=product)
+
+
 @compiled()
 def gamma_nll(
     log_concentration: ArrayLike, log_rate: ArrayLike, x: ArrayLike, *, where: ArrayLike | None = None
@@ -666,13 +653,10 @@ def gamma_nll(
     keep, (log_a, log_rate, x) = _arguments(where, "x", log_concentration=log_concentration, log_rate=log_rate, x=x)
     positive = jnp.where(x > 0, x, 1)
     log_x = _log(positive)
-    # alpha >= 1, and alpha and beta x both divided by a number without which they would overflow
+    # alpha >= 1
     log_many = jnp.where(log_a >= 0, log_a, 0)
-    shift = jnp.maximum(log_many, log_rate + log_x) - (80 if x.dtype.itemsize == 4 else 700)
-    shift = lax.stop_gradient(jnp.maximum(shift, 0))
-    a, y = _exp(log_many, -shift), _times_exp(positive, log_rate, -shift)
-    deviance = _rate_deviance(a, y, shift, log_many, log_rate, positive)
-    many = deviance + (log_x - 0.5 * log_many) + (_binet(_exp(-log_many)) + _HALF_LOG_2PI)
+    many = _gamma_deviance(log_many, log_rate, positive)
+    many = many + (log_x - 0.5 * log_many) + (_binet(_exp(-log_many)) + _HALF_LOG_2PI)
     # alpha < 1: log Gamma(alpha) = log Gamma(1 + alpha) - log alpha
     log_few = jnp.where(log_a >= 0, 0, log_a)
     a, y = _exp(log_few), _times_exp(positive, log_rate)
@@ -683,6 +667,19 @@ def gamma_nll(
 
 
 # ---------------------------------------------------------------------------------------------------- counts
+
+
+@custom_jvp
+def _poisson_deviance(log_rate: Array, k: Array) -> Array:
+    """rate - k - k log(rate / k) >= 0, the rate for k = 0. d/dlog_rate = rate - k."""
+    rate, some = _exp(log_rate), jnp.where(k == 0, 1, k)
+    gap, over = rate - k, _reciprocal(some)
+    s = gap * over
+    far = gap - product(k, _log_of(rate * over, log_rate - _log(some)))
+    return _deviance(jnp.where(k == 0, jnp.inf, s), gap * s, far)
+
+
+_poisson_deviance.defslopes(lambda log_rate, k: (_exp(log_rate) - k, None))
 
 
 @compiled("full")
@@ -714,21 +711,17 @@ def poisson_nll(log_rate: ArrayLike, counts: ArrayLike, *, full: bool = True, wh
         Poisson, "Recherches sur la probabilite des jugements" (1837), section 81.
     """
     keep, (log_rate, k) = _arguments(where, "counts", log_rate=log_rate, counts=counts)
-    rate, valid = _exp(log_rate), k >= 0
+    valid = k >= 0
     k = lax.stop_gradient(jnp.where(valid, k, 0))
-    if full:
-        zero, log_k = jnp.zeros_like(k), _log(jnp.where(k > 0, k, 1))
-        value = _rate_deviance(k, rate, zero, log_k, log_rate, zero + 1) + _stirling(k)
-    else:
-        value = rate - product(k, log_rate)
+    value = _poisson_deviance(log_rate, k) + _stirling(k) if full else _exp(log_rate) - product(k, log_rate)
     return _checks.only(keep, jnp.where(valid, value, jnp.nan), 0)
 
 
 def _negative_binomial_gap(log_mean: Array, log_r: Array, k: Array) -> tuple[Array, ...]:
-    """g = r (k - m) / (m + r), g / r, m / (m + r), m r / (m + r) and r / (m + r), for r >= 1."""
+    """g = r (k - m) / (m + r), g / r, m / (m + r), m r / (m + r) and r / (m + r), for r >= 1 or k = 0."""
     _, m_share, r_share = _odds(log_mean, log_r)
     both = _times_exp(jnp.maximum(m_share, r_share), jnp.minimum(log_mean, log_r))
-    large = log_mean > 0  # then k - m is divided by m
+    large = (log_mean > 0) | (k == 0)  # then k - m is divided by m
     d = jnp.where(large, product(k, _exp(-jnp.maximum(log_mean, 0))) - 1, k - _exp(jnp.minimum(log_mean, 0)))
     gap = d * jnp.where(large, both, r_share)
     return gap, d * jnp.where(large, m_share, r_share * _exp(-log_r)), m_share, both, r_share
@@ -752,7 +745,7 @@ _negative_binomial_slope.defslopes(_negative_binomial_slope_slopes, times=produc
 def _negative_binomial_excess(log_mean: Array, log_r: Array, k: Array) -> Array:
     """r (g / r - log(1 + g / r)). d/dlog_mean = -g m / (m + r), d/dlog_r = itself - g^2 / (k + r)."""
     gap, s, _, _, r_share = _negative_binomial_gap(log_mean, log_r, k)
-    over_r = k * _exp(-log_r)
+    over_r = product(k, _exp(-log_r))
     e = _odds(log_mean, log_r)[0]
     log_ratio = _log_of((1 + over_r) * r_share, _log1p_any(over_r) - jnp.maximum(log_mean - log_r, 0) - _log1p(e))
     root = _times_exp(gap, -log_r / 2)
@@ -762,7 +755,7 @@ def _negative_binomial_excess(log_mean: Array, log_r: Array, k: Array) -> Array:
 def _negative_binomial_excess_slopes(log_mean: Array, log_r: Array, k: Array) -> tuple[Array | None, ...]:
     gap = _negative_binomial_gap(log_mean, log_r, k)[0]
     root = _times_exp(gap, -log_r / 2)
-    square = product(root, root) * _reciprocal(1 + k * _exp(-log_r))
+    square = product(root, root) * _reciprocal(1 + product(k, _exp(-log_r)))
     return -_times_share(gap, log_mean, log_r), _negative_binomial_excess(log_mean, log_r, k) - square, None
 
 
@@ -771,7 +764,10 @@ _negative_binomial_excess.defslopes(_negative_binomial_excess_slopes, times=prod
 
 @custom_jvp
 def _negative_binomial_deviance(log_mean: Array, log_r: Array, k: Array) -> Array:
-    """k log(k / m) - (k + r) log((k + r) / (m + r)), for r >= 1. d/dlog_mean = -g, d/dlog_r the part of r in it."""
+    """k log(k / m) - (k + r) log((k + r) / (m + r)), for r >= 1 or k = 0.
+
+    d/dlog_mean = -g, d/dlog_r the part of r in it.
+    """
     gap, _, _, both, _ = _negative_binomial_gap(log_mean, log_r, k)
     some = jnp.where(k == 0, 1, k)
     over = _reciprocal(some)
@@ -829,22 +825,23 @@ def negative_binomial_nll(
     valid = k >= 0
     k = lax.stop_gradient(jnp.where(valid, k, 0))
     # r >= 1: of the three log Gammas, Stirling's formula leaves log(2 pi k (k + r) / r) / 2 and mu of each
-    log_many = jnp.where(log_r >= 0, log_r, 0)
-    i = _exp(-log_many)
+    large = (log_r >= 0) | (k == 0)
+    log_many = jnp.where(large, log_r, 0)
+    i = _exp(jnp.where(log_r >= 0, -log_r, 0))
     rest = _stirling(k) + 0.5 * _log1p_any(k * i) + (_binet(i) - _binet(i * _reciprocal(1 + k * i)))
-    many = _negative_binomial_deviance(log_mean, log_many, k) + jnp.where(k == 0, 0, rest)
+    many = _negative_binomial_deviance(log_mean, log_many, k) + jnp.where(k == 0, 0, rest)  # k = 0: for all r
     # r < 1: k log((m + r) / m) + r log((m + r) / r), and log Gammas of 1 + r, 1 + k and 1 + k + r
-    log_few = jnp.where(log_r >= 0, 0, log_r)
+    log_few = jnp.where(large, 0, log_r)
     e, _, r_share = _odds(log_mean, log_few)
     r, log_odds, log1p_e, a, b = _exp(log_few), log_mean - log_few, _log1p(e), 1 + k, 1 + k + _exp(log_few)
     log_failure = jnp.where(log_odds > 0, log_odds, 0) + log1p_e  # log((m + r) / r)
     successes = product(k, jnp.where(log_odds > 0, 0, -log_odds) + log1p_e)
     failures = product(r, 1 - _log_of(a * r_share, _log(a) - log_failure))
-    gammas = (_log(jnp.where(k == 0, 1, k) + r) - log_few) + _log_gamma_1p(r)
+    gammas = (_log(k + r) - log_few) + _log_gamma_1p(r)
     over = _reciprocal(a)
     gammas = gammas - (b - 0.5) * _log1p(r * over) + (_binet(over) - _binet(_reciprocal(b)))
-    few = jnp.where(k == 0, product(r, log_failure), successes + failures + gammas)
-    return _checks.only(keep, jnp.where(valid, jnp.where(log_r >= 0, many, few), jnp.nan), 0)
+    few = successes + failures + gammas
+    return _checks.only(keep, jnp.where(valid, jnp.where(large, many, few), jnp.nan), 0)
 
 
 # ---------------------------------------------------------------------------------------------------- vectors, mixtures
