@@ -3,6 +3,7 @@
     pip install '.[programs]'                        # the compilers: neither TPU nor GPU has to be here
     python benchmarks/mesh.py tpu v5e:4x4            # or tpu v5e:16x16, gpu 1x1x8, cpu
     python benchmarks/mesh.py tpu v5e:4x4 --programs LinearLogits --layouts rows both --ways explicit --value
+    python benchmarks/mesh.py tpu v5e:4x4 --programs CLIP --layouts rows --rows 1024 --features 512
 
 A step is the mean loss of hidden states [rows, features] and a kernel, in bfloat16, with the gradients of both, compiled
 for a mesh of the axes "data" and "model", and not run. Each data shard has as many rows as are given. The layouts:
@@ -15,6 +16,7 @@ both       as classes, and the features over "data"
 And the ways: `jax.jit` alone on a mesh with automatic or with explicit axis types, or a `jax.shard_map`, which gathers
 features by itself. The peer is Optax' loss of the product, with automatic axes. Of the functions of arrays, `integer
 labels`, `softmax_statistics` and `Evaluation`, only the first two layouts are of use, and the peer is that of programs.py.
+`CLIP` has rows on both sides, each of as many features, and no classes: the layout is rows.
 
 All figures are of one device, and of a step as compiled; in brackets, the peer's are 1:
 
@@ -99,11 +101,22 @@ class Program(NamedTuple):
     ours: Callable[..., Any]
     case: str
     linear: bool = False
+    pairs: bool = False
+
+
+def clip(logits: Any, temperature: Any, rows: Any) -> Any:
+    """The mean of both directions, of the rows of both sides."""
+
+    def losses(logits: Any, temperature: Any) -> Any:
+        return jaxce.softmax_cross_entropy_of_pairs(logits / temperature, axis_name=rows)
+
+    return mean(losses)(logits, temperature, rows)
 
 
 PROGRAMS = {
-    "LinearLogits": Program(mean(jaxce.softmax_cross_entropy_with_integer_labels), "LinearLogits [V, D]", True),
-    "linear_cross_entropy": Program(mean(jaxce.linear_cross_entropy), "LinearLogits [V, D]", True),
+    "LinearLogits": Program(mean(jaxce.softmax_cross_entropy_with_integer_labels), "LinearLogits [V, D]", linear=True),
+    "linear_cross_entropy": Program(mean(jaxce.linear_cross_entropy), "LinearLogits [V, D]", linear=True),
+    "CLIP": Program(clip, "CLIP, all pairs", linear=True, pairs=True),
     "integer labels": Program(mean(jaxce.softmax_cross_entropy_with_integer_labels), "integer labels"),
     "softmax_statistics": Program(mean(jaxce.softmax_statistics), "softmax_statistics"),
     "Evaluation": Program(evaluation, "Evaluation.update"),
@@ -151,8 +164,10 @@ def measure(
     specs = [P(layout.rows), P(*(layout.classes, layout.features)[flip]), P(layout.rows)]
     if not program.linear:
         structs, specs = [(rows, classes), (rows,)], [P(layout.rows, layout.classes), P(layout.rows)]
+    if program.pairs:
+        structs, specs = [(rows, features), (rows, features), ()], [P(layout.rows), P(layout.rows), P()]
     args = [
-        programs.array(NamedSharding(mesh, spec), struct, "int32" if len(struct) == 1 else "bfloat16")
+        programs.array(NamedSharding(mesh, spec), struct, ("float32", "int32", "bfloat16")[len(struct)])
         for struct, spec in zip(structs, specs, strict=True)
     ]
 
@@ -174,7 +189,7 @@ def measure(
     function: Callable[..., Any] = whole
     if way == "peer":
         case = programs.CASES[program.case if class_axis == 0 else program.case.replace("[V, D]", "[D, V]")]
-        function = case.peer if case.whole else lambda *a: jnp.mean(case.peer(*a).astype(jnp.float32))
+        function = case.peer if case.whole else lambda *a: mean(lambda *_: case.peer(*a))(None, None, None)
     elif way == "shard_map":
         function = jax.shard_map(part, mesh=mesh, in_specs=tuple(specs), out_specs=P())
     if not value and name != "Evaluation":
@@ -212,7 +227,7 @@ def main() -> None:
     parser.add_argument("topology", nargs="?", help="of a TPU one of " + ", ".join(SHAPES) + "; of a GPU 1x1x8")
     for name, default in (("rows", 8192), ("features", 2048), ("classes", 128256)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    linear = [name for name, program in PROGRAMS.items() if program.linear]
+    linear = [name for name, program in PROGRAMS.items() if program.linear and not program.pairs]
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=linear)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)

@@ -83,6 +83,12 @@ def _sizes(*types: AxisType) -> list[int]:
     return [n for n, t in zip(mesh.axis_sizes, mesh.axis_types, strict=True) if t in types]
 
 
+def in_use() -> bool:
+    """Whether a mesh of several devices is set, or this is inside of `jax.shard_map` on one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
 def strips(classes: int) -> int:
     """In how many equal strips to see the classes, so that a block with a bit of each strip is a bit of each device's part.
 

@@ -38,7 +38,9 @@ from jaxce._sigmoid import softplus
 
 _ROWS, _COLUMNS, _PAIRS = 1 << 14, 1 << 8, 1 << 24
 """How many rows of each device a tile has at most, how many columns at least, and how many pairs at most, which a TPU keeps
-on the chip. A CPU wants fewer: so the columns are cut into sixteen blocks, unless these were too small or too large."""
+on the chip. A CPU wants fewer: so the columns are cut into sixteen blocks, unless these were too small or too large. A mesh
+in use has as few blocks as can be: a device has few rows of all, and with automatic axes XLA adds up in each turn of a loop
+what the devices find in it."""
 
 _FAR = 2.0**90
 """How large a sum may be before its exponentials are taken again, relative to the maximum."""
@@ -68,8 +70,9 @@ def softmax_cross_entropy_of_pairs(
     ``positives="group"`` and ``exclude_self=True`` it is SupCon. Under ``jax.jit`` losses that aren't used cost nothing.
 
     With `LinearLogits` of both sides' embeddings neither all pairs nor a mask of them are ever in memory, also not for
-    derivatives. Their temperature divides, and their bias is one number per column, such as :math:`-\log q` of a
-    column that was sampled with probability q. Columns beyond the rows are further negatives.
+    derivatives. Their temperature divides the product and their bias. ``logits + b`` adds one number per column after
+    that, such as :math:`-\log q` of a column that was sampled with probability q. Columns beyond the rows are further
+    negatives.
 
     A row or column that takes no part, or that has no positive, has loss 0 and gradient 0. So average the columns' losses
     over those that have a positive. The loss of a row whose label is left out by ``class_where`` is +inf, and that of a row
@@ -233,6 +236,8 @@ def _losses(options: _Options, inputs: Inputs) -> tuple[Array, Array]:
     counts = jnp.ones(rows, dtype), _at_columns(options, inputs, valid.astype(dtype), jnp.add, 0)
     if "kernel" in inputs and not options.grouped:
         inputs = inputs | dict(zip(SHIFTS, _guesses(options, inputs), strict=True))
+    # With automatic axes, too, each device has all columns: a block of sharded ones would be gathered, again in each pass.
+    inputs = inputs | {n: _mesh.whole(x, 0) for n, x in inputs.items() if n in COLUMNS_FIRST}
     tiles, join = _split(options, inputs)
     if options.grouped:
         found = _over_tiles(partial(_counts_of, options), jnp.add, 0, tiles)
@@ -445,7 +450,8 @@ def _split(options: _Options, inputs: Inputs) -> tuple[Inputs, Callable[[Any], A
         # The sizes of jax.export may be symbolic.
         local = max(1, rows // _mesh.devices(AxisType.Auto)) if isinstance(rows, int) else 1
         tiles = -(-local // _ROWS)
-        blocks = -(-columns // (given or min(max(_COLUMNS, columns // 16), _PAIRS // -(-local // tiles))))
+        size = columns if _mesh.in_use() else max(_COLUMNS, columns // 16)
+        blocks = -(-columns // (given or min(size, _PAIRS // -(-local // tiles))))
     size = -(-columns // blocks)
     if blocks > 1 and given is None:
         size = -(-size // 128) * 128  # as a TPU likes it

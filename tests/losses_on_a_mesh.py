@@ -836,3 +836,33 @@ def test_pairs() -> None:
     m = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     by_hand = functools.partial(losses, axis_name="x")
     check(jax.shard_map(by_hand, mesh=m, in_specs=(P("x"), P("x"), P()), out_specs=P("x")), a, b, t)
+
+
+@pytest.mark.parametrize("way", ["Auto", "Explicit", "shard_map"])
+def test_pairs_cross_the_network_once(way: str) -> None:
+    """The columns are gathered and their gradient is summed, once each, and beside these a few numbers of each column."""
+    n, features, axes = 512, 64, ("data", "model")
+    m = mesh(AxisType.Explicit if way == "Explicit" else AxisType.Auto)
+    rows, everywhere = NamedSharding(m, P(axes)), NamedSharding(m, P())
+    structs = [jax.ShapeDtypeStruct((n, features), "float32", sharding=rows)] * 2
+    structs.append(jax.ShapeDtypeStruct((n,), "int32", sharding=rows))
+
+    def loss(a: jax.Array, b: jax.Array, groups: jax.Array, axis_name: Any = None) -> jax.Array:
+        logits = jaxce.LinearLogits(a, b, class_axis=0, temperature=0.1)
+        means = map(jnp.mean, jaxce.softmax_cross_entropy_of_pairs(logits, groups=groups, axis_name=axis_name))
+        total = sum(means, jnp.zeros(()))
+        return total if axis_name is None else jax.lax.pmean(total, axis_name)
+
+    if way == "shard_map":
+        part = functools.partial(loss, axis_name=axes)
+        loss = jax.shard_map(part, mesh=m, in_specs=(P(axes),) * 3, out_specs=P())
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1)), out_shardings=(everywhere, (rows, rows)))
+    with jax.set_mesh(m):
+        found = programs.collectives(gradient.lower(*structs).compile().as_text())
+    assert all(c.times == 1 for c in found), found
+    column, side = 4 * n, 4 * n * features
+    large = sorted((c.kind, c.bytes / side) for c in found if c.bytes > 4 * column)
+    total = ("reduce-scatter", 1 / 8) if way == "shard_map" else ("all-reduce", 1)
+    assert large == [("all-gather", 1), total], found
+    # Numbers of the columns: of the positive, its shift, groups, sums for each direction and again at another shift.
+    assert sum(c.bytes for c in found) <= 2 * side + 12 * column, found

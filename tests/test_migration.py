@@ -50,11 +50,19 @@ def example() -> dict[str, Any]:
         "bias": rng.normal(size=k),
         "l": rng.exponential(size=n),
         "pos_w": np.array(2.5),
+        "u": rng.normal(size=(n, 4)),
+        "m": np.zeros((n, k)),
     }
+    arrays["u"] /= np.linalg.norm(arrays["u"], axis=-1, keepdims=True)
+    m_list = np.array([[0, 3, 6], [1, -1, -1], [-1, -1, -1], [5, 2, -1], [6, 0, 1], [4, -1, -1]], np.int32)
+    for row, listed in zip(arrays["m"], m_list, strict=True):
+        row[listed[listed >= 0]] = 1
     arrays["log_q"], arrays["log_t"] = np.log(arrays["q"]), np.log(arrays["t"])
     floats = {name: array.astype(np.float32) for name, array in arrays.items()}
     return floats | {
         "y": y,
+        "m_list": m_list,
+        "ids": np.array([2, 0, 1, 2, 1, 0], np.int32),
         "padded_y": np.where(y == 0, np.int32(-100), y),
         "image_y": rng.integers(k, size=(2, 3, 4)).astype(np.int32),
     }
@@ -111,7 +119,7 @@ def test_every_row_is_read(library: str) -> None:
 def test_formulas() -> None:
     """What PyTorch and Keras document for an imbalance and for smoothing, also where neither is installed."""
     arrays = {name: np.asarray(value, float) for name, value in example().items()}
-    x, t, w, z, b = (arrays[name] for name in "xtwzb")
+    x, t, w, z, b, m = (arrays[name] for name in "xtwzbm")
     # BCEWithLogitsLoss: l = -[p y log sigma(x) + (1 - y) log(1 - sigma(x))]
     log_p, log_not_p = scipy.special.log_expit(x), scipy.special.log_expit(-x)
     close(ours("sigmoid_binary_cross_entropy(x, t, pos_weight=w)"), -(w * t * log_p + (1 - t) * log_not_p))
@@ -123,6 +131,12 @@ def test_formulas() -> None:
     (call,) = (row.values[1] for row in rows("Keras") if "KLDivergence" in str(row.values[0]))
     expected = scipy.special.xlogy(t, t / (2 * arrays["q"])).sum(-1).mean()
     close(ours(str(call).replace("(q)", "(2 * q)")), expected)
+    # MultiLabelSoftMarginLoss: -1/C sum_c w_c [y_c log sigma(x_c) + (1 - y_c) log sigma(-x_c)]
+    calls = {str(row.values[0]): str(row.values[1]) for row in rows("PyTorch") if "multilabel" in str(row.values[0])}
+    terms = -(m * log_p + (1 - m) * log_not_p)
+    for theirs, call in calls.items():
+        close(ours(call), (w[None] * terms).mean(-1) if "weight" in theirs else terms.mean())
+    assert len(calls) == 2 and sum("sparse" in call for call in calls.values()) == 1
 
 
 def test_the_trap_of_padded_labels() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.special
 import scipy.stats
@@ -335,3 +336,114 @@ def test_tunix(recipes: dict[str, Any], rng: np.random.Generator) -> None:
     logits = hidden @ kernel / 0.5
     close(got[0], log_p(logits, labels))
     close(got[1], scipy.special.entr(scipy.special.softmax(logits, -1)).sum(-1))
+
+
+# Losses of pairs, written from the sources of open_clip's `loss.py`, big_vision's `siglip.py`, TensorFlow Recommenders'
+# `tasks/retrieval.py` and `layers/loss.py`, and sentence-transformers' `losses`, of which each has the array of all pairs.
+
+
+def mean_at_labels(scores: np.ndarray) -> float:
+    """torch's cross_entropy(scores, arange(rows))."""
+    return -log_p(scores, np.arange(len(scores))).mean()
+
+
+def unit_vectors(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    x = rng.normal(size=shape)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def of_open_clip(images: np.ndarray, texts: np.ndarray, scale: float) -> float:
+    return (mean_at_labels(scale * images @ texts.T) + mean_at_labels(scale * texts @ images.T)) / 2
+
+
+def of_siglip(images: np.ndarray, texts: np.ndarray, scale: float, bias: float) -> float:
+    """open_clip: -logsigmoid(labels * logits).sum() / N with labels 2 eye - 1; in big_vision the mean of the rows' sums."""
+    signs = 2 * np.eye(len(images)) - 1
+    return -scipy.special.log_expit(signs * (scale * images @ texts.T + bias)).sum(-1).mean()
+
+
+def check_all(name: str, ours: Any, theirs: Any, sides: Any, *numbers: float) -> None:
+    """Value, and gradients by one side and by the numbers."""
+    value, slopes = jax.value_and_grad(ours, (0, *range(2, 2 + len(numbers))))(*f32(*sides, *map(np.array, numbers)))
+    close(value, theirs(*sides, *numbers))
+    close(slopes[0], gradient(lambda x: theirs(x, sides[1], *numbers), sides[0]))
+    by_numbers = gradient(lambda x: theirs(*sides, *x), np.array(numbers)) if numbers else []
+    for got, expected in zip(slopes[1:], by_numbers, strict=True):
+        np.testing.assert_allclose(got, expected, **TOLERANCE, err_msg=name)
+
+
+def test_open_clip_and_big_vision(recipes: dict[str, Any], rng: np.random.Generator) -> None:
+    sides = unit_vectors(rng, 2, 5, 4)
+    check_all("ClipLoss", recipes["open_clip_loss"], of_open_clip, sides, 3.0)
+    check_all("SigLipLoss", recipes["open_clip_siglip_loss"], of_siglip, sides, 3.0, -1.5)
+
+
+def test_siglip(recipes: dict[str, Any], rng: np.random.Generator) -> None:
+    """The recipe, whose embeddings have any length and whose scale is the exponential of a parameter."""
+
+    def theirs(images: np.ndarray, texts: np.ndarray, log_scale: float, bias: float) -> float:
+        a, b = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (images, texts))
+        return of_siglip(a, b, np.exp(log_scale), bias)
+
+    check_all("recipe", recipes["siglip_loss"], theirs, rng.normal(size=(2, 5, 4)), 1.5, -1.5)
+
+
+def of_recommenders(
+    queries: Any, candidates: Any, weights: Any, probability: Any, ids: Any, temperature: float
+) -> float:
+    scores = queries @ candidates.T / temperature
+    labels = np.eye(*scores.shape)
+    if probability is not None:
+        scores = scores - np.log(probability)
+    if ids is not None:  # of accidental hits
+        duplicate = (ids[labels.argmax(1)][:, None] == ids[None]) - labels
+        scores = scores + duplicate * (np.finfo(np.float32).min / 100)
+    losses = -(labels * scipy.special.log_softmax(scores, -1)).sum(-1)
+    return (losses * (1 if weights is None else weights)).sum()
+
+
+def test_retrieval(recipes: dict[str, Any], rng: np.random.Generator) -> None:
+    """With more candidates than queries, of which some are the same item, and each option alone and with all."""
+    queries, candidates = rng.normal(size=(5, 4)), rng.normal(size=(8, 4))
+    given = rng.uniform(0.5, 2, 5), rng.uniform(0.01, 0.9, 8), np.array([3, 1, 3, 4, 5, 1, 6, 3])
+    for chosen in ([], [0], [1], [2], [0, 1, 2]):
+        options = [x if i in chosen else None for i, x in enumerate(given)]
+        arrays = [None if x is None else f32(x)[0] for x in options]
+
+        def ours(a: Any, b: Any, t: Any, arrays: Any = arrays) -> Any:
+            return recipes["retrieval_loss"](a, b, *arrays, temperature=t)
+
+        def theirs(a: Any, b: Any, t: Any, options: Any = options) -> Any:
+            return of_recommenders(a, b, *options, t)
+
+        check_all(f"{chosen}", ours, theirs, (queries, candidates), 0.5)
+
+
+def of_sentence_transformers(anchors: np.ndarray, candidates: np.ndarray, scale: float, symmetric: bool) -> float:
+    a, b = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (anchors, candidates))
+    scores = scale * a @ b.T
+    forward, backward = mean_at_labels(scores), mean_at_labels(scores[:, : len(a)].T)
+    return (forward + backward) / 2 if symmetric else forward
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_sentence_transformers(recipes: dict[str, Any], rng: np.random.Generator, symmetric: bool) -> None:
+    """With hard negatives after the positives."""
+
+    def ours(a: Any, b: Any, scale: Any) -> Any:
+        return recipes["ranking_loss"](a, b, scale, symmetric)
+
+    def theirs(a: Any, b: Any, scale: Any) -> Any:
+        return of_sentence_transformers(a, b, scale, symmetric)
+
+    check_all("ranking", ours, theirs, (rng.normal(size=(4, 4)), rng.normal(size=(9, 4))), 5.0)
+
+
+@pytest.mark.parametrize("views", [2, 3])
+def test_optax_ntxent(recipes: dict[str, Any], rng: np.random.Generator, views: int) -> None:
+    (x,) = f32(rng.normal(size=(4 * views, 4)))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        expected = jax.value_and_grad(optax.losses.ntxent)(x, jnp.arange(4 * views) % 4, 0.2)
+    got = jax.value_and_grad(recipes["ntxent"])(x, views, 0.2)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, **TOLERANCE)
