@@ -296,21 +296,21 @@ def bernoulli_nll(logits: ArrayLike, x: ArrayLike, *, where: ArrayLike | None = 
     logits of every size.
 
     Args:
-        logits: the log-odds of yes.
-        x: the observation: booleans, 0 or 1, or a probability in between; anything else gives NaN.
-        where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
-            they broadcast.
+      logits: the log-odds of yes.
+      x: the observation: booleans, 0 or 1, or a probability in between; anything else gives NaN.
+      where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
+        they broadcast.
 
     Returns:
-        One value per element, in nats; half precision is computed and returned in float32.
+      One value per element, in nats; half precision is computed and returned in float32.
 
     Examples:
-        >>> import jax.numpy as jnp, jaxce
-        >>> print(jaxce.bernoulli_nll(jnp.array([0.0, 40.0]), True))
-        [6.931472e-01 4.248354e-18]
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.bernoulli_nll(jnp.array([0.0, 40.0]), True))
+      [6.931472e-01 4.248354e-18]
 
     References:
-        Cox, "The Regression Analysis of Binary Sequences", JRSS B 20 (1958).
+      Cox, "The Regression Analysis of Binary Sequences", JRSS B 20 (1958).
     """
     keep, (z, x) = _arguments(where, "x", logits=logits, x=x)
     return _checks.only(keep, jnp.where((x >= 0) & (x <= 1), sigmoid_binary_cross_entropy(z, x), jnp.nan), 0)
@@ -328,30 +328,30 @@ def gaussian_nll(
     to 7 ulp.
 
     Args:
-        location: the mean m.
-        log_scale: the logarithm of the standard deviation, which is half of the log-variance.
-        x: the observation.
-        full: whether to include the constant log(2 pi) / 2.
-        where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
-            they broadcast.
+      location: the mean m.
+      log_scale: the logarithm of the standard deviation, which is half of the log-variance.
+      x: the observation.
+      full: whether to include the constant log(2 pi) / 2.
+      where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
+        they broadcast.
 
     Returns:
-        One value per element, in nats; half precision is computed and returned in float32.
+      One value per element, in nats; half precision is computed and returned in float32.
 
     Examples:
-        >>> import jaxce
-        >>> print(jaxce.gaussian_nll(0, 0, 0), jaxce.gaussian_nll(0.0, 0.0, 2.0, full=False))
-        0.9189 2.0
+      >>> import jaxce
+      >>> print(jaxce.gaussian_nll(0, 0, 0), jaxce.gaussian_nll(0.0, 0.0, 2.0, full=False))
+      0.9189 2.0
 
-        Missing observations, here NaN, are left out by ``where``:
+      Missing observations, here NaN, are left out by ``where``:
 
-        >>> import jax.numpy as jnp
-        >>> measured = jnp.array([0.0, jnp.nan])
-        >>> print(jaxce.gaussian_nll(0.0, 0.0, measured, where=~jnp.isnan(measured)))
-        [0.9189385 0.       ]
+      >>> import jax.numpy as jnp
+      >>> measured = jnp.array([0.0, jnp.nan])
+      >>> print(jaxce.gaussian_nll(0.0, 0.0, measured, where=~jnp.isnan(measured)))
+      [0.9189385 0.       ]
 
     References:
-        Gauss, "Theoria motus corporum coelestium" (1809), section 177.
+      Gauss, "Theoria motus corporum coelestium" (1809), section 177.
     """
     keep, (m, s, x) = _arguments(where, "x", location=location, log_scale=log_scale, x=x)
     z = _times_exp(x - m, -s)
@@ -378,25 +378,25 @@ def gaussian_relative_entropy(
     nearly equal. Value and gradient are right to 8 ulp.
 
     Args:
-        p_location: the mean of p.
-        p_log_scale: the logarithm of the standard deviation of p, which is half of the log-variance.
-        q_location: the mean of q.
-        q_log_scale: the logarithm of the standard deviation of q.
-        where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
-            they broadcast.
+      p_location: the mean of p.
+      p_log_scale: the logarithm of the standard deviation of p, which is half of the log-variance.
+      q_location: the mean of q.
+      q_log_scale: the logarithm of the standard deviation of q.
+      where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
+        they broadcast.
 
     Returns:
-        One value per element, in nats; half precision is computed and returned in float32.
+      One value per element, in nats; half precision is computed and returned in float32.
 
     Examples:
-        >>> import jax.numpy as jnp, jaxce
-        >>> location, log_scale = jnp.array([[0.0, 1.0]]), jnp.array([[0.0, -1.0]])
-        >>> print(jaxce.gaussian_relative_entropy(location, log_scale).sum(-1))
-        [1.0676676]
+      >>> import jax.numpy as jnp, jaxce
+      >>> location, log_scale = jnp.array([[0.0, 1.0]]), jnp.array([[0.0, -1.0]])
+      >>> print(jaxce.gaussian_relative_entropy(location, log_scale).sum(-1))
+      [1.0676676]
 
     References:
-        Kullback and Leibler, "On Information and Sufficiency", Annals of Mathematical Statistics 22 (1951);
-        Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014, https://arxiv.org/abs/1312.6114.
+      Kullback and Leibler, "On Information and Sufficiency", Annals of Mathematical Statistics 22 (1951);
+      Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014, https://arxiv.org/abs/1312.6114.
     """
     keep, (m, s, q_m, q_s) = _arguments(
         where,
@@ -425,22 +425,22 @@ def laplace_nll(location: ArrayLike, log_scale: ArrayLike, x: ArrayLike, *, wher
     and gradient are right to 4 ulp.
 
     Args:
-        location: the median m.
-        log_scale: the logarithm of b, the mean absolute deviation from the median.
-        x: the observation.
-        where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
-            they broadcast.
+      location: the median m.
+      log_scale: the logarithm of b, the mean absolute deviation from the median.
+      x: the observation.
+      where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
+        they broadcast.
 
     Returns:
-        One value per element, in nats; half precision is computed and returned in float32.
+      One value per element, in nats; half precision is computed and returned in float32.
 
     Examples:
-        >>> import jaxce
-        >>> print(jaxce.laplace_nll(0.0, 0.0, -3.0))
-        3.6931
+      >>> import jaxce
+      >>> print(jaxce.laplace_nll(0.0, 0.0, -3.0))
+      3.6931
 
     References:
-        Laplace, "Memoire sur la probabilite des causes par les evenements" (1774).
+      Laplace, "Memoire sur la probabilite des causes par les evenements" (1774).
     """
     keep, (m, s, x) = _arguments(where, "x", location=location, log_scale=log_scale, x=x)
     d = x - m
@@ -520,23 +520,23 @@ def student_t_nll(
     As the degrees of freedom grow, this becomes `gaussian_nll`. Value and gradient are right to 8 ulp.
 
     Args:
-        location: the median m.
-        log_scale: the logarithm of the scale sigma, which is not the standard deviation.
-        log_df: the logarithm of the degrees of freedom nu.
-        x: the observation.
-        where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
-            they broadcast.
+      location: the median m.
+      log_scale: the logarithm of the scale sigma, which is not the standard deviation.
+      log_df: the logarithm of the degrees of freedom nu.
+      x: the observation.
+      where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
+        they broadcast.
 
     Returns:
-        One value per element, in nats; half precision is computed and returned in float32.
+      One value per element, in nats; half precision is computed and returned in float32.
 
     Examples:
-        >>> import jaxce
-        >>> print(jaxce.student_t_nll(0.0, 0.0, 0.0, 1.0))  # Cauchy: log(2 pi)
-        1.8379
+      >>> import jaxce
+      >>> print(jaxce.student_t_nll(0.0, 0.0, 0.0, 1.0))  # Cauchy: log(2 pi)
+      1.8379
 
     References:
-        Student, "The Probable Error of a Mean", Biometrika 6 (1908).
+      Student, "The Probable Error of a Mean", Biometrika 6 (1908).
     """
     keep, (m, s, log_df, x) = _arguments(where, "x", location=location, log_scale=log_scale, log_df=log_df, x=x)
     return _checks.only(keep, _student_t_tail(x - m, s, log_df) + s + _student_t_constant(log_df), 0)
@@ -554,21 +554,21 @@ def exponential_nll(log_rate: ArrayLike, x: ArrayLike, *, where: ArrayLike | Non
     The entropy is 1 - log_rate. Value and gradient are right to 4 ulp.
 
     Args:
-        log_rate: the logarithm of the rate, which is minus the logarithm of the mean.
-        x: the observation, at least 0; below gives NaN.
-        where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
-            they broadcast.
+      log_rate: the logarithm of the rate, which is minus the logarithm of the mean.
+      x: the observation, at least 0; below gives NaN.
+      where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
+        they broadcast.
 
     Returns:
-        One value per element, in nats; half precision is computed and returned in float32.
+      One value per element, in nats; half precision is computed and returned in float32.
 
     Examples:
-        >>> import jaxce
-        >>> print(jaxce.exponential_nll(0.0, 3.0))
-        3.0
+      >>> import jaxce
+      >>> print(jaxce.exponential_nll(0.0, 3.0))
+      3.0
 
     References:
-        Johnson, Kotz and Balakrishnan, "Continuous Univariate Distributions" 1 (1994), chapter 19.
+      Johnson, Kotz and Balakrishnan, "Continuous Univariate Distributions" 1 (1994), chapter 19.
     """
     keep, (log_rate, x) = _arguments(where, "x", log_rate=log_rate, x=x)
     return _checks.only(keep, jnp.where(x >= 0, _times_exp(x, log_rate) - log_rate, jnp.nan), 0)
@@ -633,22 +633,22 @@ def gamma_nll(
     gradient are right to 6 ulp of the largest of these terms, up to concentrations of 1e9.
 
     Args:
-        log_concentration: the logarithm of the concentration (shape) alpha.
-        log_rate: the logarithm of the rate beta, which is minus the logarithm of the scale.
-        x: the observation, at least 0; below gives NaN.
-        where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
-            they broadcast.
+      log_concentration: the logarithm of the concentration (shape) alpha.
+      log_rate: the logarithm of the rate beta, which is minus the logarithm of the scale.
+      x: the observation, at least 0; below gives NaN.
+      where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
+        they broadcast.
 
     Returns:
-        One value per element, in nats; half precision is computed and returned in float32.
+      One value per element, in nats; half precision is computed and returned in float32.
 
     Examples:
-        >>> import jaxce
-        >>> print(jaxce.gamma_nll(0.0, 0.0, 3.0))  # exponential
-        3.0
+      >>> import jaxce
+      >>> print(jaxce.gamma_nll(0.0, 0.0, 3.0))  # exponential
+      3.0
 
     References:
-        Johnson, Kotz and Balakrishnan, "Continuous Univariate Distributions" 1 (1994), chapter 17.
+      Johnson, Kotz and Balakrishnan, "Continuous Univariate Distributions" 1 (1994), chapter 17.
     """
     keep, (log_a, log_rate, x) = _arguments(where, "x", log_concentration=log_concentration, log_rate=log_rate, x=x)
     positive = jnp.where(x > 0, x, 1)
@@ -693,22 +693,22 @@ def poisson_nll(log_rate: ArrayLike, counts: ArrayLike, *, full: bool = True, wh
     k log(lambda / k) and that rest.
 
     Args:
-        log_rate: the logarithm of the rate (the expected count); -inf for a rate of 0.
-        counts: the observation k, at least 0 (below gives NaN), not necessarily a whole number. It has no derivative.
-        full: whether to include the constant log k!.
-        where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
-            they broadcast.
+      log_rate: the logarithm of the rate (the expected count); -inf for a rate of 0.
+      counts: the observation k, at least 0 (below gives NaN), not necessarily a whole number. It has no derivative.
+      full: whether to include the constant log k!.
+      where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
+        they broadcast.
 
     Returns:
-        One value per element, in nats; half precision is computed and returned in float32.
+      One value per element, in nats; half precision is computed and returned in float32.
 
     Examples:
-        >>> import jax.numpy as jnp, jaxce
-        >>> print(jaxce.poisson_nll(0.0, jnp.array([0, 1, 2])))
-        [1.        1.        1.6931472]
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.poisson_nll(0.0, jnp.array([0, 1, 2])))
+      [1.        1.        1.6931472]
 
     References:
-        Poisson, "Recherches sur la probabilite des jugements" (1837), section 81.
+      Poisson, "Recherches sur la probabilite des jugements" (1837), section 81.
     """
     keep, (log_rate, k) = _arguments(where, "counts", log_rate=log_rate, counts=counts)
     valid = k >= 0
@@ -802,22 +802,22 @@ def negative_binomial_nll(
     Value and gradient (by log_mean: -g) are right to 6 ulp of the largest of these terms, up to counts of 1e9.
 
     Args:
-        log_mean: the logarithm of the mean m; -inf for a mean of 0.
-        log_concentration: the logarithm of the concentration r ("number of failures").
-        counts: the observation k, at least 0 (below gives NaN), not necessarily a whole number. It has no derivative.
-        where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
-            they broadcast.
+      log_mean: the logarithm of the mean m; -inf for a mean of 0.
+      log_concentration: the logarithm of the concentration r ("number of failures").
+      counts: the observation k, at least 0 (below gives NaN), not necessarily a whole number. It has no derivative.
+      where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
+        they broadcast.
 
     Returns:
-        One value per element, in nats; half precision is computed and returned in float32.
+      One value per element, in nats; half precision is computed and returned in float32.
 
     Examples:
-        >>> import jaxce
-        >>> print(jaxce.negative_binomial_nll(0.0, 0.0, 3))  # geometric: 4 log 2
-        2.7726
+      >>> import jaxce
+      >>> print(jaxce.negative_binomial_nll(0.0, 0.0, 3))  # geometric: 4 log 2
+      2.7726
 
     References:
-        Hilbe, "Negative Binomial Regression" (2011), section 8.2 (NB2).
+      Hilbe, "Negative Binomial Regression" (2011), section 8.2 (NB2).
     """
     keep, (log_mean, log_r, k) = _arguments(
         where, "counts", log_mean=log_mean, log_concentration=log_concentration, counts=counts
@@ -858,24 +858,24 @@ def multivariate_normal_nll(
     It is as exact as the triangular solve, whose error grows with the condition number of L: 8 ulp in one dimension.
 
     Args:
-        location: the mean m, [..., n].
-        scale_tril: L, [..., n, n], lower triangular with a positive diagonal (else NaN): the Cholesky factor of the
-            covariance. Entries above the diagonal are ignored.
-        x: the observation, [..., n]. The batch axes of all three broadcast.
-        full: whether to include the constant n log(2 pi) / 2.
-        where: which vectors take part: booleans or integers (nonzero is True) with as many axes as the result, to which
-            they broadcast.
+      location: the mean m, [..., n].
+      scale_tril: L, [..., n, n], lower triangular with a positive diagonal (else NaN): the Cholesky factor of the
+        covariance. Entries above the diagonal are ignored.
+      x: the observation, [..., n]. The batch axes of all three broadcast.
+      full: whether to include the constant n log(2 pi) / 2.
+      where: which vectors take part: booleans or integers (nonzero is True) with as many axes as the result, to which
+        they broadcast.
 
     Returns:
-        One value per vector, in nats; half precision is computed and returned in float32.
+      One value per vector, in nats; half precision is computed and returned in float32.
 
     Examples:
-        >>> import jax.numpy as jnp, jaxce
-        >>> print(jaxce.multivariate_normal_nll(jnp.zeros(2), jnp.eye(2), jnp.array([3.0, 4.0]), full=False))
-        12.5
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.multivariate_normal_nll(jnp.zeros(2), jnp.eye(2), jnp.array([3.0, 4.0]), full=False))
+      12.5
 
     References:
-        Anderson, "An Introduction to Multivariate Statistical Analysis" (2003), section 2.3.
+      Anderson, "An Introduction to Multivariate Statistical Analysis" (2003), section 2.3.
     """
     m, scale = _checks.floating("location", location), _checks.floating("scale_tril", scale_tril)
     x = _checks.real("x", x, _checks.compute_dtype(m, scale))
@@ -920,30 +920,30 @@ def mixture_nll(
     posterior probability is 0 adds exactly 0 to every gradient, also when its own likelihood has an infinite one.
 
     Args:
-        log_weights: the logarithms of the weights w; logits do as well, as weights are normalised. A component at -inf is
-            ignored, whatever its likelihood. For weights that may be 0 write ``jnp.log(w + 1e-30)``, as the gradient of
-            ``jnp.log(w)`` at 0 is NaN in JAX.
-        component_nll: the negative log-likelihood of each component, which broadcasts with log_weights. +inf is a density
-            of 0.
-        axis: the axis of the components, or several.
-        where: what takes part, booleans or integers (nonzero is True): a mask of the batch shape says which rows do, one
-            with as many axes as component_nll, to which it broadcasts, which components. A row with none has the value 0.
+      log_weights: the logarithms of the weights w; logits do as well, as weights are normalised. A component at -inf is
+        ignored, whatever its likelihood. For weights that may be 0 write ``jnp.log(w + 1e-30)``, as the gradient of
+        ``jnp.log(w)`` at 0 is NaN in JAX.
+      component_nll: the negative log-likelihood of each component, which broadcasts with log_weights. +inf is a density
+        of 0.
+      axis: the axis of the components, or several.
+      where: what takes part, booleans or integers (nonzero is True): a mask of the batch shape says which rows do, one
+        with as many axes as component_nll, to which it broadcasts, which components. A row with none has the value 0.
 
     Returns:
-        One value per example, of the shape without ``axis``; half precision is computed and returned in float32.
+      One value per example, of the shape without ``axis``; half precision is computed and returned in float32.
 
     Examples:
-        Observations get an axis for the components, ``x[:, None]``:
+      Observations get an axis for the components, ``x[:, None]``:
 
-        >>> import jax.numpy as jnp, jaxce
-        >>> x = jnp.array([1.0, 3.0])
-        >>> log_weights = jnp.log(jnp.array([[0.25, 0.75]]))
-        >>> nll = jaxce.gaussian_nll(jnp.array([[-1.0, 1.0]]), 0.0, x[:, None])
-        >>> print(jaxce.mixture_nll(log_weights, nll).round(4))
-        [1.1625 3.2058]
+      >>> import jax.numpy as jnp, jaxce
+      >>> x = jnp.array([1.0, 3.0])
+      >>> log_weights = jnp.log(jnp.array([[0.25, 0.75]]))
+      >>> nll = jaxce.gaussian_nll(jnp.array([[-1.0, 1.0]]), 0.0, x[:, None])
+      >>> print(jaxce.mixture_nll(log_weights, nll).round(4))
+      [1.1625 3.2058]
 
     References:
-        Bishop, "Mixture Density Networks" (1994).
+      Bishop, "Mixture Density Networks" (1994).
     """
     weights = _checks.floating("log_weights", log_weights)
     nll = _checks.floating("component_nll", component_nll)

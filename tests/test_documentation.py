@@ -86,7 +86,7 @@ def test_docstrings_have_one_template(name: str) -> None:
     assert re.findall(r"^(\w+):$", text, re.M) == ["Args", "Returns", "Examples", "References"]
     lines = text.splitlines()
     assert lines[0].endswith(".") and not lines[1]
-    arguments = re.findall(r"^(?:  |    )(\w+): ", text.partition("Args:\n")[2].partition("\nReturns:")[0], re.M)
+    arguments = re.findall(r"^  (\w+): ", text.partition("Args:\n")[2].partition("\nReturns:")[0], re.M)
     assert arguments == list(inspect.signature(getattr(jaxce, name)).parameters)
 
 
