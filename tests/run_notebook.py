@@ -15,6 +15,7 @@ import contextlib
 import io
 import json
 import os
+import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def main() -> None:
         notebook = json.loads(path.read_text(encoding="utf-8"))
         with contextlib.chdir(path.parent):
             execute(notebook)
+        notebook["metadata"]["language_info"]["version"] = platform.python_version()
         output.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

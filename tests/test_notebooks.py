@@ -64,6 +64,11 @@ def test_agree(got: str, expected: str, same: bool) -> None:
     assert agree(got, expected) == same
 
 
+def version(notebook: Any) -> str:
+    """The Python that ran it, whose manual is the text that some are trained on."""
+    return notebook["metadata"]["language_info"]["version"]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_outputs_are_checked_in(path: Path) -> None:
     notebook = json.loads(path.read_text(encoding="utf-8"))
@@ -94,11 +99,14 @@ def test_notebook(path: Path, tmp_path: Path) -> None:
         timeout=600,
     )
     assert result.returncode == 0, result.stderr
-    expected, got = (code_cells(json.loads(p.read_text(encoding="utf-8"))) for p in (path, tmp_path / path.name))
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    expected, got = code_cells(notebook), code_cells(json.loads((tmp_path / path.name).read_text(encoding="utf-8")))
+    python = "{}.{}.".format(*sys.version_info)
+    other_text = "load_text" in path.read_text(encoding="utf-8") and not version(notebook).startswith(python)
     for before, after in zip(expected, got, strict=True):
         cell = "".join(before["source"])
         outputs, checked_in = ([o for o in c["outputs"] if o.get("name") != "stderr"] for c in (after, before))
         assert [o["output_type"] for o in outputs] == [o["output_type"] for o in checked_in], cell
-        if "varies" not in before["metadata"].get("tags", []):
+        if not other_text and "varies" not in before["metadata"].get("tags", []):
             for new, old in zip(outputs, checked_in, strict=True):
                 assert agree(text(new), text(old)), f"{cell}\n\nprints\n{text(new)}\ninstead of\n{text(old)}"
