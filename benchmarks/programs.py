@@ -508,6 +508,10 @@ def _our_siglip(a: jax.Array, b: jax.Array, temperature: jax.Array) -> jax.Array
     return jaxce.sigmoid_binary_cross_entropy_with_sparse_labels(_pairs(a, b, temperature), labels)
 
 
+def _our_siglip_mean(a: jax.Array, b: jax.Array, temperature: jax.Array) -> jax.Array:
+    return jaxce.linear_sigmoid_binary_cross_entropy(_pairs(a, b, temperature), jnp.arange(a.shape[0])[:, None])
+
+
 def _plain_siglip(a: jax.Array, b: jax.Array, temperature: jax.Array) -> jax.Array:
     x = _all_pairs(a, b, temperature)
     return jnp.sum(jax.nn.softplus(jnp.where(jnp.eye(len(x), dtype=bool), -x, x)), -1)
@@ -516,6 +520,10 @@ def _plain_siglip(a: jax.Array, b: jax.Array, temperature: jax.Array) -> jax.Arr
 def _our_sparse_binary(h: jax.Array, w: jax.Array, labels: jax.Array) -> jax.Array:
     logits = jaxce.LinearLogits(h, w, class_axis=0)
     return jaxce.sigmoid_binary_cross_entropy_with_sparse_labels(logits, _several(labels))
+
+
+def _our_sparse_binary_mean(h: jax.Array, w: jax.Array, labels: jax.Array) -> jax.Array:
+    return jaxce.linear_sigmoid_binary_cross_entropy(jaxce.LinearLogits(h, w, class_axis=0), _several(labels))
 
 
 def _plain_sparse_binary(h: jax.Array, w: jax.Array, labels: jax.Array) -> jax.Array:
@@ -584,6 +592,10 @@ CASES: dict[str, Case] = {
         by=(0, 1, 2),
     ),
     "SigLIP, all pairs": Case(_our_siglip, _plain_siglip, with_temperature, [EMBEDDINGS], by=(0, 1, 2)),
+    "SigLIP, mean": Case(_our_siglip_mean, _plain_siglip, with_temperature, [EMBEDDINGS], by=(0, 1, 2)),
+    "sigmoid, mean of sparse labels": Case(
+        _our_sparse_binary_mean, _plain_sparse_binary, classes_first, [LABELS], by=(0, 1)
+    ),
     "sigmoid, sparse labels": Case(_our_sparse_binary, _plain_sparse_binary, classes_first, [LABELS], by=(0, 1)),
 }
 

@@ -14,6 +14,7 @@ pairs of two sides      softmax_cross_entropy_of_pairs(logits): CLIP, InfoNCE   
 hard or rare classes    softmax_focal_loss(logits, labels), poly_loss_cross_entropy        [B, K], [B] -> [B]
 binary, multi-label     sigmoid_binary_cross_entropy(logits, labels), sigmoid_focal_loss   [B], [B] -> [B]
 few labels of many      sigmoid_binary_cross_entropy_with_sparse_labels(logits, labels)    [B, K], [B, k] -> [B]
+their mean, large       linear_sigmoid_binary_cross_entropy(LinearLogits(h, kernel), labels) [B, D], [D, K], [B, k] -> []
 label smoothing         label_smoothing= of these; smooth_labels(labels, alpha)            [B, K] -> [B, K]
 Optax's name            safe_softmax_cross_entropy is softmax_cross_entropy                [B, K], [B, K] -> [B]
 from probabilities      categorical_cross_entropy(probs, labels)                           [B, K], [B, K] -> [B]
@@ -83,7 +84,7 @@ from jaxce._likelihood import (
 )
 from jaxce._linear import linear_cross_entropy
 from jaxce._logits import LinearLogits, ShardedLogits
-from jaxce._multilabel import sigmoid_binary_cross_entropy_with_sparse_labels
+from jaxce._multilabel import linear_sigmoid_binary_cross_entropy, sigmoid_binary_cross_entropy_with_sparse_labels
 from jaxce._pairs import softmax_cross_entropy_of_pairs
 from jaxce._probability import (
     binary_cross_entropy,
@@ -119,6 +120,7 @@ __all__ = [
     "softmax_statistics",
     # losses on logits
     "linear_cross_entropy",
+    "linear_sigmoid_binary_cross_entropy",
     "poly_loss_cross_entropy",
     "safe_softmax_cross_entropy",
     "sigmoid_binary_cross_entropy",

@@ -10,16 +10,17 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxce import _checks
 from jaxce._checks import ArrayLike, Axis, compiled
-from jaxce._inputs import Inputs, Spec, on_each_device, read_logits
-from jaxce._logits import AnyLogits
-from jaxce._passes import add_up, along, block_of, by_rows, logits_of, masked
+from jaxce._inputs import Inputs, Logits, Spec, on_each_device, read_logits
+from jaxce._logits import AnyLogits, LinearLogits
+from jaxce._passes import add_up, along, block_of, by_rows, logits_of, masked, own_inputs
 from jaxce._rules import custom_jvp
 from jaxce._sigmoid import binary_loss
 from jaxce._state import beside
@@ -77,27 +78,139 @@ def sigmoid_binary_cross_entropy_with_sparse_labels(
     References:
       Zhai et al., Sigmoid Loss for Language Image Pre-Training, https://arxiv.org/abs/2303.15343.
     """
-    y = _checks.integer("labels", labels)
-    w = jnp.ones(y.shape, jnp.float32) if weights is None else _checks.real("weights", weights)
-    z = read_logits("logits", logits, axis, where, *(() if weights is None else (w,)))
-    padding = (y < 0) & (y == -1)  # as an unsigned integer -1 would be another number
-    z = z.with_shares(jnp.where(padding, 0, y), w).having(listed=~padding)
-    if pos_weight is not None:
-        factor = _checks.real("pos_weight", pos_weight, z.dtype)
-        _checks.scalar_or("pos_weight", factor, (z.spec.classes,), "one number per class")
-        z = z.having(weights=jnp.broadcast_to(factor, (z.spec.classes,)))
+    z = _read(logits, labels, weights, axis, where, pos_weight)
     return on_each_device(partial(_losses, weights is not None), (z,))
 
 
-def _losses(weighted: bool, specs: tuple[Spec], given: tuple[Inputs]) -> Array:
-    (spec,), (inputs,) = specs, given
+@compiled()
+def linear_sigmoid_binary_cross_entropy(
+    logits: LinearLogits,
+    labels: ArrayLike,
+    weights: ArrayLike | None = None,
+    *,
+    label_weights: ArrayLike | None = None,
+    pos_weight: ArrayLike | None = None,
+    normalizer: ArrayLike | None = None,
+) -> Array:
+    r"""Weighted mean of the binary cross-entropy of lists of labels and `LinearLogits`, with gradients from three products.
+
+    .. math:: \frac{\sum_i w_i \ell_i}{\sum_i w_i}, \qquad 0 \text{ where the denominator is } 0,
+
+    with :math:`\ell_i` of `sigmoid_binary_cross_entropy_with_sparse_labels`. It is
+    ``weighted_mean(sigmoid_binary_cross_entropy_with_sparse_labels(logits, labels, label_weights, where=weights != 0), weights)``
+    in value and derivatives, to any order and in both modes. Where a gradient is asked for, it is formed in the pass that
+    forms the value: the logits are computed once rather than twice, a block of classes at a time.
+
+    A row of weight 0 takes no part, whatever it holds: its loss is 0, and so is the gradient of its hidden states. Inside
+    of a `jax.shard_map` over the batch a device's mean is its own; take that of all with their normalizer.
+
+    Args:
+      logits: `LinearLogits` of shape [..., classes].
+      labels: integer classes, of shape [..., k], -1 where there are fewer than k.
+      weights: of the examples: booleans, integers or floating point, of the shape of the logits without the classes.
+      label_weights: the share of yes that each label stands for, of the shape of the labels; None for 1.
+      pos_weight: weight of the positive class, a number or one for each class.
+      normalizer: a number to divide by in place of the sum of the weights, say that of all micro-batches.
+
+    Returns:
+      A number, in the dtype of the logits and at least float32.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxce
+      >>> def loss(images, texts, scale, bias):  # SigLIP: each image's own text is a yes, all others are a no
+      ...     logits = jaxce.LinearLogits(images, texts, class_axis=0, temperature=1 / scale) + jnp.full(len(texts), bias)
+      ...     return jaxce.linear_sigmoid_binary_cross_entropy(logits, jnp.arange(len(images))[:, None])
+      >>> value, gradient = jax.value_and_grad(loss, argnums=(2, 3))(jnp.eye(3), jnp.eye(3), 10.0, -10.0)
+      >>> print(value, *gradient)
+      0.69324 -0.05 -0.49991
+
+    References:
+      Zhai et al., Sigmoid Loss for Language Image Pre-Training, https://arxiv.org/abs/2303.15343.
+    """
+    if not isinstance(logits, LinearLogits):
+        raise _checks.ArgumentTypeError(f"logits must be LinearLogits, got {_checks.describe(logits)}")
+    w = jnp.ones(logits.shape[:-1], logits.dtype) if weights is None else jnp.asarray(weights)
+    _checks.same_shape("weights", w, logits.shape[:-1], "the shape of the logits without the classes")
+    z = _read(
+        logits, labels, label_weights, -1, None if weights is None else w.astype(bool), pos_weight, "label_weights"
+    )
+    w = w.astype(z.dtype)
+    total = jnp.sum(w) if normalizer is None else _checks.real("normalizer", normalizer, z.dtype).astype(z.dtype)
+    _checks.scalar_or("normalizer", total, (), "no axes")
+    # Divided here, so that in half precision a gradient is rounded once, and not again when it is divided.
+    w = jnp.where(total == 0, 0, w / jnp.where(total == 0, 1, total))
+    run = partial(_weighted_sum, label_weights is not None)
+    return on_each_device(run, (z.having(example_weights=w),), results=("total",))[0]
+
+
+def _read(
+    logits: AnyLogits,
+    labels: ArrayLike,
+    weights: ArrayLike | None,
+    axis: Axis,
+    where: ArrayLike | None,
+    pos_weight: ArrayLike | None,
+    of_labels: str = "weights",
+) -> Logits:
+    """The logits with their labels, whose weights are "shares"."""
+    y = _checks.integer("labels", labels)
+    w = jnp.ones(y.shape, jnp.float32) if weights is None else _checks.real(of_labels, weights)
+    _checks.same_shape(of_labels, w, y.shape, "the shape of labels")
+    z = read_logits("logits", logits, axis, where, *(() if weights is None else (w,)))
+    padding = (y < 0) & (y == -1)  # as an unsigned integer -1 would be another number
+    z = z.with_shares(jnp.where(padding, 0, y), w).having(listed=~padding)
+    if pos_weight is None:
+        return z
+    factor = _checks.real("pos_weight", pos_weight, z.dtype)
+    _checks.scalar_or("pos_weight", factor, (z.spec.classes,), "one number per class")
+    return z.having(weights=jnp.broadcast_to(factor, (z.spec.classes,)))
+
+
+def _labeled(weighted: bool, inputs: Inputs) -> tuple[Inputs, Array]:
+    """The inputs of a pass; and 1 for each row, or NaN where a label is no class."""
     shares = jnp.where(inputs["listed"], inputs["shares"], 0)
-    known = ~jnp.isnan(shares).any(-1)
     # Without weights a class counts once, however often it is listed.
     labels = {"shares": shares} if weighted else {"chosen": jnp.where(shares == 1, inputs["chosen"], -1)}
-    inputs = {name: x for name, x in inputs.items() if name not in ("listed", "shares")} | labels
-    total = by_rows(spec.chunks, (inputs,), partial(_total, spec))
-    return total * jnp.where(known, 1, np.nan).astype(spec.dtype)
+    factor = jnp.where(jnp.isnan(shares).any(-1), np.nan, 1)
+    return {name: x for name, x in inputs.items() if name not in ("listed", "shares")} | labels, factor
+
+
+def _losses(weighted: bool, specs: tuple[Spec], given: tuple[Inputs]) -> Array:
+    (spec,) = specs
+    inputs, factor = _labeled(weighted, *given)
+    return by_rows(spec.chunks, (inputs,), partial(_total, spec, False)) * factor.astype(spec.dtype)
+
+
+def _weighted_sum(weighted: bool, specs: tuple[Spec], given: tuple[Inputs]) -> tuple[Array]:
+    (spec,) = specs
+    inputs, factor = _labeled(weighted, *given)
+    w = inputs["example_weights"] * factor.astype(spec.dtype)
+    # Each device that shares the classes differentiates its own part, by inputs that count as its own.
+    inputs = own_inputs((spec,), (inputs | {"example_weights": w},))[0]
+    total = _sum(spec, inputs)
+    return (total if spec.axis_name is None else lax.psum(total, spec.axis_name),)
+
+
+@partial(custom_jvp, nondiff_argnums=(0,))
+def _sum(spec: Spec, inputs: Inputs) -> Array:
+    """The weighted sum over the rows, of this device's classes."""
+    own = {name: x for name, x in inputs.items() if name != "example_weights"}
+    return jnp.sum(inputs["example_weights"] * by_rows(spec.chunks, (own,), partial(_total, spec, True)))
+
+
+@partial(_sum.defjvp, symbolic_zeros=True)
+def _(spec: Spec, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """All derivatives at once, which a pass backwards forms without one forwards: that by a row's weight is its loss."""
+    (inputs,) = primals
+    varying = {name: t for name, t in tangents[0].items() if not isinstance(t, SymbolicZero)}
+
+    def total(some: Inputs) -> Array:
+        return jnp.sum(by_rows(spec.chunks, (inputs | some,), partial(_total, spec, True)))
+
+    gradient = jax.grad(total)({name: inputs[name] for name in {*varying, "example_weights"}})
+    terms = (jnp.sum(gradient[name].astype(spec.dtype) * t.astype(spec.dtype)) for name, t in varying.items())
+    value = jnp.sum(inputs["example_weights"] * gradient["example_weights"])
+    return value, sum(terms, jnp.zeros_like(value))
 
 
 def _block(spec: Spec, start: Any, part: Inputs) -> Array:
@@ -111,25 +224,26 @@ def _block(spec: Spec, start: Any, part: Inputs) -> Array:
             yes |= block.places == beside(part["chosen"][..., j], x)
     else:
         yes = block.targets.astype(spec.dtype)
-    return jnp.sum(masked(part, binary_loss(x, yes, weight), 0), -1)
+    cost = jnp.sum(masked(part, binary_loss(x, yes, weight), 0), -1)
+    return beside(part["example_weights"], cost) * cost if "example_weights" in part else cost
 
 
-@partial(custom_jvp, nondiff_argnums=(0,))
-def _total(spec: Spec, inputs: Inputs) -> Array:
-    """What all classes cost."""
+@partial(custom_jvp, nondiff_argnums=(0, 1))
+def _total(spec: Spec, own: bool, inputs: Inputs) -> Array:
+    """What all classes cost, or those of this device alone; times the row's weight, if it is given."""
 
     def step(parts: tuple[Inputs, ...], _: Any, rows: Any, start: Any) -> Array:
         return _block(spec, start, parts[0])
 
-    return add_up((spec,), (inputs,), ({},), (), step)
+    return add_up((spec,), (inputs,), ({},), (), step, own)
 
 
 @partial(_total.defjvp, symbolic_zeros=True)
-def _(spec: Spec, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _(spec: Spec, own: bool, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (inputs,) = primals
     varying = {name: t for name, t in tangents[0].items() if not isinstance(t, SymbolicZero)}
 
     def step(parts: tuple[Inputs, ...], dparts: tuple[Inputs, ...], rows: Any, start: Any) -> Array:
         return along(partial(_block, spec, start), parts[0], dparts[0], *dparts[0])[1]
 
-    return _total(spec, inputs), add_up((spec,), (inputs,), (varying,), (), step)
+    return _total(spec, own, inputs), add_up((spec,), (inputs,), (varying,), (), step, own)

@@ -158,15 +158,25 @@ def state_of(spec: Spec, inputs: Inputs) -> State:
 Step = Callable[[tuple[Inputs, ...], tuple[Inputs, ...], Any, Any], Any]
 
 
+def own_inputs(specs: tuple[Spec, ...], inputs: tuple[Inputs, ...]) -> tuple[Inputs, ...]:
+    """The inputs as what differs between all devices of a pass: a gradient by them is a device's part of it."""
+    return _mesh.vary(inputs, _axes(specs, inputs))
+
+
 def add_up(
-    specs: tuple[Spec, ...], inputs: tuple[Inputs, ...], tangents: tuple[Inputs, ...], rows: Any, step: Step
+    specs: tuple[Spec, ...],
+    inputs: tuple[Inputs, ...],
+    tangents: tuple[Inputs, ...],
+    rows: Any,
+    step: Step,
+    own: bool = False,
 ) -> Any:
     """The sum over blocks, strips and devices of step(parts, their tangents, rows, start), a tree of one number for
     each row.
 
     ``inputs`` are those of one or several kinds of logits, which are cut alike; ``tangents`` of those among them that
     vary, and ``rows`` is whatever else the step wants, without an axis of classes. Nothing of a block is kept for a
-    transpose.
+    transpose. The sum over devices is left out of this device's ``own``.
     """
     specs = tuple(s._replace(size=_even(s)) for s in specs)
     inputs, tangents, rows = _mesh.vary((inputs, tangents, rows), _axes(specs, inputs, tangents, rows))
@@ -194,7 +204,7 @@ def add_up(
     total = _fold(spec, part, partial(jax.tree.map, jnp.add), partial(jax.tree.map, lambda _: 0), cuts)
     if spec.strips > 1:
         total = jax.tree.map(lambda t: jnp.sum(t, -1), total)
-    return total if spec.axis_name is None else lax.psum(total, spec.axis_name)
+    return total if own or spec.axis_name is None else lax.psum(total, spec.axis_name)
 
 
 def _even(spec: Spec) -> int:

@@ -78,6 +78,78 @@ def test_dense_targets_summed(kind: str, weighted: bool, mask: str) -> None:
             np.testing.assert_allclose(x, y, rtol=1e-12, atol=2e-14 * (1 + float(abs(y).max())))
 
 
+WEIGHTS = {"none": None, "floats": np.array([0.5, 0.0, 2.0]), "booleans": np.array([True, True, False])}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("given", WEIGHTS)
+def test_the_mean_is_that_of_the_losses(given: str, weighted: bool) -> None:
+    """In value, gradient, both second orders by everything, also by the weights of rows that count; and in chunks."""
+
+    def mean(a: dict[str, Any], fused: bool) -> jax.Array:
+        labels_of = a["shares"] if weighted else None
+        w = a.get("rows", WEIGHTS[given])
+        if fused:
+            return jaxce.linear_sigmoid_binary_cross_entropy(
+                linear(a), LABELS, w, label_weights=labels_of, pos_weight=a["weight"]
+            )
+        where = None if w is None else w.astype(bool)
+        return jaxce.weighted_mean(loss(linear(a), LABELS, labels_of, where=where, pos_weight=a["weight"]), w)
+
+    def all_of(a: dict[str, Any], fused: bool) -> Any:
+        slope = jax.grad(lambda a: 3 * mean(a, fused) ** 2)
+        along = jax.jvp(slope, (a,), (jax.tree.map(jnp.cos, a),))
+        return mean(a, fused), along, jax.jvp(lambda a: mean(a, fused), (a,), (jax.tree.map(jnp.cos, a),))
+
+    with jax.enable_x64(True):
+        a = arguments()
+        if given == "floats":
+            a["rows"] = jnp.asarray(WEIGHTS[given])
+        got, expected = (jax.jit(lambda a, f=f: all_of(a, f), compiler_options=quick)(a) for f in (True, False))
+        for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+            if path[-1] == jax.tree_util.DictKey("rows"):  # the derivative by a weight of 0
+                x, y = (np.delete(v, 1) for v in (x, y))
+            # Sums of some tens of terms, squared: a hundred times eps of the largest.
+            np.testing.assert_allclose(x, y, rtol=1e-12, atol=2e-14 * (1 + float(abs(np.asarray(y)).max())))
+
+
+def test_the_mean_of_rows_that_hold_anything() -> None:
+    """Rows of weight 0 have gradient 0; no weight at all gives 0; a label that is no class gives NaN if its row counts."""
+    a = arguments()
+    hidden = a["hidden"].at[1].set(jnp.nan)
+    labels = jnp.asarray(LABELS).at[1].set(-7)
+
+    def mean(hidden: Any, weights: Any, labels: Any = labels) -> jax.Array:
+        return jaxce.linear_sigmoid_binary_cross_entropy(linear(a | {"hidden": hidden}), labels, weights)
+
+    value, slope = jax.value_and_grad(mean)(hidden, np.array([1.0, 0.0, 1.0]))
+    assert np.isfinite(value) and np.isfinite(slope).all() and not slope[1].any() and slope[0].any()
+    assert mean(hidden, np.zeros(3)) == 0
+    assert np.isnan(mean(a["hidden"], None)) and np.isnan(jax.grad(mean)(a["hidden"], None)[1]).all()
+    halves = jaxce.LinearLogits(a["hidden"].astype("bfloat16"), a["kernel"].astype("bfloat16"))
+    slope = jax.grad(lambda x: jaxce.linear_sigmoid_binary_cross_entropy(x, LABELS))(halves)
+    right = jax.grad(lambda x: loss(x, LABELS).mean())(halves)
+    assert slope.hidden.dtype == slope.kernel.dtype == jnp.bfloat16
+    for got, expected in ((slope.hidden, right.hidden), (slope.kernel, right.kernel)):
+        np.testing.assert_allclose(got.astype("float32"), expected.astype("float32"), rtol=2e-2, atol=2e-2)  # bfloat16
+    total = jaxce.linear_sigmoid_binary_cross_entropy(linear(a), LABELS, normalizer=1)
+    np.testing.assert_allclose(total, loss(linear(a), LABELS).sum(), rtol=1e-6)
+
+
+def test_the_mean_in_one_pass_forms_the_logits_once() -> None:
+    """Three products: of the logits, of hidden's gradient and of the kernel's."""
+    a = {n: jnp.asarray(v, "float32") for n, v in arguments().items()}
+
+    def mean(h: Any, w: Any) -> jax.Array:
+        return jaxce.linear_sigmoid_binary_cross_entropy(jaxce.LinearLogits(h, w, block_size=4), LABELS)
+
+    text = jax.jit(jax.value_and_grad(mean, (0, 1))).lower(a["hidden"], a["kernel"]).compile().as_text()
+    losses = jax.value_and_grad(lambda h, w: loss(jaxce.LinearLogits(h, w, block_size=4), LABELS).mean(), (0, 1))
+    more = jax.jit(losses).lower(a["hidden"], a["kernel"]).compile().as_text()
+    loops, more_loops = (t.count(" while(") for t in (text, more))
+    assert (loops, more_loops) == (1, 2)
+
+
 def test_confident_rows_keep_their_digits() -> None:
     """What all classes cost, less the logits of those listed, would be 0."""
     x = jnp.array([[40.0, -45.0, 50.0], [1e30, -1e30, 3e38]])
