@@ -344,6 +344,48 @@ def test_mean_loss(option: str, way: str) -> None:
         )
 
 
+@pytest.mark.parametrize("way", WAYS[:3])
+def test_mean_loss_of_lists_of_labels(way: str) -> None:
+    """Its gradients and a second derivative, with classes and rows sharded, are the formula's."""
+
+    def mean(a: Arrays, axis_name: Any = None) -> Any:
+        labels = jnp.stack([a["labels"], a["labels"] // 2], -1)
+        logits = logits_of("linear", a, axis_name)
+        total = jaxce.linear_sigmoid_binary_cross_entropy(
+            logits, labels, a["rows"], pos_weight=a["weights"], normalizer=3.0
+        )
+        return total if axis_name is None else jax.lax.psum(total, "data")
+
+    def plain(a: Arrays) -> Any:
+        x, labels = logits_of("linear", a).materialize(), jnp.stack([a["labels"], a["labels"] // 2], -1)
+        t = jax.nn.one_hot(labels, V, dtype=x.dtype).max(-2)
+        losses = (a["weights"][None] * t * jax.nn.softplus(-x) + (1 - t) * jax.nn.softplus(x)).sum(-1)
+        return jnp.sum(a["rows"] * losses) / 3
+
+    def orders(f: Callable[[Arrays], Any], floats: Arrays, labels: Arrays) -> Any:
+        directions = jax.tree.map(lambda x: jnp.cos(x).astype(x.dtype), floats)
+        return jax.jvp(jax.value_and_grad(lambda x: f(x | labels)), (floats,), (directions,))
+
+    with jax.enable_x64(True):
+        names = "hidden", "kernel", "bias", "weights", "labels"
+        a = {n: v for n, v in arrays().items() if n in names} | {"rows": jnp.array([1.0, 5.0, 0.5, 2.0])}
+        specs = {n: SPECS.get(n, P("data")) for n in a}
+        f: Any = mean
+        if way == "shard_map":
+            part = functools.partial(mean, axis_name="model")
+            f = jax.shard_map(part, mesh=mesh(), in_specs=(specs,), out_specs=P())
+        place = (
+            (lambda n, v: v)
+            if way == "shard_map"
+            else (lambda n, v: jax.device_put(v, NamedSharding(mesh(AxisType[way]), specs[n])))
+        )
+        placed = {n: place(n, v) for n, v in a.items()}
+        labels = {"labels": placed.pop("labels")}
+        got = quick(functools.partial(orders, f))(placed, labels)
+        whole = {"labels": a.pop("labels")}
+        close(*jax.device_get((got, orders(plain, a, whole))), rtol=1e-11)
+
+
 def test_masks_and_labels() -> None:
     """Rows that don't count lie on one device, a device has no class in some row, and labels are anywhere or nowhere."""
     x = np.array(arrays("float32")["logits"])
@@ -574,6 +616,7 @@ def test_arrays_sharded_in_other_ways_than_the_logits() -> None:
             yield integer(x, several[:, 0], where=where)
             yield jaxce.softmax_cross_entropy(x, a["soft"], where=where)
         yield jaxce.linear_cross_entropy(x, several[:, 0], shares[:, 0])
+        yield jaxce.linear_sigmoid_binary_cross_entropy(x, several, shares[:, 0], label_weights=shares)
 
     def put(x: Any, *spec: Any) -> Any:
         return jax.device_put(x, NamedSharding(m, P(*spec)))
