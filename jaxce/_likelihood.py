@@ -114,18 +114,18 @@ def _times_exp(x: Array, *exponents: Array) -> Array:
     left = [e - n * high for e, n in zip(exponents, powers, strict=True)]
     mantissa = sum(left[1:], left[0]) - power * low
     # 2^power in four steps, which over- or underflow only in the direction of the result
-    power = jnp.clip(power, -4 * (bias - 4), 4 * (bias - 4))
+    power = jnp.clip(power - 2, -4 * (bias - 4), 4 * (bias - 4))
     quarter = jnp.floor(power / 4)
     step, last = (
         lax.bitcast_convert_type((n.astype(integer) + bias) << digits, x.dtype) for n in (quarter, power - 3 * quarter)
     )
-    return _times_mantissa(x * step * step, mantissa) * step * last
+    return _times_mantissa(x * step * step * step * last, mantissa)
 
 
 @custom_jvp
 def _mantissa(x: Array) -> Array:
-    """exp(x), which is near 1."""
-    return _platforms.fused(jnp.exp(x))
+    """4 exp(x) > 1 of up to three remainders: so no product before this one is larger than the result."""
+    return 4 * _platforms.fused(jnp.exp(x))
 
 
 _mantissa.defslopes(lambda x: (_mantissa(x),), times=product)
@@ -133,8 +133,8 @@ _mantissa.defslopes(lambda x: (_mantissa(x),), times=product)
 
 @custom_jvp
 def _times_mantissa(x: Array, exponent: Array) -> Array:
-    """x exp(exponent): a plain product, which XLA:CPU fuses, as neither is 0 where the other is infinite."""
-    return x * _platforms.fused(jnp.exp(exponent))
+    """4 x exp(exponent): a plain product, which XLA:CPU fuses, as neither is 0 where the other is infinite."""
+    return x * _mantissa(exponent)
 
 
 @_times_mantissa.defjvp
