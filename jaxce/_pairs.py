@@ -45,6 +45,9 @@ what the devices find in it."""
 _FAR = 2.0**90
 """How large a sum may be before its exponentials are taken again, relative to the maximum."""
 
+_NEAR = 30
+"""How near to the shift a positive must be for its exponential to be a factor of others, whose sum may be `_FAR`."""
+
 
 @compiled("positives", "exclude_self", "axis_name")
 def softmax_cross_entropy_of_pairs(
@@ -127,8 +130,10 @@ def softmax_cross_entropy_of_pairs(
     numbers = jnp.arange(rows, dtype=jnp.int32)
     if "kernel" in inputs and z.spec.class_axis != 0:
         inputs["kernel"] = inputs["kernel"].T
-    if "kernel" in inputs and "classes" in inputs:  # what takes no part must not be multiplied, either
-        inputs["kernel"] = jnp.where(inputs["classes"][:, None], inputs["kernel"], 0)
+    # What a row or column holds that takes no part must not be multiplied, nor kept for a gradient.
+    for name, mask, axis in (("kernel", "classes", 1), ("array", "rows", 1), ("array", "classes", 0)):
+        if name in inputs and mask in inputs:
+            inputs[name] = jnp.where(jnp.expand_dims(inputs[mask], axis), inputs[name], 0)
     if axis_name is not None:
         numbers += columns * _mesh.index(axis_name)
         inputs |= lax.all_gather({n: inputs[n] for n in COLUMNS_FIRST if n in inputs}, axis_name, tiled=True)
@@ -159,6 +164,16 @@ def _masks_and_groups(
             _checks.same_shape(name, inputs[to], (size,), f"one entry per {of}")
     if "groups" in inputs and "class_groups" not in inputs and shape[0] == shape[1]:
         inputs["class_groups"] = inputs["groups"]
+    if "groups" in inputs and "class_groups" in inputs:
+        of_rows, of_columns = inputs["groups"], inputs["class_groups"]
+        if np.can_cast(of_columns.dtype, of_rows.dtype):
+            inputs["class_groups"] = of_columns.astype(of_rows.dtype)
+        elif np.can_cast(of_rows.dtype, of_columns.dtype):
+            inputs["groups"] = of_rows.astype(of_columns.dtype)
+        else:
+            raise _checks.ArgumentTypeError(
+                f"class_groups must have the dtype of groups, {of_rows.dtype}, got {_checks.describe(of_columns)}"
+            )
     for name, other in (("groups", "class_groups"), ("class_groups", "groups")):
         if name not in inputs and (other in inputs or grouped):
             raise _checks.ArgumentTypeError(f"{name} must be an integer array, got None")
@@ -260,11 +275,17 @@ def _loss(line: _Line, count: Array) -> Array:
     def log(total: Array) -> Array:
         return jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1, total)))
 
-    y = line.total if line.positives is None else log(line.positives)
+    mean = line.total / jnp.maximum(count, 1)
+    # Positives whose exponentials are all 0 beside the others' add nothing to the sum of all.
+    y = mean if line.positives is None else jnp.where(line.positives == 0, mean, log(line.positives))
     present = (count > 0) & ((line.others != 0) | ~jnp.isneginf(y))
-    loss = softplus(jnp.where(present, log(line.others) - y, 0))
+    # A logarithm of a small sum, and an exponential of that, would have its nats as errors twice.
+    near = jnp.abs(y) < _NEAR
+    ratio = line.others * jnp.exp(-jnp.where(near, y, 0))
+    nearby = lax.log1p(ratio, accuracy=lax.AccuracyMode.HIGHEST)
+    loss = jnp.where(near, nearby, softplus(jnp.where(present & ~near, log(line.others) - y, 0)))
     if line.positives is not None:
-        loss += jnp.where(count > 1, y - line.total / jnp.maximum(count, 1), 0)
+        loss += jnp.where(count > 1, y - mean, 0)
     return jnp.where(present, loss, 0)
 
 

@@ -62,7 +62,19 @@ def probability_gradient(row: Row, _: int, __: Any) -> list[tuple[Any, Any]]:
     return [(row.p(k), row.p(k)) for k in range(len(row.exps))]
 
 
+def by_rows(logits: Any, labels: Any) -> Any:
+    return jaxce.softmax_cross_entropy_of_pairs(logits, labels)[0]
+
+
+def by_columns(x: Any, labels: Any) -> Any:
+    """The other direction, and the other way: the classes are rows, and that of a column's label is all of its group."""
+    n, k = x.shape
+    return jaxce.softmax_cross_entropy_of_pairs(x.T, groups=jnp.arange(k), class_groups=labels, positives="group")[1]
+
+
 MEASURES = {
+    "pairs, rows": Measure(lambda x, y, t: by_rows(x, y), lambda row, y, t: row.nll(y), integer_gradient),
+    "pairs, columns": Measure(lambda x, y, t: by_columns(x, y), lambda row, y, t: row.nll(y), integer_gradient),
     "integer": Measure(
         lambda x, y, t: jaxce.softmax_cross_entropy_with_integer_labels(x, y),
         lambda row, y, t: row.nll(y),
@@ -248,6 +260,12 @@ def test_many_absent_classes_change_nothing(dtype: str) -> None:
 @pytest.mark.parametrize("name", [name for name in MEASURES if name.startswith("statistics")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_statistics(name: str, dtype: str) -> None:
+    check(name, dtype, 65, jax.jit)
+
+
+@pytest.mark.parametrize("name", [name for name in MEASURES if name.startswith("pairs")])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_pairs(name: str, dtype: str) -> None:
     check(name, dtype, 65, jax.jit)
 
 

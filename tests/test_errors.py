@@ -60,6 +60,7 @@ VALID: dict[str, tuple[tuple[Any, ...], tuple[str, ...], str | None]] = {
     "logsumexp": ((X,), ("logits",), None),
     "log_softmax": ((X,), ("logits",), None),
     "softmax_statistics": ((X, Y), ("logits",), "integer"),
+    "softmax_cross_entropy_of_pairs": ((X, Y), ("logits",), "integer"),
     "bernoulli_nll": ((X, T), ("logits",), None),
     "gaussian_nll": ((X, X, X), ("location", "log_scale"), None),
     "gaussian_relative_entropy": ((X, X, X, X), ("p_location", "p_log_scale", "q_location", "q_log_scale"), None),
@@ -111,6 +112,7 @@ WITHOUT_AXIS = ELEMENTWISE | {
     "bits_per",
 }
 WITHOUT_WHERE = WITHOUT_AXIS | {"mutual_information", "differential_entropy", "weighted_mean"}
+WITHOUT_AXIS = WITHOUT_AXIS | {"softmax_cross_entropy_of_pairs"}
 
 
 def bad_calls() -> list[Any]:
@@ -157,6 +159,7 @@ def bad_calls() -> list[Any]:
         rows.append((name, args, {"class_weights": jnp.ones(3, complex)}, TypeError, "class_weights"))
         for value in (float("nan"), float("inf")):
             rows.append((name, args, {"z_loss": value}, ValueError, "z_loss"))
+    sparse = "sigmoid_binary_cross_entropy_with_sparse_labels"
     rows += [
         ("smooth_labels", (T, -0.1), {}, ValueError, "alpha"),
         ("smooth_labels", (T, 1.5), {}, ValueError, "alpha"),
@@ -165,6 +168,12 @@ def bad_calls() -> list[Any]:
         ("sigmoid_focal_loss", (X, T), {"gamma": -1.0}, ValueError, "gamma"),
         ("sigmoid_focal_loss", (X, T), {"alpha": 1.5}, ValueError, "alpha"),
         ("poly_loss_cross_entropy", (X, Y), {"epsilon": float("nan")}, ValueError, "epsilon"),
+        *((sparse, (X, bad), {}, ValueError, "labels") for bad in (Y, Y[:1, None], jnp.array(0))),
+        *((sparse, (X, bad), {}, TypeError, "labels") for bad in (X, BOOLS, None)),
+        (sparse, (X, Y[:, None], P), {}, ValueError, "weights"),
+        (sparse, (X, Y[:, None], P[:, :1].astype(complex)), {}, TypeError, "weights"),
+        *((sparse, (X, Y[:, None]), {"pos_weight": jnp.ones(n)}, ValueError, "pos_weight") for n in (2, (2, 3))),
+        (sparse, (X, Y[:, None]), {"pos_weight": jnp.ones(3, complex)}, TypeError, "pos_weight"),
         ("mutual_information", (P,), {"axis": (-1,)}, ValueError, "axis"),
         ("mutual_information", (P[0],), {}, ValueError, "axis"),
         ("gaussian_nll", (X, X[:, :2], X), {}, ValueError, "log_scale"),
@@ -197,11 +206,7 @@ def describe_options(options: dict[str, Any]) -> str:
 
 def test_the_table_covers_every_public_function() -> None:
     functions = {n for n in jaxce.__all__ if callable(getattr(jaxce, n)) and not isinstance(getattr(jaxce, n), type)}
-    tested_elsewhere = {
-        "linear_cross_entropy",
-        "linear_sigmoid_binary_cross_entropy",
-        "softmax_cross_entropy_of_pairs",
-    }  # in files of their own
+    tested_elsewhere = {"linear_cross_entropy", "linear_sigmoid_binary_cross_entropy"}  # in files of their own
     assert functions == set(VALID) | tested_elsewhere
 
 

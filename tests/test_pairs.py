@@ -223,10 +223,15 @@ def test_hard_pairs() -> None:
     def by_blocks(x: jax.Array) -> Any:
         return of_pairs(jaxce.LinearLogits(x, jnp.asarray(tile), class_axis=0, block_size=2))
 
+    def by_labels(x: jax.Array) -> Any:
+        return of_pairs(x, jnp.arange(6))
+
+    def by_groups(x: jax.Array) -> Any:
+        return of_pairs(x, groups=jnp.arange(6), positives="group")
+
     ways = [
         jax.jit(lambda x, f=f, i=i: jax.value_and_grad(lambda x: (jnp.sum(f(x)[i]), f(x)[i]), has_aux=True)(x))
-        for f in (by_array, by_blocks)
-        for i in (0, 1)
+        for f, i in ((by_array, 0), (by_array, 1), (by_blocks, 0), (by_blocks, 1), (by_groups, 0), (by_labels, 1))
     ]
     for name, make in HARD.items():
         x = make(np.random.default_rng(1).normal(size=(6, 6))).astype("float32")
@@ -241,6 +246,33 @@ def test_hard_pairs() -> None:
                     nats = np.clip(np.abs(np.log(np.abs(right))), 0, 90)
                 bound = (8 + nats) * np.finfo("float32").eps * np.abs(right)
                 assert np.all((np.abs(g - right) <= bound) | small & (np.abs(g) < 1e-37)), (name, g, right)
+
+
+def test_positives_far_below_the_others() -> None:
+    """Several positives are dense labels of rows and of columns, also where their exponentials are 0 beside others."""
+    x, groups = jnp.asarray(RNG.normal(size=(8, 8)), "float32"), jnp.array([0, 0, 0, 1, 1, 2, 2, 3])
+    targets = jnp.equal(groups[:, None], groups[None]).astype("float32")
+    targets /= targets.sum(1, keepdims=True)
+
+    def ours(x: jax.Array) -> Any:
+        return of_pairs(x, groups=groups, positives="group")
+
+    def dense(x: jax.Array) -> Any:
+        return jaxce.softmax_cross_entropy(x, targets), jaxce.softmax_cross_entropy(x.T, targets)
+
+    got, right = (jax.jit(lambda x, f=f: (f(x), jax.grad(lambda x: scalar(f(x)))(x))) for f in (ours, dense))
+    for size in (1, 30, 150, 3e4, 1e30):
+        close(got(size * x), right(size * x), 1e-5, 1e-5)  # the sum of a few roundings
+
+
+def test_groups_of_any_integers() -> None:
+    with jax.enable_x64(True):
+        e, groups = embeddings(), np.array([0, 1, 2, 0, 3, 1, 4, 5, 0])
+        expected = of_pairs(linear(e), groups=groups, class_groups=groups)
+        for dtypes in (("int64", "int32"), ("int16", "int64"), ("uint8", "int32")):
+            close(of_pairs(linear(e), groups=groups.astype(dtypes[0]), class_groups=groups.astype(dtypes[1])), expected)
+        with pytest.raises(TypeError, match="class_groups must have the dtype of groups, uint64, got int64"):
+            of_pairs(linear(e), groups=groups.astype("uint64"), class_groups=groups)
 
 
 def test_absent_and_invalid_pairs() -> None:

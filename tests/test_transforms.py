@@ -77,6 +77,7 @@ class Case(NamedTuple):
     options: tuple[tuple[str, Any], ...] = ()
     last: int = 0  # how many of the floats come after the integers
     reduces: bool = False  # whether it makes one number of the whole batch
+    coupled: bool = False  # whether rows need each other; a mask is of rows
     slow: bool = False  # to compile
 
     @property
@@ -188,11 +189,14 @@ CASES = [
     Case("weighted_mean", (reals(), positive()), reduces=True),
     Case("perplexity", (positive(),)),
     Case("bits_per", (positive(), positive()), slow=True),
+    # pairs
+    Case("softmax_cross_entropy_of_pairs", (x,), (classes,), coupled=True),
 ]
 every_case = pytest.mark.parametrize(
     "case", [pytest.param(c, marks=pytest.mark.slow) if c.slow else c for c in CASES], ids=lambda case: case.name
 )
-every_masked_case = pytest.mark.parametrize("case", [c for c in CASES if c.takes_where], ids=lambda case: case.name)
+MASKED = [c for c in CASES if c.takes_where]
+every_masked_case = pytest.mark.parametrize("case", MASKED, ids=lambda case: case.name)
 
 
 def close(got: Any, expected: Any, rtol: float, atol: float) -> None:
@@ -217,11 +221,7 @@ def in_float64(case: Case) -> tuple[Any, Any, Any]:
 
 def test_the_table_covers_every_public_function() -> None:
     functions = {n for n in jaxce.__all__ if callable(getattr(jaxce, n)) and not isinstance(getattr(jaxce, n), type)}
-    tested_elsewhere = {
-        "linear_cross_entropy",
-        "linear_sigmoid_binary_cross_entropy",
-        "softmax_cross_entropy_of_pairs",
-    }  # in files of their own
+    tested_elsewhere = {"linear_cross_entropy", "linear_sigmoid_binary_cross_entropy"}  # in files of their own
     assert functions == {case.function for case in CASES} | tested_elsewhere
 
 
@@ -249,18 +249,19 @@ def test_without_jit(case: Case) -> None:
 @every_case
 def test_vmap_is_stacking(case: Case) -> None:
     floats, integers = case.make(3, "float32")
-    if case.reduces:  # over rows of a batch of batches
-        floats = tuple(jnp.stack([f, f[::-1]]) for f in floats)
+    whole = case.reduces or case.coupled
+    if whole:  # over rows of a batch of batches
+        floats, integers = (tuple(jnp.stack([f, f[::-1]]) for f in given) for given in (floats, integers))
     mapped = jax.vmap(case.call)(floats, integers)
     size = floats[0].shape[0]
     single = [case.call([f[i] for f in floats], [n[i] for n in integers]) for i in range(size)]
     close(mapped, [jnp.stack(leaves) for leaves in zip(*single, strict=True)], rtol=2e-6, atol=1e-6)
-    if not case.reduces:
+    if not whole:
         close(mapped, case.call(floats, integers), rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.slow
-@every_masked_case
+@pytest.mark.parametrize("case", [c for c in MASKED if not c.coupled], ids=lambda case: case.name)
 def test_vmap_over_masks(case: Case) -> None:
     floats, integers = case.make(3, "float32")
     masks = jnp.array([True, False, True])
@@ -360,7 +361,7 @@ def test_empty_batch(case: Case) -> None:
     results = case.call(floats, integers)
     full = case.call(*case.make(2, "float32"))
     for empty, two in zip(results, full, strict=True):
-        assert empty.shape == tuple(0 if i == 0 and not case.reduces else n for i, n in enumerate(two.shape))
+        assert empty.shape == tuple(0 if i == 0 and n == 2 else n for i, n in enumerate(two.shape))
         assert np.all(np.asarray(empty) == 0)
     gradient = jax.grad(case.scalar)(floats, integers)
     assert all(g.shape == f.shape for g, f in zip(gradient, floats, strict=True))
@@ -383,9 +384,9 @@ def test_all_masked(case: Case, content: str) -> None:
         tangents = jax.jvp(lambda f: case.call(f, integers, where), (floats,), (floats,))[1]
         return values, jax.grad(lambda f: sum(v.sum() for v in case.call(f, integers, where)))(floats), tangents
 
-    of_vectors = case.function == "multivariate_normal_nll"  # which a mask leaves out whole
-    masks = [jnp.zeros(floats[0].shape[:-1] if of_vectors else floats[0].shape, bool)]
-    if not case.reduces:
+    of_rows = case.function == "multivariate_normal_nll" or case.coupled  # which a mask leaves out whole
+    masks = [jnp.zeros(floats[0].shape[:-1] if of_rows else floats[0].shape, bool)]
+    if not case.reduces and not of_rows:
         masks.append(jnp.zeros(2, bool))
     for where in masks:
         values, gradient, tangents = both(floats, where)
