@@ -221,7 +221,11 @@ def _easylm(hidden: Array, kernel: Array, tokens: Array, weights: Array) -> tupl
 def _each_easylm(hidden: Array, kernel: Array, tokens: Array, weights: Array) -> tuple[Array, Any]:
     statistics = jaxce.softmax_statistics(jaxce.LinearLogits(hidden, kernel), tokens, where=weights > 0)
     right = (statistics.prediction == tokens).astype(jnp.float32)
-    return tuple(jaxce.weighted_mean(v, weights > 0, axis=-1).mean() for v in (statistics.nll, right))
+
+    def mean(values: Array) -> Array:
+        return jaxce.weighted_mean(values, weights > 0, axis=-1).mean()
+
+    return mean(statistics.nll), mean(right)
 
 
 def _tunix(hidden: Array, kernel: Array, tokens: Array, weights: Array) -> tuple[Array, Any]:
