@@ -55,7 +55,7 @@ def _logits(hidden: Array, kernel: Array) -> Array:
 
 def _optax(hidden: Array, kernel: Array, labels: Array, counts: Array) -> Array:
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(_logits(hidden, kernel.T), labels)
-    return jnp.sum(losses * counts) / jnp.sum(counts)
+    return jnp.sum(jnp.where(counts, losses, 0)) / jnp.sum(counts, dtype=jnp.float32)
 
 
 def _each(hidden: Array, kernel: Array, labels: Array, counts: Array) -> Array:
@@ -204,7 +204,7 @@ def _maxtext(hidden: Array, kernel: Array, tokens: Array, weights: Array) -> tup
 
     def tile(h: Array, y: Array, w: Array) -> tuple[Array, Array]:
         losses, extra = _stable(_logits(h, kernel), jax.nn.one_hot(y, kernel.shape[-1]), 1e-4)
-        return jnp.sum(losses * (w != 0)), jnp.sum(extra * (w != 0))
+        return jnp.sum(jnp.where(w != 0, losses, 0)), jnp.sum(jnp.where(w != 0, extra, 0))
 
     flat = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1), weights.reshape(-1)
     total, extra = _scan(tile, 0, 8, *flat)
@@ -214,14 +214,18 @@ def _maxtext(hidden: Array, kernel: Array, tokens: Array, weights: Array) -> tup
 def _easylm(hidden: Array, kernel: Array, tokens: Array, weights: Array) -> tuple[Array, Any]:
     x, length = _logits(hidden, kernel), jnp.maximum(jnp.sum(weights, -1), 1e-10)
     log_p = jnp.take_along_axis(jax.nn.log_softmax(x), tokens[..., None], -1)[..., 0]
-    right = (weights > 0) & (jnp.argmax(x, -1) == tokens)
+    right = ((weights > 0) & (jnp.argmax(x, -1) == tokens)).astype(jnp.float32)
     return -jnp.mean(jnp.sum(jnp.where(weights > 0, log_p, 0), -1) / length), jnp.mean(jnp.sum(right, -1) / length)
 
 
 def _each_easylm(hidden: Array, kernel: Array, tokens: Array, weights: Array) -> tuple[Array, Any]:
     statistics = jaxce.softmax_statistics(jaxce.LinearLogits(hidden, kernel), tokens, where=weights > 0)
     right = (statistics.prediction == tokens).astype(jnp.float32)
-    return tuple(jaxce.weighted_mean(v, weights > 0, axis=-1).mean() for v in (statistics.nll, right))
+
+    def mean(values: Array) -> Array:
+        return jaxce.weighted_mean(values, weights > 0, axis=-1).mean()
+
+    return mean(statistics.nll), mean(right)
 
 
 def _tunix(hidden: Array, kernel: Array, tokens: Array, weights: Array) -> tuple[Array, Any]:
@@ -250,7 +254,7 @@ TRAINERS: dict[str, dict[str, Loss]] = {
     "MaxText": {
         "its own": _maxtext,
         MEAN: _mean_t5x,
-        f"{MEAN}, chunk_size=1024": functools.partial(_mean_t5x, chunk_size=1024),
+        f"{MEAN}, chunk_size=2048": functools.partial(_mean_t5x, chunk_size=2048),
         "LinearLogits": _each_t5x,
     },
     "EasyLM": {"its own": _easylm, "LinearLogits": _each_easylm},
@@ -273,7 +277,7 @@ def print_trainers(place: Any) -> None:
         for name, loss in losses.items():
             if loss not in found:
                 found[loss] = report(jax.value_and_grad(loss, (0, 1), has_aux=True), *args)
-            turns = 8 if "chunk_size" in name else 0  # of a loop where there is more than one chunk
+            turns = 4 if "chunk_size" in name else 0  # of a loop where there is more than one chunk
             print(line([trainer, name, *(f"{cost:.1f}" for cost in _cost(found[loss], turns))]), flush=True)
 
 

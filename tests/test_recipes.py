@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ import scipy.special
 import scipy.stats
 
 import jaxce
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import heads
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 PAGES = {name: (NOTEBOOKS / f"{name}.md").read_text(encoding="utf-8") for name in ("recipes", "migration")}
@@ -310,6 +315,15 @@ def test_maxtext(rng: np.random.Generator) -> None:
         close(z_term.ravel()[i], expected[1])
 
 
+def test_t5x_from_hidden_states(recipes: dict[str, Any], rng: np.random.Generator) -> None:
+    """The sum, its z-term and the denominator, with weights that aren't only 0 and 1."""
+    hidden, kernel = rng.normal(size=(2, 5, 4)), rng.normal(size=(4, K))
+    labels, weights = rng.integers(K, size=(2, 5)), rng.integers(3, size=(2, 5)) / 2
+    got = recipes["t5x_loss"](*f32(hidden, kernel, labels, weights), z_loss=0.1)
+    for value, expected in zip(got, of_t5x(hidden @ kernel, labels, weights, 1e-30, 0.1), strict=True):
+        close(value, expected)
+
+
 def test_maxtext_tiles(recipes: dict[str, Any], rng: np.random.Generator) -> None:
     """The sum over the tokens of all segments, and its z-term."""
     hidden, kernel = rng.normal(size=(2, 5, 4)), rng.normal(size=(4, K))
@@ -447,3 +461,16 @@ def test_optax_ntxent(recipes: dict[str, Any], rng: np.random.Generator, views: 
     got = jax.value_and_grad(recipes["ntxent"])(x, views, 0.2)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "trainer", [name if name == "EasyLM" else pytest.param(name, marks=pytest.mark.slow) for name in heads.TRAINERS]
+)
+def test_losses_of_the_table(trainer: str, rng: np.random.Generator) -> None:
+    """What is compiled to compare memory gives the same numbers, and the same gradients."""
+    arrays = f32(rng.normal(size=(2, 512, 4)), rng.normal(size=(4, K)), rng.integers(K, size=(2, 512)))
+    arrays += f32(rng.integers(2, size=(2, 512)) * 1.0)
+    own, *ours = (jax.value_and_grad(f, (0, 1), has_aux=True)(*arrays) for f in heads.TRAINERS[trainer].values())
+    for found in ours:
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(own), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())  # sums of 1024 terms in float32
