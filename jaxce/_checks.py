@@ -147,8 +147,9 @@ class named:
 
 
 def named_class(cls: _C) -> _C:
-    """A decorator of a class: errors about the arguments of its constructor get its name."""
-    cls.__init__ = _naming_class(cls.__init__)
+    """A decorator of a class: errors about the arguments of its constructor and of its operators get its name."""
+    for name in {"__init__", "__truediv__", "__add__", "__radd__"} & {*vars(cls)}:
+        setattr(cls, name, _naming_class(vars(cls)[name]))
     return cls
 
 
@@ -286,7 +287,9 @@ SHARES, NUMBERS = SHARE._replace(broadcasts=True), FINITE._replace(broadcasts=Tr
 _AXIS = "an integer or a tuple of integers"
 _BASE = "None (nats) or a positive number other than 1"
 _AXIS_NAME = "the name of a mesh axis or a tuple of names"
-_STATIC = {"axis": _AXIS, "base": _BASE, "axis_name": _AXIS_NAME, "full": "True or False"}
+_STATIC = {"axis": _AXIS, "base": _BASE, "axis_name": _AXIS_NAME, "positives": "'label' or 'group'"}
+_STATIC |= {name: "True or False" for name in ("full", "exclude_self", "has_aux")}
+_STATIC["chunk_size"] = "None or a positive integer"
 
 
 def compiled(*static: str, **numbers: Number) -> Callable[[_F], _F]:
@@ -544,11 +547,11 @@ def option(argument: str, value: Any, kind: Number) -> Any:
         if not kind.valid(float(value)):
             raise ArgumentValueError(f"{argument} must be {kind.expected}, got {value!r}")
         return None if value == kind.neutral else float(value)
-    if kind.broadcasts:
+    if kind.broadcasts and not isinstance(value, jax.ShapeDtypeStruct):
         value = _host_array(argument, value)
     if not hasattr(value, "dtype"):
         raise ArgumentTypeError(f"{argument} must be {kind.expected}, got {value!r}")
-    array = jnp.asarray(value)
+    array = _array(argument, value, np.generic, kind.expected)
     if not jnp.issubdtype(array.dtype, jnp.floating) and not jnp.issubdtype(array.dtype, jnp.integer):
         raise ArgumentTypeError(f"{argument} must be {kind.expected}, got {describe(array)}")
     if array.ndim and not kind.broadcasts:

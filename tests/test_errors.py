@@ -295,6 +295,7 @@ MISTAKES: list[tuple[list[str], tuple[Any, ...], dict[str, Any], str]] = [  # fu
     (["cross_entropy"], (P, P, np.ones(2)), {}, "a mask is where="),
     (["bits_per"], (X, jnp.ones(4)), {}, "count must be a scalar or have the shape of nll"),
     (["softmax_focal_loss"], (), {"gamma": [1.0, 2.0]}, "gamma must be a number of at least 0, got [1.0, 2.0]"),
+    (["softmax_focal_loss"], (), {"gamma": np.array([None])}, "gamma must be a number of at least 0, got"),
     (["poly_loss_cross_entropy"], (), {"epsilon": jnp.ones(2)}, "epsilon must be a scalar, got float32[2]"),
     (CLASSES[:1], (X, [[0], [1, 2]]), {}, "labels must be an array of numbers, got [[0], [1, 2]]"),
     (["entropy"], (P, (0, P)), {}, "axis must be an integer or a tuple of integers, got float32[2,3]"),
@@ -534,6 +535,12 @@ def test_shapes_and_dtypes_are_enough_for_linear_logits() -> None:
     logits = jaxce.LinearLogits(hidden, kernel, bias=jax.ShapeDtypeStruct((5,), "float32"))
     assert jax.eval_shape(jaxce.logsumexp, logits).shape == (2,)
     assert logits.dtype == "float32" and repr(logits).startswith("LinearLogits(float32[2,5] ")
+    for shape in (), (2,):
+        numbers = {
+            "temperature": jax.ShapeDtypeStruct(shape, "float32"),
+            "soft_cap": jax.ShapeDtypeStruct((), "float32"),
+        }
+        assert jax.eval_shape(jaxce.logsumexp, jaxce.LinearLogits(hidden, kernel, **numbers)).shape == (2,)
     with pytest.raises(TypeError, match="kernel must be a floating-point array, got int32"):
         jaxce.LinearLogits(hidden, jax.ShapeDtypeStruct((3, 5), "int32"))
 

@@ -583,11 +583,13 @@ def test_what_operators_refuse() -> None:
         (lambda: x[0, 0, 0], IndexError, "an index must leave the axis of classes whole"),
         (lambda: x + 1.0, ValueError, "bias must have one number per class"),
         (lambda: x / 0, ValueError, "temperature must be a positive number"),
+        (lambda: x / x, TypeError, "temperature must be a positive number, got LinearLogits"),
         (lambda: x / W[0], ValueError, "temperature must be a scalar or have one number per row and an axis"),
         (lambda: capped / 2, TypeError, "give temperature="),
         (lambda: capped + W[0], TypeError, "give bias="),
+        (lambda: W[0] + capped, TypeError, "give bias="),
     ]:
-        with pytest.raises(error, match=message):
+        with pytest.raises(error, match=message if error is IndexError else f"^LinearLogits: .*{message}"):
             call()
 
 
@@ -758,6 +760,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"bias": jnp.ones(5, "int32")}, TypeError, "bias"),
     ({"soft_cap": 0.0}, ValueError, "soft_cap"),
     ({"soft_cap": jnp.ones(2)}, ValueError, "soft_cap"),
+    ({"soft_cap": np.array([None])}, TypeError, "soft_cap"),
     ({"temperature": -1.0}, ValueError, "temperature"),
     ({"temperature": "hot"}, TypeError, "temperature"),
     ({"block_size": 0}, ValueError, "block_size"),

@@ -379,11 +379,13 @@ def test_vmap_is_stacking() -> None:
         ({"positives": "group"}, TypeError, "groups"),
         ({"positives": "both"}, ValueError, "positives"),
         ({"exclude_self": 1}, TypeError, "exclude_self"),
+        ({"exclude_self": np.ones(2, bool)}, TypeError, "exclude_self"),
+        ({"positives": np.ones(2)}, TypeError, "positives"),
     ],
     ids=lambda value: str(value)[:30],
 )
 def test_wrong_arguments(wrong: Arrays, error: type[Exception], argument: str) -> None:
-    with pytest.raises(error, match=f"^softmax_cross_entropy_of_pairs: {argument} must"):
+    with pytest.raises(error, match=f"^softmax_cross_entropy_of_pairs: {argument} must (?!be a Python value)"):
         of_pairs(**({"logits": jnp.zeros((2, 3))} | wrong))
 
 
