@@ -77,18 +77,25 @@ def logits_of(spec: Spec, part: Inputs) -> Array:
 def block_of(spec: Spec, part: Inputs, start: Any, x: Array | None = None) -> Block:
     """The logits of a block, unless they are given, with what comes with them."""
     x = logits_of(spec, part) if x is None else x
-    first = start if spec.axis_name is None else start + lax.axis_index(spec.axis_name) * spec.classes
+    first = _first_class(spec, start)
     places = first + _mesh.iota(x, x.ndim - 1)
     if spec.strips > 1:
         places += spec.length * _mesh.iota(x, x.ndim - 2)
     return Block(x, first, places, part.get("labels"), part.get("weights"), _targets(part, x, places))
 
 
+def _first_class(spec: Spec, start: Any) -> Any:
+    """The index of the first class of a block."""
+    return start if spec.axis_name is None else start + lax.axis_index(spec.axis_name) * spec.classes
+
+
 def reading(spec: Spec, part: Inputs, start: Any) -> tuple[Callable[[Inputs], Block], Inputs]:
-    """How a block is made of its inputs, and these: its products are not made again for some rows."""
+    """How a block is made of its inputs, and these: all arrays there are; its products are not made again for some rows."""
+    part = part | {"first": jnp.asarray(_first_class(spec, start), jnp.int32)}
     if "array" not in part:
-        part = part | {"logits": logits_of(spec, part)}
-    return lambda part: block_of(spec, part, start, part.get("logits")), part
+        part |= {"logits": logits_of(spec, part)}
+    spec = spec._replace(axis_name=None)
+    return lambda part: block_of(spec, part, part["first"], part.get("logits")), part
 
 
 def _targets(part: Inputs, x: Array, places: Array) -> Array | None:

@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from jaxce import _mesh
 from jaxce._inputs import OF_ROWS, Inputs, has_rows
@@ -65,7 +67,7 @@ def over_classes(read: Read, inputs: Inputs, ask: Ask, dtype: np.dtype, strips: 
     if not _is_whole(shape, strips):
         return reduction(inputs)
     gpu = reduction if shape[-1] < _SHORT else in_parts
-    return lax.platform_dependent(inputs, cpu=in_lanes, cuda=gpu, rocm=gpu, default=reduction)
+    return _either(inputs, cpu=in_lanes, gpu=gpu, default=reduction)
 
 
 def rank(read: Read, inputs: Inputs, label: Array, dtype: np.dtype, strips: int = 1) -> Array:
@@ -78,7 +80,7 @@ def rank(read: Read, inputs: Inputs, label: Array, dtype: np.dtype, strips: int 
     shape = jax.eval_shape(read, inputs).x.shape
     if not _is_whole(shape, strips):
         return count(inputs)
-    return lax.platform_dependent(inputs, cpu=lambda inputs: _by_rows(count, inputs, shape), default=count)
+    return _either(inputs, cpu=lambda inputs: _by_rows(count, inputs, shape), default=count)
 
 
 def _is_whole(shape: tuple[int, ...], strips: int) -> bool:
@@ -95,7 +97,7 @@ def entry(x: Array, labels: Array, otherwise: Callable[[Array, Array], Array]) -
 
     if _mesh.devices() > 1 or x.size == 0:
         return otherwise(x, labels)
-    return lax.platform_dependent(x, labels, cpu=gathered, cuda=gathered, rocm=gathered, default=otherwise)
+    return _either(x, labels, cpu=gathered, gpu=gathered, default=otherwise)
 
 
 def sums(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -105,7 +107,44 @@ def sums(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
         zeros = tuple(np.zeros((), x.dtype) for x in arrays)
         return tuple(lax.reduce(arrays, zeros, lambda a, b: tuple(map(jnp.add, a, b)), (arrays[0].ndim - 1,)))
 
-    return lax.platform_dependent(arrays, cpu=lambda arrays: tuple(jnp.sum(x, -1) for x in arrays), default=reduction)
+    return _either(arrays, cpu=lambda arrays: tuple(jnp.sum(x, -1) for x in arrays), default=reduction)
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+#
+# `lax.platform_dependent` of functions without derivatives. Of these only the one that is compiled is ever traced, and the
+# default, for its types.
+
+
+def _either(*args: Any, **ways: Callable[..., Any]) -> Any:
+    """The way for the platform, "cpu", "gpu" or by "default", of arguments that hold all arrays it needs."""
+    leaves, tree = jax.tree.flatten(args)
+
+    def flat(way: Callable[..., Any], *leaves: Any) -> list[Any]:
+        return jax.tree.leaves(way(*tree.unflatten(leaves)))
+
+    jaxpr, out = jax.make_jaxpr(ways["default"], return_shape=True)(*args)
+    ways = {name: partial(flat, way) for name, way in ways.items()}
+    return jax.tree.unflatten(jax.tree.structure(out), _either_p.bind(*leaves, avals=tuple(jaxpr.out_avals), **ways))
+
+
+def _choose(platform: str, *args: Any, avals: Any, **ways: Callable[..., Any]) -> Any:
+    return ways.get(platform, ways["default"])(*args)
+
+
+def _batch(axis: Any, args: Any, axes: Any, *, avals: Any, **ways: Callable[..., Any]) -> Any:
+    found = _either(*args, **{name: jax.vmap(way, axes, axis_size=axis.size) for name, way in ways.items()})
+    return found, [0] * len(found)
+
+
+_either_p = Primitive("either")
+_either_p.multiple_results = True
+_either_p.def_impl(partial(_choose, "default"))
+_either_p.def_abstract_eval(lambda *args, avals, **ways: list(avals))
+batching.fancy_primitive_batchers[_either_p] = _batch
+for _platform in "default", "cpu", "gpu":
+    _lower = mlir.lower_fun(partial(_choose, _platform))
+    mlir.register_lowering(_either_p, _lower, platform=None if _platform == "default" else _platform)
 
 
 # --- XLA:GPU ----------------------------------------------------------------------------------------------------------

@@ -226,18 +226,25 @@ def test_laws(weighted: bool) -> None:
 
 def reading(b: Block) -> Any:
     """How a block is made of its inputs, and these."""
-    inputs = {"array": b.x, "labels": b.labels, "targets": b.targets, "weights": b.weights}
+    inputs = {
+        "array": b.x,
+        "first": jnp.asarray(b.first),
+        "labels": b.labels,
+        "targets": b.targets,
+        "weights": b.weights,
+    }
 
     def read(part: dict[str, jax.Array]) -> Block:
-        places = b.first + jax.lax.broadcasted_iota(jnp.int32, part["array"].shape, 1)
-        return Block(part["array"], b.first, places, *(part.get(n) for n in ("labels", "weights", "targets")))
+        places = part["first"] + jax.lax.broadcasted_iota(jnp.int32, part["array"].shape, 1)
+        return Block(part["array"], part["first"], places, *(part.get(n) for n in ("labels", "weights", "targets")))
 
     return read, {name: x for name, x in inputs.items() if x is not None}
 
 
 def over_classes(b: Block, ask: Ask) -> State:
     """As `_passes.state_of` asks for it."""
-    return _platforms.over_classes(*reading(b), ask, F32)
+    read, inputs = reading(b)
+    return jax.jit(lambda inputs: _platforms.over_classes(read, inputs, ask, F32))(inputs)
 
 
 def test_what_is_not_asked_for_is_not_carried() -> None:
