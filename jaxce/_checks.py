@@ -551,7 +551,8 @@ def option(argument: str, value: Any, kind: Number) -> Any:
         value = _host_array(argument, value)
     if not hasattr(value, "dtype"):
         raise ArgumentTypeError(f"{argument} must be {kind.expected}, got {value!r}")
-    array = _array(argument, value, np.generic, kind.expected)
+    given: Any = value
+    array = _array(argument, given, np.generic, kind.expected)
     if not jnp.issubdtype(array.dtype, jnp.floating) and not jnp.issubdtype(array.dtype, jnp.integer):
         raise ArgumentTypeError(f"{argument} must be {kind.expected}, got {describe(array)}")
     if array.ndim and not kind.broadcasts:
