@@ -311,14 +311,18 @@ def _modified(z: Logits, loss: Measure, label_smoothing: Any, z_loss: Any) -> Ar
     found, (state,) = measure((z,), measures)
     values = dict(zip(measures, found, strict=True))
     total = values[loss]
+
+    def there(numbers: Array) -> Array:
+        return jnp.where(state.present, numbers, 0) if numbers.ndim else numbers
+
     if weighted:
         total = weigh(values[WEIGHT], total)
     if label_smoothing is not None:
-        share = z.of_rows("label_smoothing", label_smoothing)
+        share = there(z.of_rows("label_smoothing", label_smoothing))
         total = weigh(1 - share, total) + weigh(share, values[UNIFORM])
     if z_loss is not None:
         log_normalizer = jnp.where(state.present, values[LOG_NORMALIZER], 0)
-        total += weigh(z.of_rows("z_loss", z_loss), weigh(log_normalizer, log_normalizer))
+        total += weigh(there(z.of_rows("z_loss", z_loss)), weigh(log_normalizer, log_normalizer))
     return total
 
 

@@ -295,13 +295,17 @@ def test_numbers_of_rows_that_take_no_part(value: float) -> None:
     def smoothed(v: jax.Array) -> jax.Array:
         return jaxce.softmax_cross_entropy_with_integer_labels(X, Y, where=there, label_smoothing=v, z_loss=v)
 
+    def absent(v: jax.Array) -> jax.Array:  # no class of the row is left, though nothing is masked
+        x = jnp.where(there[:, None], X, -jnp.inf)
+        return jaxce.softmax_cross_entropy_with_integer_labels(x, Y, label_smoothing=v, z_loss=v)
+
     def mean(v: jax.Array) -> jax.Array:
         return jaxce.linear_cross_entropy(linear(temperature=v), Y, there, z_loss=v)
 
     def smoothed_mean(v: jax.Array) -> jax.Array:
         return jaxce.linear_cross_entropy(linear(), Y, there, label_smoothing=v)
 
-    of_rows = [lambda v: rows(there, temperature=v), lambda v: rows(entries, temperature=v), smoothed]
+    of_rows = [lambda v: rows(there, temperature=v), lambda v: rows(entries, temperature=v), smoothed, absent]
     for call in (*of_rows, mean, smoothed_mean):
         got = jax.value_and_grad(lambda v, call=call: jnp.sum(call(v)))(numbers)
         right = jax.value_and_grad(lambda v, call=call: jnp.sum(call(v)))(numbers.at[1].set(1))
