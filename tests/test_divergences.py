@@ -240,7 +240,7 @@ def test_a_mask_is_what_is_there(name: str) -> None:
     assert all(np.all(np.isfinite(s)) and not np.any(np.asarray(s)[~keep]) for s in slopes)
 
 
-@pytest.mark.parametrize("shape", [(6,), (1, 6), (1, 1)])
+@pytest.mark.parametrize("shape", [(6,), pytest.param((1, 6), marks=pytest.mark.slow), (1, 1)])
 def test_one_q_for_all_rows(shape: tuple[int, ...]) -> None:
     """q broadcasts to p, in the functions of logits and in those of probabilities; p doesn't to q."""
     rng = np.random.default_rng(5)
@@ -384,8 +384,14 @@ def exact_hessian(name: str, x: list[float], y: list[float]) -> np.ndarray:
     return out
 
 
-@every_function
-@pytest.mark.parametrize("make", [as_array, pytest.param(as_linear, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        pytest.param(n, m, marks=() if m is as_array and WEIGHTS.get(n, 1) == 1 else pytest.mark.slow)
+        for n in FUNCTIONS
+        for m in (as_array, as_linear)
+    ],
+)
 def test_second_derivatives(name: str, make: Callable[..., Any]) -> None:
     """All four blocks: the Fisher matrix where two rows agree, and the top class as exact as the others."""
     rows = second_rows()
@@ -457,7 +463,9 @@ def test_generalised_knowledge_distillation(beta: float) -> None:
         np.testing.assert_allclose(near, limit, rtol=1e-3)  # which w is that near to
 
 
-@pytest.mark.parametrize("kind", kinds(max))
+@pytest.mark.parametrize(
+    "kind", ["array", "linear", *(pytest.param(k, marks=pytest.mark.slow) for k in ("array and linear", "sharded"))]
+)
 def test_derivatives_by_the_weight(kind: str) -> None:
     """Gradient and Hessian of one row by both logits and the weight, together, beside the plain formula's."""
     rng = np.random.default_rng(1)

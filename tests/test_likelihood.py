@@ -349,7 +349,7 @@ def test_what_stirling_leaves(size: int) -> None:
 
 @pytest.mark.parametrize(("name", "arrays"), [("student_t_nll", 6), ("negative_binomial_nll", 10), ("gamma_nll", 6)])
 def test_gradients_write_few_arrays_on_a_cpu(name: str, arrays: int) -> None:
-    """5, 9 and 5; where XLA:CPU fuses nothing that is used twice 21, 29 and 10."""
+    """5, 7 and 3; where XLA:CPU fuses nothing that is used twice 21, 29 and 10."""
     if jax.default_backend() != "cpu":
         pytest.skip("what another platform fuses is not of interest here")
     function = getattr(jaxce, name)
@@ -567,7 +567,11 @@ EXTREME = {
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(n, "float32") for n in EXTREME] + [pytest.param(n, "float64", marks=pytest.mark.slow) for n in EXTREME],
+    [
+        pytest.param(n, d, marks=() if d == "float32" and n != "negative_binomial_nll" else pytest.mark.slow)
+        for d in ("float32", "float64")
+        for n in EXTREME
+    ],
 )
 def test_extreme_parameters(name: str, dtype: str) -> None:
     """Value, gradient and Hessian, each where it and the value can be written in the dtype, if its terms can or not."""

@@ -44,9 +44,18 @@ def targets(a: dict[str, Any], weighted: bool) -> jax.Array:
     return summed if weighted else jnp.minimum(summed, 1)
 
 
-@pytest.mark.parametrize("kind", ["linear", "array"])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("mask", MASKS)
+QUICK = {("none", False), ("entries", True), ("rows", True)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "weighted", "mask"),
+    [
+        pytest.param(k, w, m, marks=() if k == "array" or (m, w) in QUICK else pytest.mark.slow)
+        for k in ("linear", "array")
+        for w in (False, True)
+        for m in MASKS
+    ],
+)
 def test_dense_targets_summed(kind: str, weighted: bool, mask: str) -> None:
     """Values, gradients and Hessian-vector products by everything, beside the plain formula in float64."""
     where = MASKS[mask]

@@ -319,7 +319,7 @@ def test_half_precision_and_kernels_by_columns() -> None:
     assert [g.dtype for g in slopes(a, b, jnp.float32(0.3))] == ["bfloat16", "bfloat16", "float32"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_numbers_are_the_same_with_x64(dtype: str) -> None:
     e = embeddings(6, 8, dtype)
 
