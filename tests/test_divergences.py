@@ -387,7 +387,7 @@ def exact_hessian(name: str, x: list[float], y: list[float]) -> np.ndarray:
 @pytest.mark.parametrize(
     ("name", "make"),
     [
-        pytest.param(n, m, marks=() if m is as_array and WEIGHTS.get(n, 1) == 1 else pytest.mark.slow)
+        pytest.param(n, m, marks=() if m is as_array and WEIGHTS.get(n, 0.5) == 0.5 else pytest.mark.slow)
         for n in FUNCTIONS
         for m in (as_array, as_linear)
     ],
