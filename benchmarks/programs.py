@@ -593,7 +593,7 @@ CASES: dict[str, Case] = {
     ),
     "SigLIP, all pairs": Case(_our_siglip, _plain_siglip, with_temperature, [EMBEDDINGS], by=(0, 1, 2)),
     "SigLIP, mean": Case(_our_siglip_mean, _plain_siglip, with_temperature, [EMBEDDINGS], by=(0, 1, 2)),
-    "sigmoid, mean of sparse labels": Case(
+    "sigmoid, sparse labels, mean": Case(
         _our_sparse_binary_mean, _plain_sparse_binary, classes_first, [LABELS], by=(0, 1)
     ),
     "sigmoid, sparse labels": Case(_our_sparse_binary, _plain_sparse_binary, classes_first, [LABELS], by=(0, 1)),

@@ -28,8 +28,8 @@ from jaxce._sigmoid import binary_loss
 from jaxce._state import beside
 
 _BLOCK = 3 << 23
-"""About how many logits a block has at most, if that leaves it the classes that each has: what both gradients are made of
-then stays on a TPU's chip, which takes 36 megacycles for 8192 rows and 128256 classes, and blocks as large as usual 42."""
+"""About how many logits a block of a mean's gradient has at most, if that leaves it `CLASSES[0]`: what the gradients of both
+factors are made of then stays on a TPU's chip (8192 rows, 128256 classes: 36 megacycles, and 42 with larger blocks)."""
 
 
 @compiled("axis")
@@ -183,21 +183,21 @@ def _labeled(weighted: bool, inputs: Inputs) -> tuple[Inputs, Array]:
 
 def _in_blocks(spec: Spec, inputs: Inputs) -> Spec:
     """With smaller blocks, unless the logits say their size."""
-    batch = inputs["hidden"].shape[:-1] if "hidden" in inputs else ()
-    if spec.block_size is not None or "array" in inputs or not all(isinstance(n, int) for n in batch):
+    batch = inputs["hidden"].shape[:-1]
+    if spec.block_size is not None or not all(isinstance(n, int) for n in batch):  # but symbolic ones of jax.export
         return spec
     rows = -(-math.prod(batch) // (spec.chunks * _mesh.devices(AxisType.Auto))) * spec.strips
     return spec._replace(size=min(spec.size, max(CLASSES[0] // spec.strips, _BLOCK // max(1, rows) // 128 * 128)))
 
 
 def _losses(weighted: bool, specs: tuple[Spec], given: tuple[Inputs]) -> Array:
-    spec = _in_blocks(*specs, *given)
+    (spec,) = specs
     inputs, factor = _labeled(weighted, *given)
     return by_rows(spec.chunks, (inputs,), partial(_total, spec, False)) * factor.astype(spec.dtype)
 
 
 def _weighted_sum(weighted: bool, specs: tuple[Spec], given: tuple[Inputs]) -> tuple[Array]:
-    spec = _in_blocks(*specs, *given)
+    (spec,) = specs
     inputs, factor = _labeled(weighted, *given)
     w = inputs["example_weights"] * factor.astype(spec.dtype)
     # Each device that shares the classes differentiates its own part, by inputs that count as its own.
@@ -217,6 +217,7 @@ def _sum(spec: Spec, inputs: Inputs) -> Array:
 def _(spec: Spec, primals: Any, tangents: Any) -> tuple[Array, Array]:
     """All derivatives at once, which a pass backwards forms without one forwards: that by a row's weight is its loss."""
     (inputs,) = primals
+    spec = _in_blocks(spec, inputs)
     varying = {name: t for name, t in tangents[0].items() if not isinstance(t, SymbolicZero)}
 
     def total(some: Inputs) -> Array:
