@@ -28,8 +28,8 @@ from jaxce._sigmoid import binary_loss
 from jaxce._state import beside
 
 _BLOCK = 3 << 23
-"""About how many logits a block of a mean's gradient has at most, if that leaves it `CLASSES[0]`: what the gradients of both
-factors are made of then stays on a TPU's chip (8192 rows, 128256 classes: 36 megacycles, and 42 with larger blocks)."""
+"""About how many logits a block of a mean's gradient has at most, if that leaves it `CLASSES[0]`: what both gradients are
+made of then stays on a TPU's chip (8192 rows, 128256 classes: 36 megacycles, and 42 with larger blocks)."""
 
 
 @compiled("axis")
