@@ -102,9 +102,9 @@ def linear_sigmoid_binary_cross_entropy(
 
     .. math:: \frac{\sum_i w_i \ell_i}{\sum_i w_i}, \qquad 0 \text{ where the denominator is } 0,
 
-    with :math:`\ell_i` of `sigmoid_binary_cross_entropy_with_sparse_labels`. It is
-    ``weighted_mean(sigmoid_binary_cross_entropy_with_sparse_labels(logits, labels, label_weights), weights)`` in value
-    and derivatives, to any order and in both modes. Where a gradient is asked for, it is formed in the pass that
+    with :math:`\ell_i` of `sigmoid_binary_cross_entropy_with_sparse_labels`. It is ``weighted_mean(losses, weights)`` of
+    ``losses = sigmoid_binary_cross_entropy_with_sparse_labels(logits, labels, label_weights, where=weights != 0)`` in
+    value and derivatives, to any order and in both modes. Where a gradient is asked for, it is formed in the pass that
     forms the value: the logits are computed once rather than twice, a block of classes at a time.
 
     A row of weight 0 takes no part, whatever it holds: its loss is 0, and so is the gradient of its hidden states. Inside
@@ -209,8 +209,7 @@ def _weighted_sum(weighted: bool, specs: tuple[Spec], given: tuple[Inputs]) -> t
 @partial(custom_jvp, nondiff_argnums=(0,))
 def _sum(spec: Spec, inputs: Inputs) -> Array:
     """The weighted sum over the rows, of this device's classes."""
-    own = {name: x for name, x in inputs.items() if name != "example_weights"}
-    return jnp.sum(inputs["example_weights"] * by_rows(spec.chunks, (own,), partial(_total, spec, True)))
+    return jnp.sum(by_rows(spec.chunks, (inputs,), partial(_total, spec, True)))
 
 
 @partial(_sum.defjvp, symbolic_zeros=True)

@@ -228,6 +228,7 @@ def test_no_nan_of_masked_products() -> None:
         x = jaxce.LinearLogits(hidden, kernel, block_size=2)
         sparse = jaxce.sigmoid_binary_cross_entropy_with_sparse_labels(x, labels[:, None], where=there)
         mean = jaxce.linear_cross_entropy(x, labels, there)
+        mean += jaxce.linear_sigmoid_binary_cross_entropy(x, labels[:, None], there)
         return mean + jnp.sum(sparse + jaxce.softmax_cross_entropy_with_integer_labels(x, labels, where=there))
 
     def of_pairs(columns: Any) -> Any:
