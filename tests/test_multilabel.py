@@ -92,8 +92,14 @@ def test_dense_targets_summed(kind: str, weighted: bool, mask: str) -> None:
 WEIGHTS = {"none": None, "floats": np.array([0.5, 0.0, 2.0]), "booleans": np.array([True, True, False])}
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("given", WEIGHTS)
+@pytest.mark.parametrize(
+    ("given", "weighted"),
+    [
+        pytest.param(g, w, marks=() if (g, w) in {("none", False), ("floats", True)} else pytest.mark.slow)
+        for g in WEIGHTS
+        for w in (False, True)
+    ],
+)
 def test_the_mean_is_that_of_the_losses(given: str, weighted: bool) -> None:
     """In value, gradient, both second orders by everything, also by the weights of rows that count; and in chunks."""
 
