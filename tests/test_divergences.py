@@ -240,7 +240,7 @@ def test_a_mask_is_what_is_there(name: str) -> None:
     assert all(np.all(np.isfinite(s)) and not np.any(np.asarray(s)[~keep]) for s in slopes)
 
 
-@pytest.mark.parametrize("shape", [(6,), pytest.param((1, 6), marks=pytest.mark.slow), (1, 1)])
+@pytest.mark.parametrize("shape", [(6,), *(pytest.param(s, marks=pytest.mark.slow) for s in ((1, 6), (1, 1)))])
 def test_one_q_for_all_rows(shape: tuple[int, ...]) -> None:
     """q broadcasts to p, in the functions of logits and in those of probabilities; p doesn't to q."""
     rng = np.random.default_rng(5)
@@ -464,7 +464,7 @@ def test_generalised_knowledge_distillation(beta: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["array", "linear", *(pytest.param(k, marks=pytest.mark.slow) for k in ("array and linear", "sharded"))]
+    "kind", ["array", *(pytest.param(k, marks=pytest.mark.slow) for k in ("linear", "array and linear", "sharded"))]
 )
 def test_derivatives_by_the_weight(kind: str) -> None:
     """Gradient and Hessian of one row by both logits and the weight, together, beside the plain formula's."""

@@ -80,11 +80,16 @@ SMOOTHING = np.array([0.1, 0.0, 1.0, 0.3, 0.2, 0.5, 0.9])
     ("chunk_size", "class_axis", "smoothing", "of_rows"),
     [
         (3, -1, 0.0, True),
-        (None, 0, 0.0, False),
         (3, -1, SMOOTHING, True),
         *(
             pytest.param(*p, marks=pytest.mark.slow)
-            for p in ((3, 0, 0.0, False), (None, -1, 0.0, True), (1, 0, 0.0, False), (1, 0, 0.1, False))
+            for p in (
+                (None, 0, 0.0, False),
+                (3, 0, 0.0, False),
+                (None, -1, 0.0, True),
+                (1, 0, 0.0, False),
+                (1, 0, 0.1, False),
+            )
         ),
     ],
 )

@@ -125,6 +125,7 @@ def test_values_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         close(*slopes)
 
 
+@pytest.mark.slow
 def test_derivatives_in_all_modes_and_orders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_pairs, "_ROWS", 4)
     with jax.enable_x64(True):
