@@ -44,7 +44,7 @@ def targets(a: dict[str, Any], weighted: bool) -> jax.Array:
     return summed if weighted else jnp.minimum(summed, 1)
 
 
-QUICK = {("none", False), ("entries", True), ("rows", True)}
+QUICK = {("classes", False), ("entries", True), ("rows", True)}
 
 
 @pytest.mark.parametrize(

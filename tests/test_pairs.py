@@ -125,7 +125,6 @@ def test_values_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         close(*slopes)
 
 
-@pytest.mark.slow
 def test_derivatives_in_all_modes_and_orders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_pairs, "_ROWS", 4)
     with jax.enable_x64(True):
@@ -320,7 +319,7 @@ def test_half_precision_and_kernels_by_columns() -> None:
     assert [g.dtype for g in slopes(a, b, jnp.float32(0.3))] == ["bfloat16", "bfloat16", "float32"]
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_numbers_are_the_same_with_x64(dtype: str) -> None:
     e = embeddings(6, 8, dtype)
 
