@@ -185,8 +185,7 @@ def add_up(
     vary, and ``rows`` is whatever else the step wants, without an axis of classes. Nothing of a block is kept for a
     transpose. The sum over devices is left out of this device's ``own``.
     """
-    if any(tangents):
-        specs = tuple(s._replace(size=_even(s)) for s in specs)
+    specs = tuple(s._replace(size=_even(s)) for s in specs)
     inputs, tangents, rows = _mesh.vary((inputs, tangents, rows), _axes(specs, inputs, tangents, rows))
     wide: list[Inputs] = []
     cuts: tuple[list[Inputs], list[Inputs]] = [], []
