@@ -139,7 +139,7 @@ def _batch(axis: Any, args: Any, axes: Any, *, avals: Any, **ways: Callable[...,
 
 _either_p = Primitive("either")
 _either_p.multiple_results = True
-_either_p.def_impl(partial(_choose, "default"))
+_either_p.def_impl(lambda *args, **params: _choose(jax.default_backend(), *args, **params))
 _either_p.def_abstract_eval(lambda *args, avals, **ways: list(avals))
 batching.fancy_primitive_batchers[_either_p] = _batch
 for _platform in "default", "cpu", "gpu":

@@ -275,8 +275,7 @@ def test_many_classes(name: str, dtype: str, classes: int) -> None:
     check(name, dtype, classes, jax.jit)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["integer", "dense", "entropy"])
+@pytest.mark.parametrize("name", ["integer", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dense", "entropy"))])
 def test_without_jit_it_is_as_exact(name: str) -> None:
     """Compilers contract and reassociate: what is exact only when compiled, or only when not, would show here."""
 
