@@ -264,12 +264,17 @@ def _in_blocks(spec: Spec, inputs: Inputs) -> Spec:
     length = spec.classes // strips
     if spec.block_size is not None:
         return spec._replace(size=min(length, -(-spec.block_size // strips)), strips=strips)
-    known = all(isinstance(n, int) for n in batch)  # unlike the symbolic sizes of jax.export
-    rows = max(1, math.prod(batch) // _mesh.devices(AxisType.Auto)) if known else 1
+    rows = rows_of_a_device(batch)
     least, most = CLASSES
     part = max(least // strips, -(-length // (1024 if strips == 1 else 512)) * 128)
     size = min(length, most, part, max(most // strips, 128, BLOCK // (rows * strips) // 128 * 128))
     return spec._replace(size=size, strips=strips, chunks=-(-rows * strips * size // BLOCK))
+
+
+def rows_of_a_device(batch: tuple[int, ...]) -> int:
+    """How many of the rows a device has; 1 for the symbolic sizes of jax.export."""
+    known = all(isinstance(n, int) for n in batch)
+    return max(1, math.prod(batch) // _mesh.devices(AxisType.Auto)) if known else 1
 
 
 def factors(spec: Spec, inputs: Inputs) -> Inputs:
@@ -280,10 +285,17 @@ def factors(spec: Spec, inputs: Inputs) -> Inputs:
     if there is not None:  # what a row holds that takes no part must not be multiplied by anything
         there = jnp.broadcast_to(there, hidden.shape[:-1])
         hidden = jnp.where(there[..., None], hidden, 0)
-        if "temperature" in inputs and has_rows("temperature", inputs["temperature"]):
-            inputs = inputs | {"temperature": jnp.where(there, inputs["temperature"], 1)}
+        inputs = with_temperatures(inputs, there)
     features = -1 - spec.class_axis
     return inputs | {"hidden": _mesh.whole(hidden, -1), "kernel": _mesh.whole(inputs["kernel"], features)}
+
+
+def with_temperatures(inputs: Inputs, there: Array) -> Inputs:
+    """With a temperature of 1 in rows that take no part, if each row has its own."""
+    temperature = inputs.get("temperature")
+    if temperature is None or not has_rows("temperature", temperature):
+        return inputs
+    return inputs | {"temperature": jnp.where(there, temperature, 1)}
 
 
 def _shares(spec: Spec, inputs: Inputs) -> Inputs:

@@ -29,7 +29,7 @@ from jax.sharding import AxisType
 
 from jaxce import _checks, _mesh, _platforms
 from jaxce._checks import NUMBERS, SHARES, ArrayLike, AxisName, compiled
-from jaxce._inputs import OF_ROWS, Inputs, Spec, has_rows, on_each_device, read_logits
+from jaxce._inputs import OF_ROWS, Inputs, Spec, has_rows, on_each_device, read_logits, with_temperatures
 from jaxce._logits import LinearLogits, product, shape_logits
 from jaxce._reduction import weighted_mean
 from jaxce._rules import custom_jvp
@@ -418,9 +418,7 @@ def _chunk(
     options: _Options, names: tuple[str, ...], labels: Array, inputs: Inputs
 ) -> tuple[Array, Inputs, Aux | None]:
     """The sum over some rows, and its derivatives, from three products."""
-    if "temperature" in inputs and has_rows("temperature", inputs["temperature"]):  # 0 of rows that fill a chunk
-        counts = inputs["example_weights"] != 0
-        inputs = inputs | {"temperature": jnp.where(counts, inputs["temperature"], 1)}
+    inputs = with_temperatures(inputs, inputs["example_weights"] != 0)  # that of rows that fill a chunk is 0
     at = _labels(options, labels, inputs)
     found, r = _pass_near_the_maximum(options, names, at, inputs)
     rows = _rows(options, at, inputs, found, r)

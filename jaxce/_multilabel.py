@@ -7,7 +7,6 @@ what a listed class costs, :math:`\log(1 + e^{-x})`, is never a difference of wh
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -16,11 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import AxisType
 
-from jaxce import _checks, _mesh
+from jaxce import _checks
 from jaxce._checks import ArrayLike, Axis, compiled
-from jaxce._inputs import CLASSES, Inputs, Logits, Spec, on_each_device, read_logits
+from jaxce._inputs import CLASSES, Inputs, Logits, Spec, on_each_device, read_logits, rows_of_a_device
 from jaxce._logits import AnyLogits, LinearLogits
 from jaxce._passes import add_up, along, block_of, by_rows, logits_of, masked, own_inputs
 from jaxce._rules import custom_jvp
@@ -183,11 +181,10 @@ def _labeled(weighted: bool, inputs: Inputs) -> tuple[Inputs, Array]:
 
 def _in_blocks(spec: Spec, inputs: Inputs) -> Spec:
     """With smaller blocks, unless the logits say their size."""
-    batch = inputs["hidden"].shape[:-1]
-    if spec.block_size is not None or not all(isinstance(n, int) for n in batch):  # but symbolic ones of jax.export
+    if spec.block_size is not None:
         return spec
-    rows = -(-math.prod(batch) // (spec.chunks * _mesh.devices(AxisType.Auto))) * spec.strips
-    return spec._replace(size=min(spec.size, max(CLASSES[0] // spec.strips, _BLOCK // max(1, rows) // 128 * 128)))
+    rows = -(-rows_of_a_device(inputs["hidden"].shape[:-1]) // spec.chunks) * spec.strips
+    return spec._replace(size=min(spec.size, max(CLASSES[0] // spec.strips, _BLOCK // rows // 128 * 128)))
 
 
 def _losses(weighted: bool, specs: tuple[Spec], given: tuple[Inputs]) -> Array:
@@ -201,15 +198,16 @@ def _weighted_sum(weighted: bool, specs: tuple[Spec], given: tuple[Inputs]) -> t
     inputs, factor = _labeled(weighted, *given)
     w = inputs["example_weights"] * factor.astype(spec.dtype)
     # Each device that shares the classes differentiates its own part, by inputs that count as its own.
-    inputs = own_inputs((spec,), (inputs | {"example_weights": w},))[0]
-    total = _sum(spec, inputs)
+    total = _sum(spec, own_inputs(spec, inputs | {"example_weights": w}))
     return (total if spec.axis_name is None else lax.psum(total, spec.axis_name),)
 
 
-@partial(custom_jvp, nondiff_argnums=(0,))
-def _sum(spec: Spec, inputs: Inputs) -> Array:
+def _sum_of_losses(spec: Spec, inputs: Inputs) -> Array:
     """The weighted sum over the rows, of this device's classes."""
     return jnp.sum(by_rows(spec.chunks, (inputs,), partial(_total, spec, True)))
+
+
+_sum = custom_jvp(_sum_of_losses, nondiff_argnums=(0,))
 
 
 @partial(_sum.defjvp, symbolic_zeros=True)
@@ -218,11 +216,8 @@ def _(spec: Spec, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (inputs,) = primals
     spec = _in_blocks(spec, inputs)
     varying = {name: t for name, t in tangents[0].items() if not isinstance(t, SymbolicZero)}
-
-    def total(some: Inputs) -> Array:
-        return jnp.sum(by_rows(spec.chunks, (inputs | some,), partial(_total, spec, True)))
-
-    gradient = jax.grad(total)({name: inputs[name] for name in {*varying, "example_weights"}})
+    some = {name: inputs[name] for name in {*varying, "example_weights"}}
+    gradient = jax.grad(lambda some: _sum_of_losses(spec, inputs | some))(some)
     terms = (jnp.sum(gradient[name].astype(spec.dtype) * t.astype(spec.dtype)) for name, t in varying.items())
     value = jnp.sum(inputs["example_weights"] * gradient["example_weights"])
     return value, sum(terms, jnp.zeros_like(value))

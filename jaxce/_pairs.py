@@ -26,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jaxce import _checks, _mesh
 from jaxce._checks import ArrayLike, AxisName, compiled
-from jaxce._inputs import Inputs, Spec, factors, read_logits
+from jaxce._inputs import Inputs, Spec, factors, read_logits, rows_of_a_device
 from jaxce._logits import LinearLogits, ShardedLogits, shape_logits
 from jaxce._passes import join_rows, logits_of, split_rows
 from jaxce._rules import custom_jvp, largest
@@ -468,8 +468,7 @@ def _split(options: _Options, inputs: Inputs) -> tuple[Inputs, Callable[[Any], A
     rows, columns = inputs["labels"].shape[0], options.spec.classes
     given, tiles, blocks = options.spec.block_size, 1, 1
     if "array" not in inputs:
-        # The sizes of jax.export may be symbolic.
-        local = max(1, rows // _mesh.devices(AxisType.Auto)) if isinstance(rows, int) else 1
+        local = rows_of_a_device((rows,))
         tiles = -(-local // _ROWS)
         size = columns if _mesh.in_use() else max(_COLUMNS, columns // 16)
         blocks = -(-columns // (given or min(size, _PAIRS // -(-local // tiles))))

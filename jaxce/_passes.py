@@ -150,7 +150,7 @@ def _fold(
 
 def state_of(spec: Spec, inputs: Inputs) -> State:
     """The state of each row: without derivatives, which only rules that know them may ask for."""
-    inputs = _mesh.vary(inputs, _axes((spec,), inputs))
+    inputs = own_inputs(spec, inputs)
 
     def part(start: Any, size: int, _: Any) -> State:
         read, cut = reading(spec, _cut(spec, inputs, start, size), start)
@@ -165,9 +165,9 @@ def state_of(spec: Spec, inputs: Inputs) -> State:
 Step = Callable[[tuple[Inputs, ...], tuple[Inputs, ...], Any, Any], Any]
 
 
-def own_inputs(specs: tuple[Spec, ...], inputs: tuple[Inputs, ...]) -> tuple[Inputs, ...]:
+def own_inputs(spec: Spec, inputs: Inputs) -> Inputs:
     """The inputs as what differs between all devices of a pass: a gradient by them is a device's part of it."""
-    return _mesh.vary(inputs, _axes(specs, inputs))
+    return _mesh.vary(inputs, _axes((spec,), inputs))
 
 
 def add_up(
