@@ -28,17 +28,20 @@ Inputs = dict[str, Array]
 The logits are an "array", or "hidden" states and a "kernel", perhaps with "bias", "temperature" and "soft_cap". With
 them may come masks, True where something is there: of "rows", of "classes" and of "entries" (whose axes of rows may be
 of length 1); "labels", one for each row; "targets", as "entries", or "shares" of the "chosen" classes, some for each
-row, and "listed" which of these are no padding; "weights", one for each class; "example_weights", one for each row.
+row, and "listed" which of these are no padding; "weights", one for each class; "example_weights", one for each row;
+"groups" and "class_groups", an integer for each row and for each class.
 """
 
 LOGITS = "array", "hidden", "kernel", "bias", "temperature", "soft_cap"
 
 ALONG_CLASSES = {"array": -1, "kernel": None, "bias": 0, "classes": 0, "entries": -1, "targets": -1, "weights": 0}
+ALONG_CLASSES |= {"class_groups": 0}
 """The axis of classes of each input that has one; that of a kernel is its own."""
 
 OF_ROWS = {name: 1 for name in ("array", "logits", "hidden", "entries", "targets", "chosen", "shares", "listed")}
 OF_ROWS |= {
-    name: 0 for name in ("rows", "labels", "label", "example_weights", "temperature", "label_smoothing", "z_loss")
+    name: 0
+    for name in ("rows", "labels", "label", "groups", "example_weights", "temperature", "label_smoothing", "z_loss")
 }
 """The inputs that have axes of rows, and how many axes they have beside those; options may be one number for all. The
 "logits" of a block are made of others, as is the "label", its logit."""
@@ -136,6 +139,35 @@ class Logits(NamedTuple):
         weights = _checks.real("class_weights", class_weights, self.dtype)
         _checks.same_shape("class_weights", weights, (self.spec.classes,), "one number per class")
         return self.having(weights=weights)
+
+    def with_classes(self, class_where: ArrayLike | None) -> Logits:
+        """With a mask of the classes, beside any other, unless it is None."""
+        if class_where is None:
+            return self
+        mask = _checks.boolean("class_where", class_where)
+        _checks.same_shape("class_where", mask, (self.spec.classes,), "one entry per class")
+        return self.having(classes=mask & self.inputs.get("classes", True))
+
+    def with_groups(self, groups: Any, class_groups: Any) -> Logits:
+        """With groups of rows and of classes, unless both are None."""
+        if groups is None and class_groups is None:
+            return self
+        batch, arrays = _checks.batch_shape(self.shape, self.axes), []
+        for name, x, shape, of in (
+            ("groups", groups, batch, "one entry per row"),
+            ("class_groups", class_groups, (self.spec.classes,), "one entry per class"),
+        ):
+            if x is None:
+                raise _checks.ArgumentTypeError(f"{name} must be given for rows and classes to have groups, got None")
+            arrays.append(_checks.integer(name, x))
+            _checks.same_shape(name, arrays[-1], shape, of)
+        of_rows, of_classes = arrays
+        wide = [x.dtype for x in arrays if all(np.can_cast(y.dtype, x.dtype) for y in arrays)]
+        if not wide:
+            raise _checks.ArgumentTypeError(
+                f"class_groups must have the dtype of groups, {of_rows.dtype}, got {_checks.describe(of_classes)}"
+            )
+        return self.having(groups=of_rows.astype(wide[0]), class_groups=of_classes.astype(wide[0]))
 
     def of_rows(self, option: str, value: ArrayLike) -> Array:
         """An option that is a number, or one for each row: then 0 in rows that take no part."""

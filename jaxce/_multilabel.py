@@ -38,7 +38,10 @@ def sigmoid_binary_cross_entropy_with_sparse_labels(
     axis: Axis = -1,
     where: ArrayLike | None = None,
     *,
+    class_where: ArrayLike | None = None,
     pos_weight: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    class_groups: ArrayLike | None = None,
 ) -> Array:
     r"""Sum over all classes of the binary cross-entropy of their logits, where each row lists its positive classes.
 
@@ -57,6 +60,9 @@ def sigmoid_binary_cross_entropy_with_sparse_labels(
     unless its weight is 0 or its row is masked. A masked class takes no part, also if it is listed. An infinite logit
     costs 0 where the label agrees fully, with gradient 0, and +inf otherwise.
 
+    With groups, a class of the row's own group that the row doesn't list is left out: neither a yes nor a no, such as a
+    duplicate of the row's own text, or a word for the same thing.
+
     No term is negative (for weights that add up to at most 1) and none is a difference: each is as exact as that of
     `sigmoid_binary_cross_entropy`, as is each entry of a gradient. With `LinearLogits` neither value nor gradient needs
     memory for more than a block of logits. One pass compares each class with all labels of its row.
@@ -67,7 +73,10 @@ def sigmoid_binary_cross_entropy_with_sparse_labels(
       weights: the share of yes that each label stands for, usually in [0, 1], of the shape of the labels; None for 1.
       axis: the class axis, or several; labels then count the classes of the flattened axes.
       where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the logits).
+      class_where: which classes take part, of shape [classes].
       pos_weight: weight of the positive class, a number or one for each class; PyTorch's meaning.
+      groups: an integer for each row, such as the id of its item.
+      class_groups: an integer for each class; by default that of the row, if there are as many rows as classes.
 
     Returns:
       Losses of the batch shape, float32 for half-precision logits and the logits' dtype otherwise.
@@ -83,6 +92,7 @@ def sigmoid_binary_cross_entropy_with_sparse_labels(
       Zhai et al., Sigmoid Loss for Language Image Pre-Training, https://arxiv.org/abs/2303.15343.
     """
     z = _read(logits, labels, weights, axis, where, pos_weight)
+    z = _with_classes(z, class_where, groups, class_groups)
     return on_each_device(partial(_losses, weights is not None), (z,))
 
 
@@ -93,7 +103,10 @@ def linear_sigmoid_binary_cross_entropy(
     weights: ArrayLike | None = None,
     *,
     label_weights: ArrayLike | None = None,
+    class_where: ArrayLike | None = None,
     pos_weight: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    class_groups: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
 ) -> Array:
     r"""Weighted mean of the binary cross-entropy of lists of labels and `LinearLogits`, with gradients from three products.
@@ -113,7 +126,10 @@ def linear_sigmoid_binary_cross_entropy(
       labels: integer classes, of shape [..., k], -1 where there are fewer than k.
       weights: of the examples: booleans, integers or floating point, of the shape of the logits without the classes.
       label_weights: the share of yes that each label stands for, of the shape of the labels; None for 1.
+      class_where: which classes take part, of shape [classes].
       pos_weight: weight of the positive class, a number or one for each class.
+      groups: an integer for each row; an unlisted class of the row's own group is left out.
+      class_groups: an integer for each class; by default that of the row, if there are as many rows as classes.
       normalizer: a number to divide by in place of the sum of the weights, say that of all micro-batches.
 
     Returns:
@@ -138,6 +154,7 @@ def linear_sigmoid_binary_cross_entropy(
     z = _read(
         logits, labels, label_weights, -1, None if weights is None else w.astype(bool), pos_weight, "label_weights"
     )
+    z = _with_classes(z, class_where, groups, class_groups)
     w = w.astype(z.dtype)
     total = jnp.sum(w) if normalizer is None else _checks.real("normalizer", normalizer, z.dtype).astype(z.dtype)
     _checks.scalar_or("normalizer", total, (), "no axes")
@@ -170,11 +187,19 @@ def _read(
     return z.having(weights=jnp.broadcast_to(factor, (z.spec.classes,)))
 
 
+def _with_classes(z: Logits, class_where: Any, groups: Any, class_groups: Any) -> Logits:
+    """The logits with what is said of their classes."""
+    if class_groups is None and z.spec.axis_name is None and z.shape == (z.spec.classes,) * 2:
+        class_groups = groups
+    return z.with_classes(class_where).with_groups(groups, class_groups)
+
+
 def _labeled(weighted: bool, inputs: Inputs) -> tuple[Inputs, Array]:
     """The inputs of a pass; and 1 for each row, or NaN where a label is no class."""
     shares = jnp.where(inputs["listed"], inputs["shares"], 0)
-    # Without weights a class counts once, however often it is listed.
-    labels = {"shares": shares} if weighted else {"chosen": jnp.where(shares == 1, inputs["chosen"], -1)}
+    labels = {"chosen": jnp.where(inputs["listed"] if weighted else shares == 1, inputs["chosen"], -1)}
+    if weighted:  # else a class counts once, however often it is listed
+        labels["shares"] = shares
     factor = jnp.where(jnp.isnan(shares).any(-1), np.nan, 1)
     return {name: x for name, x in inputs.items() if name not in ("listed", "shares")} | labels, factor
 
@@ -228,12 +253,14 @@ def _block(spec: Spec, start: Any, part: Inputs) -> Array:
     x = logits_of(spec, part).astype(spec.dtype)
     block = block_of(spec, part, start, x)
     weight = None if block.weights is None else jnp.broadcast_to(block.weights.astype(spec.dtype), x.shape)
-    if block.targets is None:
-        yes = block.places < 0
-        for j in range(part["chosen"].shape[-1]):
-            yes |= block.places == beside(part["chosen"][..., j], x)
-    else:
-        yes = block.targets.astype(spec.dtype)
+    listed = block.places < 0
+    for j in range(part["chosen"].shape[-1]):
+        listed |= block.places == beside(part["chosen"][..., j], x)
+    if "groups" in part:
+        others = beside(part["groups"], x) != jnp.broadcast_to(part["class_groups"], x.shape)
+        part = part | {"entries": (listed | others) & part.get("entries", True)}
+        x = masked(part, x, -np.inf)
+    yes = listed if block.targets is None else block.targets.astype(spec.dtype)
     cost = jnp.sum(masked(part, binary_loss(x, yes, weight), 0), -1)
     return beside(part["example_weights"], cost) * cost if "example_weights" in part else cost
 

@@ -119,14 +119,20 @@ def softmax_cross_entropy_of_pairs(
     pairs = _read(logits, axis_name)
     rows, columns = pairs.shape
     grouped = positives == "group"
-    inputs = _masks_and_groups(pairs.shape, grouped, where, class_where, groups, class_groups)
-    z = read_logits("logits", pairs, -1, inputs.get("rows"))
+    if grouped and groups is None:
+        raise _checks.ArgumentTypeError("groups must be given with positives='group', got None")
+    if class_groups is None and rows == columns:
+        class_groups = groups
+    if where is not None:
+        where = _checks.boolean("where", where)
+        _checks.same_shape("where", where, (rows,), "one entry per row")
+    z = read_logits("logits", pairs, -1, where).with_classes(class_where).with_groups(groups, class_groups)
     if grouped and labels is not None:
         raise _checks.ArgumentTypeError(f"labels must be None with positives='group', got {_checks.describe(labels)}")
     if not grouped and labels is None and (exclude_self or rows > columns):
         of = "exclude_self=True" if exclude_self else f"{rows} rows and {columns} columns"
         raise _checks.ArgumentTypeError(f"labels must be given with {of}, got None")
-    inputs = factors(z.spec, z.inputs) | inputs
+    inputs = factors(z.spec, z.inputs)
     numbers = jnp.arange(rows, dtype=jnp.int32)
     if "kernel" in inputs and z.spec.class_axis != 0:
         inputs["kernel"] = inputs["kernel"].T
@@ -145,39 +151,6 @@ def softmax_cross_entropy_of_pairs(
     if axis_name is not None:
         of_columns = lax.dynamic_slice_in_dim(of_columns, numbers[0], columns)
     return of_rows, of_columns
-
-
-def _masks_and_groups(
-    shape: tuple[int, ...], grouped: bool, where: Any, class_where: Any, groups: Any, class_groups: Any
-) -> Inputs:
-    """What there is one of for each row or each column."""
-    inputs: Inputs = {}
-    for name, to, given, check in (
-        ("where", "rows", where, _checks.boolean),
-        ("class_where", "classes", class_where, _checks.boolean),
-        ("groups", "groups", groups, _checks.integer),
-        ("class_groups", "class_groups", class_groups, _checks.integer),
-    ):
-        if given is not None:
-            inputs[to] = check(name, given)
-            size, of = (shape[0], "row") if to in ROWS_FIRST else (shape[1], "column")
-            _checks.same_shape(name, inputs[to], (size,), f"one entry per {of}")
-    if "groups" in inputs and "class_groups" not in inputs and shape[0] == shape[1]:
-        inputs["class_groups"] = inputs["groups"]
-    if "groups" in inputs and "class_groups" in inputs:
-        of_rows, of_columns = inputs["groups"], inputs["class_groups"]
-        if np.can_cast(of_columns.dtype, of_rows.dtype):
-            inputs["class_groups"] = of_columns.astype(of_rows.dtype)
-        elif np.can_cast(of_rows.dtype, of_columns.dtype):
-            inputs["groups"] = of_rows.astype(of_columns.dtype)
-        else:
-            raise _checks.ArgumentTypeError(
-                f"class_groups must have the dtype of groups, {of_rows.dtype}, got {_checks.describe(of_columns)}"
-            )
-    for name, other in (("groups", "class_groups"), ("class_groups", "groups")):
-        if name not in inputs and (other in inputs or grouped):
-            raise _checks.ArgumentTypeError(f"{name} must be an integer array, got None")
-    return inputs
 
 
 def _read(logits: Any, axis_name: AxisName | None) -> Any:

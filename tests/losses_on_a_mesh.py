@@ -59,7 +59,11 @@ FUNCTIONS: dict[str, Callable[[Any, Arrays], Any]] = {
     "Jensen-Shannon": lambda x, a: jaxce.jensen_shannon_divergence_with_logits(x, a["other"]),
     "Jensen-Shannon, weighted": lambda x, a: jaxce.jensen_shannon_divergence_with_logits(x, a["other"], weight=0.2),
     "binary, sparse labels": lambda x, a: jaxce.sigmoid_binary_cross_entropy_with_sparse_labels(
-        x, jnp.stack([a["labels"], a["labels"] - 1], -1), pos_weight=a["weights"]
+        x,
+        jnp.stack([a["labels"], a["labels"] - 1], -1),
+        pos_weight=a["weights"],
+        groups=a["labels"] % 2,
+        class_groups=(a["bias"] > 0).astype("int32"),
     ),
 }
 SPECS: dict[str, P] = {

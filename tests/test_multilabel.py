@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ MASKS = {
     "rows": np.array([True, False, True]),
     "classes": np.arange(V)[None] != 5,  # which is listed
     "entries": np.random.default_rng(3).uniform(size=(N, V)) < 0.6,
+    "groups": {"groups": np.array([1, 0, 1]), "class_groups": np.arange(V) % 2, "class_where": np.arange(V) != 5},
 }
 
 
@@ -44,7 +46,18 @@ def targets(a: dict[str, Any], weighted: bool) -> jax.Array:
     return summed if weighted else jnp.minimum(summed, 1)
 
 
-QUICK = {("classes", False), ("entries", True), ("rows", True)}
+def masked(name: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """Which entries take part, and the arguments that say so."""
+    mask = MASKS[name]
+    if name == "groups":
+        listed = (LABELS[..., None] == np.arange(V)).any(1)
+        return (listed | (mask["groups"][:, None] != mask["class_groups"])) & mask["class_where"], mask
+    if mask is None:
+        return np.ones((N, V), bool), {}
+    return np.broadcast_to(mask[:, None] if mask.ndim == 1 else mask, (N, V)), {"where": mask}
+
+
+QUICK = {("groups", True), ("classes", False), ("entries", True), ("rows", True)}
 
 
 @pytest.mark.parametrize(
@@ -58,16 +71,11 @@ QUICK = {("classes", False), ("entries", True), ("rows", True)}
 )
 def test_dense_targets_summed(kind: str, weighted: bool, mask: str) -> None:
     """Values, gradients and Hessian-vector products by everything, beside the plain formula in float64."""
-    where = MASKS[mask]
-    keep = (
-        np.ones((N, V), bool)
-        if where is None
-        else np.broadcast_to(where[:, None] if where.ndim == 1 else where, (N, V))
-    )
+    keep, masks = masked(mask)
 
     def ours(a: dict[str, Any]) -> jax.Array:
         x = linear(a) if kind == "linear" else linear(a).materialize()
-        return loss(x, LABELS, a["shares"] if weighted else None, where=where, pos_weight=a["weight"])
+        return loss(x, LABELS, a["shares"] if weighted else None, pos_weight=a["weight"], **masks)
 
     def plain(a: dict[str, Any]) -> jax.Array:
         x, t = linear(a).materialize(), targets(a, weighted)
@@ -106,12 +114,11 @@ def test_the_mean_is_that_of_the_losses(given: str, weighted: bool) -> None:
     def mean(a: dict[str, Any], fused: bool) -> jax.Array:
         labels_of = a["shares"] if weighted else None
         w = a.get("rows", WEIGHTS[given])
+        options = {"pos_weight": a["weight"]} | (MASKS["groups"] if weighted else {})
         if fused:
-            return jaxce.linear_sigmoid_binary_cross_entropy(
-                linear(a), LABELS, w, label_weights=labels_of, pos_weight=a["weight"]
-            )
+            return jaxce.linear_sigmoid_binary_cross_entropy(linear(a), LABELS, w, label_weights=labels_of, **options)
         where = None if w is None else w.astype(bool)
-        return jaxce.weighted_mean(loss(linear(a), LABELS, labels_of, where=where, pos_weight=a["weight"]), w)
+        return jaxce.weighted_mean(loss(linear(a), LABELS, labels_of, where=where, **options), w)
 
     def all_of(a: dict[str, Any], fused: bool) -> Any:
         slope = jax.grad(lambda a: 3 * mean(a, fused) ** 2)
@@ -271,3 +278,53 @@ def test_classes_of_several_devices() -> None:
 
     got = jax.vmap(part, out_axes=None, axis_name="parts")(parts)
     np.testing.assert_allclose(got, loss(x, LABELS), rtol=1e-6)
+
+
+def test_of_equal_texts_only_the_own_one_is_asked() -> None:
+    """With groups of rows alone, of which there are as many as classes; and what is left out may hold anything."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 4)), "float32").at[0, 2].set(jnp.nan).at[2, 0].set(jnp.inf)
+    ids, own = np.array([7, 3, 7, 5]), np.arange(4)[:, None]
+    keep = (ids[:, None] != ids) | np.eye(4, dtype=bool)
+    got, slope = jax.value_and_grad(lambda x: loss(x, own, groups=ids).sum())(x)
+    expected, right = jax.value_and_grad(lambda x: loss(x, own, where=keep).sum())(x)
+    assert np.isfinite(got) and np.isfinite(slope).all()
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(slope, right)
+
+
+def test_any_number_of_rows_is_exported() -> None:
+    a = jax.tree.map(lambda x: x.astype("float32"), arguments())
+
+    def both(hidden: jax.Array, labels: jax.Array) -> Any:
+        def mean(hidden: jax.Array) -> jax.Array:
+            return jaxce.linear_sigmoid_binary_cross_entropy(linear(a | {"hidden": hidden}), labels)
+
+        return loss(linear(a | {"hidden": hidden}), labels), jax.value_and_grad(mean)(hidden)
+
+    (rows,) = jax.export.symbolic_shape("n")
+    shapes = ((rows, D), "float32"), ((rows, 3), "int32")
+    exported = jax.export.export(jax.jit(both))(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    got, expected = exported.call(a["hidden"], LABELS), jax.jit(both)(a["hidden"], LABELS)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), got, expected)  # sums of another order
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "argument"),
+    [
+        ({"groups": np.arange(N)}, TypeError, "class_groups"),
+        ({"class_groups": np.arange(V)}, TypeError, "groups"),
+        ({"groups": np.arange(V), "class_groups": np.arange(V)}, ValueError, "groups"),
+        ({"groups": np.arange(N), "class_groups": np.arange(N)}, ValueError, "class_groups"),
+        (
+            {"groups": np.arange(N, dtype="int32"), "class_groups": np.arange(V, dtype="uint32")},
+            TypeError,
+            "class_groups",
+        ),
+        ({"class_where": np.ones((N, V), bool)}, ValueError, "class_where"),
+        ({"class_where": np.ones(V)}, TypeError, "class_where"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_wrong_arguments(wrong: dict[str, Any], error: type[Exception], argument: str) -> None:
+    with pytest.raises(error, match=f"^sigmoid_binary_cross_entropy_with_sparse_labels: {argument} must "):
+        loss(jnp.zeros((N, V)), LABELS, **wrong)
