@@ -63,11 +63,12 @@ def over_classes(read: Read, inputs: Inputs, ask: Ask, dtype: np.dtype, strips: 
     def in_lanes(inputs: Inputs) -> State:
         return _by_rows(lambda some: _in_lanes(read(some), ask, dtype), inputs, shape)
 
-    shape = jax.eval_shape(read, inputs).x.shape
+    shape = _logits(inputs).shape
     if not _is_whole(shape, strips):
         return reduction(inputs)
     gpu = reduction if shape[-1] < _SHORT else in_parts
-    return _either(inputs, cpu=in_lanes, gpu=gpu, default=reduction)
+    numbers = _one_for_each_row(lambda inputs: leaves(read(inputs), ask, dtype))
+    return _either(inputs, cpu=in_lanes, gpu=gpu, default=reduction, like=numbers)
 
 
 def rank(read: Read, inputs: Inputs, label: Array, dtype: np.dtype, strips: int = 1) -> Array:
@@ -77,10 +78,15 @@ def rank(read: Read, inputs: Inputs, label: Array, dtype: np.dtype, strips: int 
         return jnp.sum(before(read(inputs), inputs["label"], dtype), -1, dtype=jnp.int32)
 
     inputs = inputs | {"label": label}
-    shape = jax.eval_shape(read, inputs).x.shape
+    shape = _logits(inputs).shape
     if not _is_whole(shape, strips):
         return count(inputs)
     return _either(inputs, cpu=lambda inputs: _by_rows(count, inputs, shape), default=count)
+
+
+def _logits(inputs: Inputs) -> Array:
+    """The logits of a block: what it is made of, or a product that was made before."""
+    return inputs["array"] if "array" in inputs else inputs["logits"]
 
 
 def _is_whole(shape: tuple[int, ...], strips: int) -> bool:
@@ -107,23 +113,31 @@ def sums(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
         zeros = tuple(np.zeros((), x.dtype) for x in arrays)
         return tuple(lax.reduce(arrays, zeros, lambda a, b: tuple(map(jnp.add, a, b)), (arrays[0].ndim - 1,)))
 
-    return _either(arrays, cpu=lambda arrays: tuple(jnp.sum(x, -1) for x in arrays), default=reduction)
+    one_by_one = _one_for_each_row(lambda arrays: arrays)
+    return _either(arrays, cpu=lambda arrays: tuple(jnp.sum(x, -1) for x in arrays), default=reduction, like=one_by_one)
+
+
+def _one_for_each_row(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with results of the types of a reduction of these, which takes longer to trace."""
+    return lambda *args: jax.tree.map(lambda x: lax.reduce_max(x, (x.ndim - 1,)), function(*args))
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
 #
-# `lax.platform_dependent` of functions without derivatives. Of these only the one that is compiled is ever traced, and the
-# default, for its types.
+# `lax.platform_dependent` of functions without derivatives. Of these only the one that is compiled is ever traced.
 
 
-def _either(*args: Any, **ways: Callable[..., Any]) -> Any:
-    """The way for the platform, "cpu", "gpu" or by "default", of arguments that hold all arrays it needs."""
+def _either(*args: Any, like: Callable[..., Any] | None = None, **ways: Callable[..., Any]) -> Any:
+    """The way for the platform, "cpu", "gpu" or by "default", of arguments that hold all arrays it needs.
+
+    What comes out has the types of the results of ``like``, which is the default way if that is quick to trace.
+    """
     leaves, tree = jax.tree.flatten(args)
 
     def flat(way: Callable[..., Any], *leaves: Any) -> list[Any]:
         return jax.tree.leaves(way(*tree.unflatten(leaves)))
 
-    jaxpr, out = jax.make_jaxpr(ways["default"], return_shape=True)(*args)
+    jaxpr, out = jax.make_jaxpr(like or ways["default"], return_shape=True)(*args)
     ways = {name: partial(flat, way) for name, way in ways.items()}
     return jax.tree.unflatten(jax.tree.structure(out), _either_p.bind(*leaves, avals=tuple(jaxpr.out_avals), **ways))
 

@@ -13,7 +13,7 @@ A class that is absent (masked, or with the logit -inf) has the weight 0 beside 
 
 from __future__ import annotations
 
-import functools
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -71,13 +71,15 @@ class State(NamedTuple):
 
 def lift(part: State, m: Array) -> State:
     """What a part of the classes adds to a row whose maximum m is elsewhere."""
-    fall = jnp.where(part.m == m, 0, part.m - m)
+    fall = part.m - m
+    zero = lax.full_like(fall, 0)
+    fall = lax.select(part.m == m, zero, fall)
     e, rise, weight = jnp.exp(fall), -fall, part.s + 1
 
     def lifted(t: Targets | None) -> Targets | None:
         if t is None:
             return None
-        gap = t.gap + jnp.where(t.total == 0, 0, rise * t.total)
+        gap = t.gap + lax.select(t.total == 0, zero, rise * t.total)
         return Targets(t.total, gap, None if t.rest is None else t.total)
 
     return part._replace(
@@ -92,34 +94,31 @@ def lift(part: State, m: Array) -> State:
 
 def meet(*states: State) -> State:
     """The state of the classes of all: the numbers of one that has the maximum, and what all others add to them."""
+    # What is a plain sum takes no selection: compilers are slow to see that it is the same.
+    sums = _add(*({"label": s.label, "label_weight": s.label_weight, "count": s.count} for s in states))
+    states = tuple(s._replace(label=None, label_weight=None, count=None) for s in states)
     high, lows = states[0], []
     for state in states[1:]:
         first = high.m > state.m
         if high.prediction is not None:
             first |= (high.m == state.m) & (high.prediction < state.prediction)
         m = jnp.maximum(high.m, state.m)  # NaN if either is
-        low = jax.tree.map(lambda x, y, first=first: jnp.where(first, y, x), high, state)
+        low = jax.tree.map(partial(lax.select, first), state, high)
         lows.append(low._replace(m=jnp.minimum(high.m, state.m)))
-        high = jax.tree.map(lambda x, y, first=first: jnp.where(first, x, y), high, state)._replace(m=m)
+        high = jax.tree.map(partial(lax.select, first), high, state)._replace(m=m)
     met = _add(high, *(lift(low, high.m) for low in lows))
-    plain = _add(*states)  # takes no selection: compilers are slow to see that it is the same
 
     def targets(kind: str) -> Targets | None:
-        return None if getattr(high, kind) is None else getattr(met, kind)._replace(total=getattr(plain, kind).total)
+        given = [getattr(s, kind) for s in states]
+        return None if given[0] is None else getattr(met, kind)._replace(total=_add(*(t.total for t in given)))
 
     return met._replace(
-        m=high.m,
-        label=plain.label,
-        label_weight=plain.label_weight,
-        prediction=high.prediction,
-        count=plain.count,
-        given=targets("given"),
-        uniform=targets("uniform"),
+        m=high.m, prediction=high.prediction, given=targets("given"), uniform=targets("uniform"), **sums
     )
 
 
-def _add(*states: State) -> State:
-    return functools.reduce(functools.partial(jax.tree.map, jnp.add), states)
+def _add(*trees: Any) -> Any:
+    return reduce(partial(jax.tree.map, jnp.add), trees)
 
 
 def meet_all(states: State, axis: int = -1) -> State:

@@ -201,7 +201,7 @@ def test_a_label_does_not_come_before_itself(classes: int) -> None:
     x = jnp.linspace(1, 2, classes)[None]
     block = Block(x, 0, jnp.arange(classes)[None], jnp.array([3]))
     for label in (x[:, 3] * (1 - 2e-7), x[:, 3], x[:, 3] * (1 + 2e-7)):
-        rank = _platforms.rank(lambda _: block, {}, label, x.dtype)
+        rank = _platforms.rank(lambda _: block, {"array": x}, label, x.dtype)
         assert jnp.array_equal(rank, jnp.array([classes - 4]))
 
 
