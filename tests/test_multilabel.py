@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import jaxce
 
 N, D, V = 3, 4, 11
 loss = jaxce.sigmoid_binary_cross_entropy_with_sparse_labels
-quick = {"xla_backend_optimization_level": 0}
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 LABELS = np.array([[0, 5, 5], [10, -1, 3], [4, -1, -1]], np.int32)  # one twice, some rows with fewer
 MASKS = {
     "none": None,
@@ -44,13 +45,13 @@ def targets(a: dict[str, Any], weighted: bool) -> jax.Array:
     return summed if weighted else jnp.minimum(summed, 1)
 
 
-QUICK = {("classes", False), ("entries", True), ("rows", True)}
+OF_LINEAR = {("classes", False), ("entries", True), ("rows", True)}
 
 
 @pytest.mark.parametrize(
     ("kind", "weighted", "mask"),
     [
-        pytest.param(k, w, m, marks=() if k == "array" or (m, w) in QUICK else pytest.mark.slow)
+        pytest.param(k, w, m, marks=() if (k == "linear") == ((m, w) in OF_LINEAR) else pytest.mark.slow)
         for k in ("linear", "array")
         for w in (False, True)
         for m in MASKS
@@ -79,11 +80,10 @@ def test_dense_targets_summed(kind: str, weighted: bool, mask: str) -> None:
         def total(a: dict[str, Any]) -> jax.Array:
             return (function(a) ** 2).sum()
 
-        return function(a), jax.grad(total)(a), jax.jvp(jax.grad(total), (a,), (jax.tree.map(jnp.cos, a),))[1]
+        return function(a), jax.jvp(jax.grad(total), (a,), (jax.tree.map(jnp.cos, a),))
 
     with jax.enable_x64(True):
-        a = arguments()
-        got, expected = (jax.jit(lambda a, f=f: all_of(f, a), compiler_options=quick)(a) for f in (ours, plain))
+        got, expected = quick(lambda a: [all_of(f, a) for f in (ours, plain)])(arguments())
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             # Sums of some tens of terms, squared: a hundred times eps of the largest.
             np.testing.assert_allclose(x, y, rtol=1e-12, atol=2e-14 * (1 + float(abs(y).max())))
@@ -115,14 +115,13 @@ def test_the_mean_is_that_of_the_losses(given: str, weighted: bool) -> None:
 
     def all_of(a: dict[str, Any], fused: bool) -> Any:
         slope = jax.grad(lambda a: 3 * mean(a, fused) ** 2)
-        along = jax.jvp(slope, (a,), (jax.tree.map(jnp.cos, a),))
-        return mean(a, fused), along, jax.jvp(lambda a: mean(a, fused), (a,), (jax.tree.map(jnp.cos, a),))
+        return [jax.jvp(f, (a,), (jax.tree.map(jnp.cos, a),)) for f in (slope, lambda a: mean(a, fused))]
 
     with jax.enable_x64(True):
         a = arguments()
         if given == "floats":
             a["rows"] = jnp.asarray(WEIGHTS[given])
-        got, expected = (jax.jit(lambda a, f=f: all_of(a, f), compiler_options=quick)(a) for f in (True, False))
+        got, expected = quick(lambda a: [all_of(a, fused) for fused in (True, False)])(a)
         for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
             if path[-1] == jax.tree_util.DictKey("rows"):  # the derivative by a weight of 0
                 x, y = (np.delete(v, 1) for v in (x, y))
@@ -136,16 +135,23 @@ def test_the_mean_of_rows_that_hold_anything() -> None:
     hidden = a["hidden"].at[1].set(jnp.nan)
     labels = jnp.asarray(LABELS).at[1].set(-7)
 
-    def mean(hidden: Any, weights: Any, labels: Any = labels) -> jax.Array:
+    @quick
+    @jax.value_and_grad
+    def mean(hidden: Any, weights: Any) -> jax.Array:
         return jaxce.linear_sigmoid_binary_cross_entropy(linear(a | {"hidden": hidden}), labels, weights)
 
-    value, slope = jax.value_and_grad(mean)(hidden, np.array([1.0, 0.0, 1.0]))
+    value, slope = mean(hidden, np.array([1.0, 0.0, 1.0]))
     assert np.isfinite(value) and np.isfinite(slope).all() and not slope[1].any() and slope[0].any()
-    assert mean(hidden, np.zeros(3)) == 0
-    assert np.isnan(mean(a["hidden"], None)) and np.isnan(jax.grad(mean)(a["hidden"], None)[1]).all()
+    value, slope = mean(hidden, np.zeros(3))
+    assert value == 0 and not slope.any()
+    value, slope = mean(a["hidden"], np.ones(3))
+    assert np.isnan(value) and np.isnan(slope[1]).all()
     halves = jaxce.LinearLogits(a["hidden"].astype("bfloat16"), a["kernel"].astype("bfloat16"))
-    slope = jax.grad(lambda x: jaxce.linear_sigmoid_binary_cross_entropy(x, LABELS))(halves)
-    right = jax.grad(lambda x: loss(x, LABELS).mean())(halves)
+    fused, of_losses = (
+        (lambda x: jaxce.linear_sigmoid_binary_cross_entropy(x, LABELS)),
+        lambda x: loss(x, LABELS).mean(),
+    )
+    slope, right = quick(lambda x: (jax.grad(fused)(x), jax.grad(of_losses)(x)))(halves)
     assert slope.hidden.dtype == slope.kernel.dtype == jnp.bfloat16
     for got, expected in ((slope.hidden, right.hidden), (slope.kernel, right.kernel)):
         np.testing.assert_allclose(got.astype("float32"), expected.astype("float32"), rtol=2e-2, atol=2e-2)  # bfloat16
@@ -208,7 +214,7 @@ def test_exact(dtype: str) -> None:
             return loss(x, labels)
 
         for f in (of_array, of_blocks):
-            got, slope = jax.jit(lambda x, f=f: (f(x), jax.grad(lambda x: f(x).sum())(x)), compiler_options=quick)(x)
+            got, slope = quick(lambda x, f=f: (f(x), jax.grad(lambda x: f(x).sum())(x)))(x)
             assert ulp_error(got, values).max() <= 2 + V / 2  # half an ulp for each sum
             assert ulp_error(np.asarray(slope).ravel(), slopes).max() <= 4
 
@@ -216,7 +222,7 @@ def test_exact(dtype: str) -> None:
 def test_infinite_logits_and_labels_that_are_no_class() -> None:
     x = jnp.array([[jnp.inf, -jnp.inf, 0.0]] * 2 + [[1.0, 2.0, 3.0]] * 3)
     labels = np.array([[0], [1], [7], [-1], [-2]])
-    value, gradient = jax.value_and_grad(lambda x: loss(x, labels)[jnp.array([0, 2, 3])].sum())(x)
+    value, gradient = quick(jax.value_and_grad(lambda x: loss(x, labels)[jnp.array([0, 2, 3])].sum()))(x)
     assert np.isnan(value) and np.isnan(gradient[2]).all() and np.isfinite(gradient[0]).all()
     got = np.asarray(loss(x, labels))
     np.testing.assert_allclose(got[[0, 3]], [np.log(2), np.logaddexp(0, [1, 2, 3]).sum()], rtol=3e-7)
