@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import gradient_and_hessian
 
 import jaxce
 
@@ -148,14 +149,8 @@ KINDS = [("array", name) for name in CASES] + [
 ]
 
 
-def derivatives(total: Callable[[Inputs], jax.Array], inputs: Inputs, dtype: Any) -> tuple[Inputs, Inputs]:
-    """The gradient and the Hessian, by everything."""
-
-    def both(inputs: Inputs) -> tuple[Inputs, Inputs]:
-        return jax.grad(total)(inputs), jax.jacfwd(jax.grad(total))(inputs)
-
-    inputs = jax.tree.map(lambda v: jnp.asarray(v, dtype), inputs)
-    return jax.jit(both, compiler_options={"xla_backend_optimization_level": 0})(inputs)
+def derivatives(total: Callable[[Inputs], jax.Array], inputs: Inputs, dtype: Any) -> Any:
+    return gradient_and_hessian(total, jax.tree.map(lambda v: np.asarray(v, dtype), inputs))
 
 
 @pytest.mark.parametrize(("kind", "name"), KINDS)
