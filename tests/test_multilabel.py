@@ -45,14 +45,23 @@ def targets(a: dict[str, Any], weighted: bool) -> jax.Array:
     return summed if weighted else jnp.minimum(summed, 1)
 
 
-OF_LINEAR = {("classes", False), ("entries", True), ("rows", True)}
+def plain(a: dict[str, Any], weighted: bool, keep: Any = True) -> jax.Array:
+    x, t = linear(a).materialize(), targets(a, weighted)
+    terms = a["weight"][None] * t * jax.nn.softplus(-x) + (1 - t) * jax.nn.softplus(x)
+    return jnp.where(keep, terms, 0).sum(-1)
+
+
+QUICK = {
+    "linear": {("rows", False), ("entries", True)},
+    "array": {("none", False), ("rows", True), ("classes", True), ("entries", False)},
+}
 
 
 @pytest.mark.parametrize(
     ("kind", "weighted", "mask"),
     [
-        pytest.param(k, w, m, marks=() if (k == "linear") == ((m, w) in OF_LINEAR) else pytest.mark.slow)
-        for k in ("linear", "array")
+        pytest.param(k, w, m, marks=() if (m, w) in QUICK[k] else pytest.mark.slow)
+        for k in QUICK
         for w in (False, True)
         for m in MASKS
     ],
@@ -60,21 +69,11 @@ OF_LINEAR = {("classes", False), ("entries", True), ("rows", True)}
 def test_dense_targets_summed(kind: str, weighted: bool, mask: str) -> None:
     """Values, gradients and Hessian-vector products by everything, beside the plain formula in float64."""
     where = MASKS[mask]
-    keep = (
-        np.ones((N, V), bool)
-        if where is None
-        else np.broadcast_to(where[:, None] if where.ndim == 1 else where, (N, V))
-    )
+    keep = True if where is None else where.reshape(len(where), -1)
 
     def ours(a: dict[str, Any]) -> jax.Array:
         x = linear(a) if kind == "linear" else linear(a).materialize()
         return loss(x, LABELS, a["shares"] if weighted else None, where=where, pos_weight=a["weight"])
-
-    def plain(a: dict[str, Any]) -> jax.Array:
-        x, t = linear(a).materialize(), targets(a, weighted)
-        weight = jnp.broadcast_to(a["weight"], (N, V))
-        terms = weight * t * jax.nn.softplus(-x) + (1 - t) * jax.nn.softplus(x)
-        return jnp.where(keep, terms, 0).sum(-1)
 
     def all_of(function: Any, a: dict[str, Any]) -> Any:
         def total(a: dict[str, Any]) -> jax.Array:
@@ -83,10 +82,10 @@ def test_dense_targets_summed(kind: str, weighted: bool, mask: str) -> None:
         return function(a), jax.jvp(jax.grad(total), (a,), (jax.tree.map(jnp.cos, a),))
 
     with jax.enable_x64(True):
-        got, expected = quick(lambda a: [all_of(f, a) for f in (ours, plain)])(arguments())
+        got, expected = quick(lambda a: [all_of(f, a) for f in (ours, lambda a: plain(a, weighted, keep))])(arguments())
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             # Sums of some tens of terms, squared: a hundred times eps of the largest.
-            np.testing.assert_allclose(x, y, rtol=1e-12, atol=2e-14 * (1 + float(abs(y).max())))
+            np.testing.assert_allclose(x, y, rtol=1e-12, atol=2e-14 * (1 + np.abs(y).max()))
 
 
 WEIGHTS = {"none": None, "floats": np.array([0.5, 0.0, 2.0]), "booleans": np.array([True, True, False])}
@@ -101,39 +100,36 @@ WEIGHTS = {"none": None, "floats": np.array([0.5, 0.0, 2.0]), "booleans": np.arr
     ],
 )
 def test_the_mean_is_that_of_the_losses(given: str, weighted: bool) -> None:
-    """In value, gradient, both second orders by everything, also by the weights of rows that count; and in chunks."""
+    """In value, gradient and both second orders by everything, also by rows' weights; a row of weight 0 has loss 0."""
 
-    def mean(a: dict[str, Any], fused: bool) -> jax.Array:
+    def mean(a: dict[str, Any]) -> jax.Array:
         labels_of = a["shares"] if weighted else None
-        w = a.get("rows", WEIGHTS[given])
-        if fused:
-            return jaxce.linear_sigmoid_binary_cross_entropy(
-                linear(a), LABELS, w, label_weights=labels_of, pos_weight=a["weight"]
-            )
-        where = None if w is None else w.astype(bool)
-        return jaxce.weighted_mean(loss(linear(a), LABELS, labels_of, where=where, pos_weight=a["weight"]), w)
+        return jaxce.linear_sigmoid_binary_cross_entropy(
+            linear(a), LABELS, a.get("rows", WEIGHTS[given]), label_weights=labels_of, pos_weight=a["weight"]
+        )
 
-    def all_of(a: dict[str, Any], fused: bool) -> Any:
-        slope = jax.grad(lambda a: 3 * mean(a, fused) ** 2)
-        return [jax.jvp(f, (a,), (jax.tree.map(jnp.cos, a),)) for f in (slope, lambda a: mean(a, fused))]
+    def of_losses(a: dict[str, Any]) -> jax.Array:
+        w = a.get("rows", jnp.ones(3) if given == "none" else jnp.asarray(WEIGHTS[given], float))
+        return (w * plain(a, weighted, w[:, None] != 0)).sum() / w.sum()
+
+    def all_of(f: Any, a: dict[str, Any]) -> Any:
+        slope = jax.grad(lambda a: 3 * f(a) ** 2)
+        return [jax.jvp(f, (a,), (jax.tree.map(jnp.cos, a),)) for f in (f, slope)]
 
     with jax.enable_x64(True):
         a = arguments()
         if given == "floats":
             a["rows"] = jnp.asarray(WEIGHTS[given])
-        got, expected = quick(lambda a: [all_of(a, fused) for fused in (True, False)])(a)
-        for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
-            if path[-1] == jax.tree_util.DictKey("rows"):  # the derivative by a weight of 0
-                x, y = (np.delete(v, 1) for v in (x, y))
+        got, expected = quick(lambda a: [all_of(f, a) for f in (mean, of_losses)])(a)
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             # Sums of some tens of terms, squared: a hundred times eps of the largest.
-            np.testing.assert_allclose(x, y, rtol=1e-12, atol=2e-14 * (1 + float(abs(np.asarray(y)).max())))
+            np.testing.assert_allclose(x, y, rtol=1e-12, atol=2e-14 * (1 + np.abs(y).max()))
 
 
 def test_the_mean_of_rows_that_hold_anything() -> None:
     """Rows of weight 0 have gradient 0; no weight at all gives 0; a label that is no class gives NaN if its row counts."""
-    a = arguments()
-    hidden = a["hidden"].at[1].set(jnp.nan)
-    labels = jnp.asarray(LABELS).at[1].set(-7)
+    a, beside = arguments(), np.array([[False], [True], [False]])
+    hidden, labels = np.where(beside, np.float32(np.nan), a["hidden"]), np.where(beside, -7, LABELS)
 
     @quick
     @jax.value_and_grad
