@@ -250,8 +250,11 @@ def test_one_q_for_all_rows(shape: tuple[int, ...]) -> None:
 
     @quick
     def values_and_slopes() -> Any:
-        totals = [(jax.value_and_grad(lambda q, f=f, p=p: f(p, q).sum()), q) for f, p, q in cases]
-        return [(total(q), total(jnp.broadcast_to(q, p.shape))) for total, q in totals]
+        found = []
+        for f, p, q in cases:
+            total = jax.value_and_grad(lambda q, f=f, p=p: f(p, q).sum())
+            found.append((total(q), total(jnp.broadcast_to(q, p.shape))))
+        return found
 
     for (function, p, q), ((got, slope), (whole, slopes)) in zip(cases, values_and_slopes(), strict=True):
         assert slope.shape == shape

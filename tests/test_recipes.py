@@ -42,7 +42,7 @@ def recipes() -> dict[str, Any]:
 
 
 def f32(*arrays: Any) -> Any:
-    return tuple(jnp.asarray(a, jnp.float32 if np.asarray(a).dtype.kind == "f" else jnp.int32) for a in arrays)
+    return tuple(jnp.asarray(np.asarray(a, "float32" if np.asarray(a).dtype.kind == "f" else "int32")) for a in arrays)
 
 
 def log_p(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
