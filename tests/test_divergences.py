@@ -464,17 +464,16 @@ def test_generalised_knowledge_distillation(beta: float) -> None:
 )
 def test_derivatives_by_the_weight(kind: str) -> None:
     """Gradient and Hessian of one row by both logits and the weight, together, beside the plain formula's."""
-    rng = np.random.default_rng(1)
+    x, y = np.random.default_rng(1).normal(0, 2, (2, 1, 5))
+    y[0, :2] = x[0, :2]
+
+    def loss(x: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
+        function = functools.partial(jaxce.jensen_shannon_divergence_with_logits, weight=w)
+        return kinds(function)[kind](x, y)[0]
+
+    def plain(x: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
+        return generalised(y, x, w)[0]
+
     with jax.enable_x64(True):
-        x, y = jnp.asarray(rng.normal(0, 2, (2, 1, 5)))
-        y, w = y.at[0, :2].set(x[0, :2]), jnp.asarray(0.3)
-
-        def loss(x: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
-            function = functools.partial(jaxce.jensen_shannon_divergence_with_logits, weight=w)
-            return kinds(function)[kind](x, y)[0]
-
-        def plain(x: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
-            return generalised(y, x, w)[0]
-
-        got, right = (gradient_and_hessian(f, x, y, w) for f in (loss, plain))
+        got, right = (gradient_and_hessian(f, x, y, np.array(0.3)) for f in (loss, plain))
         chex.assert_trees_all_close(got, right, rtol=1e-10, atol=1e-12)  # the plain formula's own errors
