@@ -252,7 +252,7 @@ def _gradient_of_losses(spec: Spec, names: tuple[str, ...], inputs: Inputs) -> I
     return jax.grad(lambda some: _sum_of_losses(spec, inputs | some))(some)
 
 
-# With a rule of its own, or JAX would take constants of a block's size out of the loop, which a GPU would read in each turn.
+# With a rule of its own: else JAX takes constants of a block's size out of the loop, and a GPU reads them in each turn.
 _gradient = custom_jvp(_gradient_of_losses, nondiff_argnums=(0, 1))
 
 

@@ -190,6 +190,23 @@ def worst(errors: np.ndarray, names: Sequence[str], limits: Any) -> list[str]:
     ]
 
 
+def gradient_and_hessian(function: Callable[..., Any], *inputs: Any) -> tuple[Any, Any]:
+    """By all inputs; the Hessian's first axis is that of all entries of these. It is made of its products with unit
+    vectors: their program is compiled in less than half of the time that one for the whole Hessian takes."""
+    slopes = jax.grad(function, tuple(range(len(inputs))))
+    product = jax.jit(
+        lambda inputs, direction: jax.jvp(slopes, inputs, direction),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    leaves, tree = jax.tree.flatten(inputs)
+    ends = np.cumsum([v.size for v in leaves])
+    found = [
+        product(inputs, tree.unflatten(d.reshape(v.shape).astype(v.dtype) for d, v in zip(parts, leaves, strict=True)))
+        for parts in (np.split(row, ends[:-1]) for row in np.eye(ends[-1]))
+    ]
+    return found[0][0], jax.tree.map(lambda *columns: np.stack(columns), *(column for _, column in found))
+
+
 # --- nasty logits -----------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,21 @@ from pathlib import Path
 
 import pytest
 
-from jaxce.__main__ import PROMPT, WINDOW, Tokenizer, held_out_windows, load_text
+from jaxce.__main__ import (
+    PROMPT,
+    WINDOW,
+    Params,
+    Tokenizer,
+    generate,
+    held_out_windows,
+    hidden_of,
+    init,
+    load_text,
+    logits_of,
+    main,
+    mean_loss,
+    mean_loss_of_optax,
+)
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 700
@@ -130,18 +144,26 @@ def promotion_as_users_have_it() -> Iterator[None]:
         yield
 
 
-@pytest.mark.usefixtures("promotion_as_users_have_it")
-def test_both_losses_are_the_same_number() -> None:
+@pytest.fixture(scope="module")
+def params() -> Params:
+    """Random weights of a model of 50 tokens."""
     import jax
-    import jax.numpy as jnp
+    import numpy as np
 
-    from jaxce.__main__ import init, mean_loss, mean_loss_of_optax
+    rng = np.random.default_rng(0)
+    like = jax.eval_shape(init, jax.random.key(0), np.zeros(50))
+    return jax.tree.map(lambda x: jax.device_put(0.1 * rng.normal(size=x.shape).astype(x.dtype)), like)
 
-    params, key = init(jax.random.key(0), jnp.log(jnp.arange(1.0, 51.0))), jax.random.key(1)
+
+@pytest.mark.usefixtures("promotion_as_users_have_it")
+def test_both_losses_are_the_same_number(params: Params) -> None:
+    import jax
+
+    key = jax.random.key(1)
     tokens = jax.random.randint(key, (2, WINDOW + 1), 0, 50)
-    assert jax.jit(mean_loss)(params, tokens, key) == pytest.approx(
-        float(mean_loss_of_optax(params, tokens, key)), 1e-6
-    )
+    both = jax.jit(lambda *batch: (mean_loss(*batch), mean_loss_of_optax(*batch)))
+    ours, peer = both(params, tokens, key)
+    assert ours == pytest.approx(float(peer), 1e-6)
 
 
 def test_samples(output: str) -> None:
@@ -162,21 +184,18 @@ def test_samples(output: str) -> None:
 
 
 @pytest.mark.usefixtures("promotion_as_users_have_it")
-def test_generated_tokens_are_the_likeliest_after_what_precedes() -> None:
+def test_generated_tokens_are_the_likeliest_after_what_precedes(params: Params) -> None:
     import jax
     import jax.numpy as jnp
 
-    from jaxce.__main__ import generate, hidden_of, init, logits_of
-
-    params = init(jax.random.key(0), jnp.zeros(50))
-    prompt = jnp.arange(5, dtype=jnp.int32)
-    tokens = jax.jit(generate)(params, prompt)
-    logits = logits_of(params, hidden_of(params, tokens[None])[0]).materialize()
+    prompt, write = jnp.arange(5, dtype=jnp.int32), jax.jit(generate)
+    tokens = write(params, prompt)
+    logits = jax.jit(lambda tokens: logits_of(params, hidden_of(params, tokens)[0]).materialize())(tokens[None])
     assert tokens[:5].tolist() == [0, 1, 2, 3, 4]
     assert tokens[5:].tolist() == jnp.argmax(logits, -1)[4:-1].tolist()
-    cold, again = (generate(params, prompt, jax.random.key(k), temperature=1e-4) for k in (0, 1))
+    cold, again = (write(params, prompt, jax.random.key(k), 1e-4) for k in (0, 1))
     assert cold.tolist() == again.tolist() == tokens.tolist()
-    hot, same, other = (generate(params, prompt, jax.random.key(k)).tolist() for k in (0, 0, 1))
+    hot, same, other = (write(params, prompt, jax.random.key(k), 1.0).tolist() for k in (0, 0, 1))
     assert hot == same != other
 
 
@@ -213,11 +232,13 @@ def test_every_held_out_token_counts_once(length: int) -> None:
         assert window[:real].tolist() == stream[first : first + real]
 
 
-def test_help() -> None:
-    result = demo("--help")
-    assert result.returncode == 0
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["--help"])
+    assert raised.value.code == 0
+    output = capsys.readouterr().out
     for option in ["--steps", "--seed", "--vocabulary", "--batch", "--learning-rate", "--plot"]:
-        assert option in result.stdout
+        assert option in output
 
 
 @pytest.mark.parametrize(
@@ -240,8 +261,6 @@ def test_help() -> None:
     ids=" ".join,
 )
 def test_a_bad_option_gets_one_line(options: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    from jaxce.__main__ import main
-
     with pytest.raises(SystemExit) as raised:
         main(options)
     assert raised.value.code == 2

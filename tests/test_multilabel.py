@@ -16,7 +16,7 @@ import jaxce
 
 N, D, V = 3, 4, 11
 loss = jaxce.sigmoid_binary_cross_entropy_with_sparse_labels
-quick = {"xla_backend_optimization_level": 0}
+quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 LABELS = np.array([[0, 5, 5], [10, -1, 3], [4, -1, -1]], np.int32)  # one twice, some rows with fewer
 MASKS = {
     "none": None,
@@ -57,14 +57,23 @@ def masked(name: str) -> tuple[np.ndarray, dict[str, Any]]:
     return np.broadcast_to(mask[:, None] if mask.ndim == 1 else mask, (N, V)), {"where": mask}
 
 
-QUICK = {("groups", True), ("classes", False), ("entries", True), ("rows", True)}
+def plain(a: dict[str, Any], weighted: bool, keep: Any = True) -> jax.Array:
+    x, t = linear(a).materialize(), targets(a, weighted)
+    terms = a["weight"][None] * t * jax.nn.softplus(-x) + (1 - t) * jax.nn.softplus(x)
+    return jnp.where(keep, terms, 0).sum(-1)
+
+
+QUICK = {
+    "linear": {("rows", False), ("entries", True), ("groups", True)},
+    "array": {("none", False), ("rows", True), ("classes", True), ("entries", False)},
+}
 
 
 @pytest.mark.parametrize(
     ("kind", "weighted", "mask"),
     [
-        pytest.param(k, w, m, marks=() if k == "array" or (m, w) in QUICK else pytest.mark.slow)
-        for k in ("linear", "array")
+        pytest.param(k, w, m, marks=() if (m, w) in QUICK[k] else pytest.mark.slow)
+        for k in QUICK
         for w in (False, True)
         for m in MASKS
     ],
@@ -77,24 +86,17 @@ def test_dense_targets_summed(kind: str, weighted: bool, mask: str) -> None:
         x = linear(a) if kind == "linear" else linear(a).materialize()
         return loss(x, LABELS, a["shares"] if weighted else None, pos_weight=a["weight"], **masks)
 
-    def plain(a: dict[str, Any]) -> jax.Array:
-        x, t = linear(a).materialize(), targets(a, weighted)
-        weight = jnp.broadcast_to(a["weight"], (N, V))
-        terms = weight * t * jax.nn.softplus(-x) + (1 - t) * jax.nn.softplus(x)
-        return jnp.where(keep, terms, 0).sum(-1)
-
     def all_of(function: Any, a: dict[str, Any]) -> Any:
         def total(a: dict[str, Any]) -> jax.Array:
             return (function(a) ** 2).sum()
 
-        return function(a), jax.grad(total)(a), jax.jvp(jax.grad(total), (a,), (jax.tree.map(jnp.cos, a),))[1]
+        return function(a), jax.jvp(jax.grad(total), (a,), (jax.tree.map(jnp.cos, a),))
 
     with jax.enable_x64(True):
-        a = arguments()
-        got, expected = (jax.jit(lambda a, f=f: all_of(f, a), compiler_options=quick)(a) for f in (ours, plain))
+        got, expected = quick(lambda a: [all_of(f, a) for f in (ours, lambda a: plain(a, weighted, keep))])(arguments())
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             # Sums of some tens of terms, squared: a hundred times eps of the largest.
-            np.testing.assert_allclose(x, y, rtol=1e-12, atol=2e-14 * (1 + float(abs(y).max())))
+            np.testing.assert_allclose(x, y, rtol=1e-12, atol=2e-14 * (1 + np.abs(y).max()))
 
 
 WEIGHTS = {"none": None, "floats": np.array([0.5, 0.0, 2.0]), "booleans": np.array([True, True, False])}
@@ -109,50 +111,55 @@ WEIGHTS = {"none": None, "floats": np.array([0.5, 0.0, 2.0]), "booleans": np.arr
     ],
 )
 def test_the_mean_is_that_of_the_losses(given: str, weighted: bool) -> None:
-    """In value, gradient, both second orders by everything, also by the weights of rows that count; and in chunks."""
+    """In value, gradient and both second orders by everything, also by rows' weights; a row of weight 0 has loss 0."""
 
-    def mean(a: dict[str, Any], fused: bool) -> jax.Array:
+    def mean(a: dict[str, Any]) -> jax.Array:
         labels_of = a["shares"] if weighted else None
-        w = a.get("rows", WEIGHTS[given])
         options = {"pos_weight": a["weight"]} | (MASKS["groups"] if weighted else {})
-        if fused:
-            return jaxce.linear_sigmoid_binary_cross_entropy(linear(a), LABELS, w, label_weights=labels_of, **options)
-        where = None if w is None else w.astype(bool)
-        return jaxce.weighted_mean(loss(linear(a), LABELS, labels_of, where=where, **options), w)
+        w = a.get("rows", WEIGHTS[given])
+        return jaxce.linear_sigmoid_binary_cross_entropy(linear(a), LABELS, w, label_weights=labels_of, **options)
 
-    def all_of(a: dict[str, Any], fused: bool) -> Any:
-        slope = jax.grad(lambda a: 3 * mean(a, fused) ** 2)
-        along = jax.jvp(slope, (a,), (jax.tree.map(jnp.cos, a),))
-        return mean(a, fused), along, jax.jvp(lambda a: mean(a, fused), (a,), (jax.tree.map(jnp.cos, a),))
+    def of_losses(a: dict[str, Any]) -> jax.Array:
+        w = a.get("rows", jnp.ones(3) if given == "none" else jnp.asarray(WEIGHTS[given], float))
+        keep = masked("groups" if weighted else "none")[0]
+        return (w * plain(a, weighted, keep & (w[:, None] != 0))).sum() / w.sum()
+
+    def all_of(f: Any, a: dict[str, Any]) -> Any:
+        slope = jax.grad(lambda a: 3 * f(a) ** 2)
+        return [jax.jvp(f, (a,), (jax.tree.map(jnp.cos, a),)) for f in (f, slope)]
 
     with jax.enable_x64(True):
         a = arguments()
         if given == "floats":
             a["rows"] = jnp.asarray(WEIGHTS[given])
-        got, expected = (jax.jit(lambda a, f=f: all_of(a, f), compiler_options=quick)(a) for f in (True, False))
-        for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
-            if path[-1] == jax.tree_util.DictKey("rows"):  # the derivative by a weight of 0
-                x, y = (np.delete(v, 1) for v in (x, y))
+        got, expected = quick(lambda a: [all_of(f, a) for f in (mean, of_losses)])(a)
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             # Sums of some tens of terms, squared: a hundred times eps of the largest.
-            np.testing.assert_allclose(x, y, rtol=1e-12, atol=2e-14 * (1 + float(abs(np.asarray(y)).max())))
+            np.testing.assert_allclose(x, y, rtol=1e-12, atol=2e-14 * (1 + np.abs(y).max()))
 
 
 def test_the_mean_of_rows_that_hold_anything() -> None:
     """Rows of weight 0 have gradient 0; no weight at all gives 0; a label that is no class gives NaN if its row counts."""
-    a = arguments()
-    hidden = a["hidden"].at[1].set(jnp.nan)
-    labels = jnp.asarray(LABELS).at[1].set(-7)
+    a, beside = arguments(), np.array([[False], [True], [False]])
+    hidden, labels = np.where(beside, np.float32(np.nan), a["hidden"]), np.where(beside, -7, LABELS)
 
-    def mean(hidden: Any, weights: Any, labels: Any = labels) -> jax.Array:
+    @quick
+    @jax.value_and_grad
+    def mean(hidden: Any, weights: Any) -> jax.Array:
         return jaxce.linear_sigmoid_binary_cross_entropy(linear(a | {"hidden": hidden}), labels, weights)
 
-    value, slope = jax.value_and_grad(mean)(hidden, np.array([1.0, 0.0, 1.0]))
+    value, slope = mean(hidden, np.array([1.0, 0.0, 1.0]))
     assert np.isfinite(value) and np.isfinite(slope).all() and not slope[1].any() and slope[0].any()
-    assert mean(hidden, np.zeros(3)) == 0
-    assert np.isnan(mean(a["hidden"], None)) and np.isnan(jax.grad(mean)(a["hidden"], None)[1]).all()
+    value, slope = mean(hidden, np.zeros(3))
+    assert value == 0 and not slope.any()
+    value, slope = mean(a["hidden"], np.ones(3))
+    assert np.isnan(value) and np.isnan(slope[1]).all()
     halves = jaxce.LinearLogits(a["hidden"].astype("bfloat16"), a["kernel"].astype("bfloat16"))
-    slope = jax.grad(lambda x: jaxce.linear_sigmoid_binary_cross_entropy(x, LABELS))(halves)
-    right = jax.grad(lambda x: loss(x, LABELS).mean())(halves)
+    fused, of_losses = (
+        (lambda x: jaxce.linear_sigmoid_binary_cross_entropy(x, LABELS)),
+        lambda x: loss(x, LABELS).mean(),
+    )
+    slope, right = quick(lambda x: (jax.grad(fused)(x), jax.grad(of_losses)(x)))(halves)
     assert slope.hidden.dtype == slope.kernel.dtype == jnp.bfloat16
     for got, expected in ((slope.hidden, right.hidden), (slope.kernel, right.kernel)):
         np.testing.assert_allclose(got.astype("float32"), expected.astype("float32"), rtol=2e-2, atol=2e-2)  # bfloat16
@@ -215,7 +222,7 @@ def test_exact(dtype: str) -> None:
             return loss(x, labels)
 
         for f in (of_array, of_blocks):
-            got, slope = jax.jit(lambda x, f=f: (f(x), jax.grad(lambda x: f(x).sum())(x)), compiler_options=quick)(x)
+            got, slope = quick(lambda x, f=f: (f(x), jax.grad(lambda x: f(x).sum())(x)))(x)
             assert ulp_error(got, values).max() <= 2 + V / 2  # half an ulp for each sum
             assert ulp_error(np.asarray(slope).ravel(), slopes).max() <= 4
 
@@ -223,7 +230,7 @@ def test_exact(dtype: str) -> None:
 def test_infinite_logits_and_labels_that_are_no_class() -> None:
     x = jnp.array([[jnp.inf, -jnp.inf, 0.0]] * 2 + [[1.0, 2.0, 3.0]] * 3)
     labels = np.array([[0], [1], [7], [-1], [-2]])
-    value, gradient = jax.value_and_grad(lambda x: loss(x, labels)[jnp.array([0, 2, 3])].sum())(x)
+    value, gradient = quick(jax.value_and_grad(lambda x: loss(x, labels)[jnp.array([0, 2, 3])].sum()))(x)
     assert np.isnan(value) and np.isnan(gradient[2]).all() and np.isfinite(gradient[0]).all()
     got = np.asarray(loss(x, labels))
     np.testing.assert_allclose(got[[0, 3]], [np.log(2), np.logaddexp(0, [1, 2, 3]).sum()], rtol=3e-7)

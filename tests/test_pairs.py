@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,14 +54,14 @@ def plain(x: np.ndarray, labels: Any = None, **options: Any) -> tuple[np.ndarray
 
 def embeddings(n: int = 9, k: int = 9, dtype: str = "float64") -> Arrays:
     made = {"a": RNG.normal(size=(n, 4)), "b": RNG.normal(size=(k, 4)), "bias": RNG.normal(size=k), "t": np.array(0.3)}
-    return {name: jnp.asarray(v, dtype) for name, v in made.items()}
+    return {name: np.asarray(v, dtype) for name, v in made.items()}
 
 
 def linear(e: Arrays, block_size: int | None = 4) -> jaxce.LinearLogits:
     return jaxce.LinearLogits(e["a"], e["b"], class_axis=0, bias=e["bias"], temperature=e["t"], block_size=block_size)
 
 
-def whole(e: Arrays) -> jax.Array:
+def whole(e: Arrays) -> Any:
     return (e["a"] @ e["b"].T + e["bias"][None]) / e["t"]
 
 
@@ -76,11 +76,21 @@ def scalar(losses: Any) -> jax.Array:
     return sum(jnp.vdot(jnp.sin(1 + i + jnp.arange(v.size, dtype=v.dtype)), v) for i, v in enumerate(losses))
 
 
+def losses_and_slopes(losses: Callable[..., Any]) -> Callable[..., Any]:
+    """The losses of rows and of columns, and the gradient of all by the first argument."""
+
+    def total(*args: Any) -> Any:
+        found = losses(*args)
+        return scalar(found), found
+
+    return lambda *args: jax.grad(total, has_aux=True)(*args)[::-1]
+
+
 CASES: dict[str, tuple[int, int, Arrays]] = {
     "square": (9, 9, {}),
     "more columns": (7, 13, {}),
     "labels": (7, 11, {"labels": np.array([3, 10, 0, 5, 4, 8, 1])}),
-    "labels that are equal": (7, 11, {"labels": np.array([3, 3, 0, 5, 3, 0, 1])}),
+    "labels that are equal": (7, 11, {"labels": np.array([3, 3, 0, 5, 3, 0, 1]), "class_where": np.arange(11) != 7}),
     "masks": (9, 9, {"where": np.arange(9) % 4 != 1, "class_where": np.arange(9) % 4 != 1}),
     "rows masked": (8, 10, {"where": np.arange(8) % 3 != 1}),
     "duplicates": (9, 9, {"groups": np.array([0, 1, 2, 0, 3, 1, 4, 5, 0])}),
@@ -96,40 +106,32 @@ CASES: dict[str, tuple[int, int, Arrays]] = {
             "where": np.arange(9) != 2,
             "class_where": np.arange(13) % 5 != 3,
             "positives": "group",
+            "exclude_self": True,
         },
     ),
 }
-SLOW = {"more columns", "labels", "rows masked", "groups", "two views"}
-cases = pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
+QUICK = {"square", "labels that are equal", "duplicates", "all"}
 
 
-@cases
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES])
 def test_values_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrays and blocks of columns, with tiles of rows that don't divide them, are the formula; their gradients agree."""
     monkeypatch.setattr(_pairs, "_ROWS", 4)
     n, k, options = CASES[name]
-    options = {o: jnp.asarray(v) if isinstance(v, np.ndarray) else v for o, v in options.items()}
     with jax.enable_x64(True):
         e = embeddings(n, k)
-        expected = plain(np.asarray(whole(e)), **options)
-        slopes = []
-        for logits in (whole, linear):
-
-            def loss(e: Arrays, logits: Any = logits) -> Any:
-                losses = of_pairs(logits(e), **options)
-                return scalar(losses), losses
-
-            slope, losses = jax.jit(jax.grad(loss, has_aux=True))(e)
-            close(losses, expected)
-            slopes.append(slope)
-        close(*slopes)
+        expected = plain(whole(e), **options)
+        both = [losses_and_slopes(lambda e, f=f: of_pairs(f(e), **options)) for f in (whole, linear)]
+        (of_array, slopes), (of_blocks, same) = quick(lambda e: [f(e) for f in both])(e)
+        close((of_array, of_blocks), (expected, expected))
+        close(slopes, same)
 
 
 def test_derivatives_in_all_modes_and_orders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_pairs, "_ROWS", 4)
     with jax.enable_x64(True):
         e = embeddings(7, 9)  # no size of a block or tile divides these
-        direction = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), e)
+        direction = jax.tree.map(lambda x: np.cos(np.arange(x.size, dtype=x.dtype)).reshape(x.shape), e)
 
         def orders(logits: Any) -> Any:
             def f(e: Arrays) -> jax.Array:
@@ -139,7 +141,7 @@ def test_derivatives_in_all_modes_and_orders(monkeypatch: pytest.MonkeyPatch) ->
                 return jax.jvp(f, (e,), (direction,))[1]
 
             hessian = jax.jvp(jax.grad(f), (e,), (direction,))[1]
-            return along(e), hessian, jax.grad(along)(e), jax.jvp(along, (e,), (direction,))[1]
+            return hessian, jax.grad(along)(e), jax.jvp(along, (e,), (direction,))
 
         close(quick(lambda: orders(linear))(), quick(lambda: orders(whole))(), rtol=1e-9, atol=1e-10)
 
@@ -147,16 +149,18 @@ def test_derivatives_in_all_modes_and_orders(monkeypatch: pytest.MonkeyPatch) ->
 def test_second_derivatives_beside_a_column_that_is_not_there() -> None:
     """By the temperature, of which -inf is no multiple: a bias of -inf is as a mask of the column."""
     e = embeddings(5, 7, "float32")
-    absent = jnp.arange(7) == 6
+    there = np.arange(7) < 6
+    t, h = np.float64(e["t"]), 1e-4
 
-    def hessian(bias: jax.Array, **options: Any) -> Any:
-        def rows(t: jax.Array) -> jax.Array:
-            return of_pairs(linear(e | {"t": t, "bias": bias}), **options)[0].sum()
+    def rows(t: jax.Array) -> jax.Array:
+        return of_pairs(linear(e | {"t": t, "bias": jnp.where(there, e["bias"], -jnp.inf)}))[0].sum()
 
-        return quick(lambda t: (jax.jacfwd(jax.grad(rows))(t), jax.jacfwd(jax.jacfwd(rows))(t)))(e["t"])
+    def exact(t: Any) -> Any:  # whose second differences have 6 digits
+        wide = {n: np.asarray(v, np.float64) for n, v in e.items()} | {"t": t}
+        return plain(whole(wide), class_where=there)[0].sum()
 
-    got = hessian(jnp.where(absent, -jnp.inf, e["bias"]))
-    close(got, hessian(e["bias"], class_where=~absent), rtol=1e-5)  # float32
+    got = quick(lambda t: (jax.grad(jax.grad(rows))(t), jax.jacfwd(jax.jacfwd(rows))(t)))(e["t"])
+    close(got, [(exact(t + h) - 2 * exact(t) + exact(t - h)) / h**2] * 2, rtol=1e-5)  # float32
 
 
 # --- formulas of others -----------------------------------------------------------------------------------------------
@@ -165,9 +169,9 @@ def test_second_derivatives_beside_a_column_that_is_not_there() -> None:
 def test_it_is_open_clips_loss() -> None:
     """ClipLoss: the mean of cross_entropy(scale a b^T, arange) and of its transpose's."""
     with jax.enable_x64(True):
-        a, b = (v / jnp.linalg.norm(v, axis=-1, keepdims=True) for v in (embeddings()["a"], embeddings()["b"]))
-        x, y = 20 * a @ b.T, jnp.arange(9)
-        cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+        a, b = (v / np.linalg.norm(v, axis=-1, keepdims=True) for v in (embeddings()["a"], embeddings()["b"]))
+        x, y = 20 * a @ b.T, np.arange(9)
+        cross_entropy = quick(optax.losses.softmax_cross_entropy_with_integer_labels)
         expected = (cross_entropy(x, y).mean() + cross_entropy(x.T, y).mean()) / 2
         by_row, by_column = of_pairs(jaxce.LinearLogits(a, b, class_axis=0, temperature=1 / 20))
         close((by_row.mean() + by_column.mean()) / 2, expected)
@@ -177,14 +181,19 @@ def test_it_is_optax_ntxent() -> None:
     """Of two views of each item, one after the other in the batch."""
     with jax.enable_x64(True):
         z = embeddings(10)["a"]
-        labels = jnp.arange(10) % 5
+        labels = np.arange(10) % 5
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            expected = optax.losses.ntxent(z, labels, temperature=0.2)
-        z = z / jnp.linalg.norm(z, axis=-1, keepdims=True)
-        logits = jaxce.LinearLogits(z, z, class_axis=0, temperature=0.2)
-        close(of_pairs(logits, (jnp.arange(10) + 5) % 10, exclude_self=True)[0].mean(), expected, rtol=1e-9)
-        losses, _ = of_pairs(logits, groups=labels, positives="group", exclude_self=True)
-        close(losses.mean(), expected, rtol=1e-9)  # it adds 1e-8 to norms
+            expected = quick(optax.losses.ntxent)(z, labels, temperature=0.2)
+
+        @quick
+        def ours(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+            z = z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+            logits = jaxce.LinearLogits(z, z, class_axis=0, temperature=0.2)
+            by_label, _ = of_pairs(logits, (np.arange(10) + 5) % 10, exclude_self=True)
+            by_group, _ = of_pairs(logits, groups=labels, positives="group", exclude_self=True)
+            return by_label.mean(), by_group.mean()
+
+        close(ours(z), (expected, expected), rtol=1e-9)  # it adds 1e-8 to norms
 
 
 # --- pairs on which losses go wrong -----------------------------------------------------------------------------------
@@ -229,17 +238,22 @@ def test_hard_pairs() -> None:
     def by_groups(x: jax.Array) -> Any:
         return of_pairs(x, groups=jnp.arange(6), positives="group")
 
-    ways = [
-        jax.jit(lambda x, f=f, i=i: jax.value_and_grad(lambda x: (jnp.sum(f(x)[i]), f(x)[i]), has_aux=True)(x))
-        for f, i in ((by_array, 0), (by_array, 1), (by_blocks, 0), (by_blocks, 1), (by_groups, 0), (by_labels, 1))
-    ]
+    ways = (by_array, 0), (by_array, 1), (by_blocks, 0), (by_blocks, 1), (by_groups, 0), (by_labels, 1)
+
+    def one_direction(f: Callable[..., Any], i: int) -> Callable[..., Any]:
+        def total(x: jax.Array) -> Any:
+            losses = f(x)[i]
+            return losses.sum(), losses
+
+        return jax.grad(total, has_aux=True)
+
+    in_all_ways = jax.jit(lambda x: [one_direction(*way)(x) for way in ways])
     for name, make in HARD.items():
         x = make(np.random.default_rng(1).normal(size=(6, 6))).astype("float32")
-        rights = [exact(x.astype("float64")), exact(x.astype("float64").T)]
-        for way, (losses, slopes) in zip(ways, itertools.cycle(rights)):
-            (_, got), slope = way(jnp.asarray(x))
-            slope = np.asarray(slope) if losses is rights[0][0] else np.asarray(slope).T
-            for g, right in ((np.asarray(got), losses), (slope, slopes)):
+        rights = exact(x.astype("float64")), exact(x.astype("float64").T)
+        for (_, i), (slope, got) in zip(ways, in_all_ways(x), strict=True):
+            losses, slopes = rights[i]
+            for g, right in ((got, losses), (slope.T if i else slope, slopes)):
                 right = np.array(right, np.float64)
                 small = np.abs(right) < 1e-37
                 with np.errstate(divide="ignore"):
@@ -250,8 +264,8 @@ def test_hard_pairs() -> None:
 
 def test_positives_far_below_the_others() -> None:
     """Several positives are dense labels of rows and of columns, also where their exponentials are 0 beside others."""
-    x, groups = jnp.asarray(RNG.normal(size=(8, 8)), "float32"), jnp.array([0, 0, 0, 1, 1, 2, 2, 3])
-    targets = jnp.equal(groups[:, None], groups[None]).astype("float32")
+    x, groups = RNG.normal(size=(8, 8)).astype("float32"), np.array([0, 0, 0, 1, 1, 2, 2, 3])
+    targets = np.equal(groups[:, None], groups[None]).astype("float32")
     targets /= targets.sum(1, keepdims=True)
 
     def ours(x: jax.Array) -> Any:
@@ -260,75 +274,93 @@ def test_positives_far_below_the_others() -> None:
     def dense(x: jax.Array) -> Any:
         return jaxce.softmax_cross_entropy(x, targets), jaxce.softmax_cross_entropy(x.T, targets)
 
-    got, right = (jax.jit(lambda x, f=f: (f(x), jax.grad(lambda x: scalar(f(x)))(x))) for f in (ours, dense))
+    both = jax.jit(lambda x: [losses_and_slopes(f)(x) for f in (ours, dense)])
     for size in (1, 30, 150, 3e4, 1e30):
-        close(got(size * x), right(size * x), 1e-5, 1e-5)  # the sum of a few roundings
+        close(*both(size * x), 1e-5, 1e-5)  # the sum of a few roundings
 
 
 def test_groups_of_any_integers() -> None:
     with jax.enable_x64(True):
-        e, groups = embeddings(), np.array([0, 1, 2, 0, 3, 1, 4, 5, 0])
-        expected = of_pairs(linear(e), groups=groups, class_groups=groups)
+        x, groups = whole(embeddings()), np.array([0, 1, 2, 0, 3, 1, 4, 5, 0])
+        expected = plain(x, groups=groups)
         for dtypes in (("int64", "int32"), ("int16", "int64"), ("uint8", "int32")):
-            close(of_pairs(linear(e), groups=groups.astype(dtypes[0]), class_groups=groups.astype(dtypes[1])), expected)
+            close(of_pairs(x, groups=groups.astype(dtypes[0]), class_groups=groups.astype(dtypes[1])), expected)
         with pytest.raises(TypeError, match="class_groups must have the dtype of groups, uint64, got int64"):
-            of_pairs(linear(e), groups=groups.astype("uint64"), class_groups=groups)
+            of_pairs(x, groups=groups.astype("uint64"), class_groups=groups)
 
 
 def test_absent_and_invalid_pairs() -> None:
     e = embeddings(5, 6, "float32")
+    all_rows, all_columns = np.ones(5, bool), np.ones(6, bool)
+    rows, columns = np.arange(5) != 3, np.arange(6) != 3
 
-    def losses(e: Arrays, **options: Any) -> Any:
-        return of_pairs(linear(e, 2), **options)
+    @quick
+    @losses_and_slopes
+    def compiled(e: Arrays, rows: Any, columns: Any) -> Any:
+        return of_pairs(linear(e, 2), where=rows, class_where=columns)
 
-    usual = losses(e)
-    spoiled = e | {"a": e["a"].at[3].set(jnp.nan), "b": e["b"].at[3].set(jnp.inf)}
-    masks = {"where": jnp.arange(5) != 3, "class_where": jnp.arange(6) != 3}
-    got = losses(spoiled, **masks)
-    slopes = jax.grad(lambda e: scalar(losses(e, **masks)))(spoiled)
-    right = jax.grad(lambda e: scalar(losses(e, **masks)))(e)
-    close(got, losses(e, **masks), 0, 0)
-    close(slopes, right, 1e-6, 1e-6)
+    def both(*args: Any) -> Any:
+        return jax.device_get(compiled(*args))
+
+    def but_3(x: np.ndarray, value: float) -> np.ndarray:
+        return np.where((np.arange(len(x)) == 3).reshape(-1, *[1] * (x.ndim - 1)), np.float32(value), x)
+
+    spoiled = e | {"a": but_3(e["a"], np.nan), "b": but_3(e["b"], np.inf)}
+    (got, slopes), (right, right_slopes) = both(spoiled, rows, columns), both(e, rows, columns)
+    close(got, right, 0, 0)
+    close(slopes, right_slopes, 1e-6, 1e-6)
     assert got[0][3] == got[1][3] == got[1][5] == 0 and not np.any(slopes["a"][3]) and not np.any(slopes["b"][3])
-    by_row, by_column = losses(e, class_where=jnp.arange(6) != 3)
+    (by_row, by_column), _ = both(e, all_rows, columns)
     assert np.isposinf(by_row).tolist() == [False] * 3 + [True, False] and np.all(np.isfinite(by_column))
-    absent = losses(e | {"bias": e["bias"].at[3].set(-jnp.inf)})
-    close(absent, (by_row, by_column), 1e-6, 1e-6)
-    most = losses(e | {"bias": e["bias"].at[3].set(jnp.inf)})
-    assert most[0][3] == 0 and np.all(most[0][np.array([0, 1, 2, 4])] > 1e37)
-    assert not any(np.any(x) for x in losses(e, where=jnp.zeros(5, bool)))
+    assert not any(np.any(x) for x in both(e, np.zeros(5, bool), all_columns)[0])
+
+    with_bias = quick(lambda bias: of_pairs(linear(e | {"bias": bias}, 2)))
+    close(with_bias(but_3(e["bias"], -np.inf)), (by_row, by_column), 1e-6, 1e-6)
+    most = np.asarray(with_bias(but_3(e["bias"], np.inf))[0])
+    assert most[3] == 0 and np.all(most[[0, 1, 2, 4]] > 1e37)
+    assert with_bias(e["bias"])[1][5] == 0
+
+
+def test_labels_that_are_no_column() -> None:
+    e = embeddings(5, 6, "float32")
+
+    @quick
+    @losses_and_slopes
+    def both(e: Arrays, labels: Any, rows: Any) -> Any:
+        return of_pairs(linear(e, 2), labels, where=rows)
+
     for label in (-1, 6, 1000):
-        labels = jnp.array([0, 1, label, 3, 4])
-        by_row, _ = losses(e, labels=labels)
-        assert np.isnan(by_row).tolist() == [i == 2 for i in range(5)]
-        slope = jax.grad(lambda e, y=labels: jnp.sum(losses(e, labels=y)[0]))(e)
-        assert np.isnan(slope["a"]).any(-1).tolist() == [i == 2 for i in range(5)]
-        masked, _ = losses(e, labels=labels, where=jnp.arange(5) != 2)
-        assert masked[2] == 0 and np.all(np.isfinite(masked))
-    assert usual[1][5] == 0
+        labels = np.array([0, 1, label, 3, 4])
+        (by_row, _), slope = both(e, labels, np.ones(5, bool))
+        assert np.isnan(by_row).tolist() == np.isnan(slope["a"]).any(-1).tolist() == [i == 2 for i in range(5)]
+        (masked, _), slope = both(e, labels, np.arange(5) != 2)
+        assert masked[2] == 0 and np.all(np.isfinite(masked)) and np.all(np.isfinite(slope["a"]))
 
 
 def test_half_precision_and_kernels_by_columns() -> None:
     e = embeddings(6, 8, "float32")
-    a, b = e["a"].astype("bfloat16"), e["b"].astype("bfloat16")
-    got = of_pairs(jaxce.LinearLogits(a, b.T, temperature=jnp.float32(0.3)))
-    expected = of_pairs(jaxce.LinearLogits(a.astype("float32"), b.astype("float32"), class_axis=0, temperature=0.3))
+    a, b, t = e["a"].astype("bfloat16"), e["b"].astype("bfloat16"), e["t"]
+
+    def half(a: jax.Array, b: jax.Array, t: jax.Array) -> Any:
+        return of_pairs(jaxce.LinearLogits(a, b.T, temperature=t))
+
+    def wide(a: jax.Array, b: jax.Array, t: jax.Array) -> Any:
+        return of_pairs(jaxce.LinearLogits(a.astype("float32"), b.astype("float32"), class_axis=0, temperature=t))
+
+    got, expected = jax.jit(lambda *args: (half(*args), wide(*args)))(a, b, t)
     assert all(g.dtype == "float32" for g in got)
     close(got, expected, 1e-6, 1e-6)
-    slopes = jax.grad(lambda a, b, t: scalar(of_pairs(jaxce.LinearLogits(a, b.T, temperature=t))), (0, 1, 2))
-    assert [g.dtype for g in slopes(a, b, jnp.float32(0.3))] == ["bfloat16", "bfloat16", "float32"]
+    slopes = jax.eval_shape(jax.grad(lambda *args: scalar(half(*args)), (0, 1, 2)), a, b, t)
+    assert [g.dtype for g in slopes] == ["bfloat16", "bfloat16", "float32"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_numbers_are_the_same_with_x64(dtype: str) -> None:
     e = embeddings(6, 8, dtype)
-
-    def both() -> Any:
-        return of_pairs(linear(e)), jax.grad(lambda e: scalar(of_pairs(linear(e))))(e)
-
-    expected = both()
+    both = jax.jit(losses_and_slopes(lambda e: of_pairs(linear(e))))
+    expected = both(e)
     with jax.enable_x64(True):
-        got = both()
+        got = both(e)
     for g, v in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert g.dtype == v.dtype
         np.testing.assert_array_equal(np.asarray(g, np.float64), np.asarray(v, np.float64))
@@ -356,11 +388,13 @@ def test_memory_and_what_is_not_used() -> None:
 
 
 def test_vmap_is_stacking() -> None:
-    e = [embeddings(5, 6, "float32") for _ in range(2)]
-    e[1] = e[1] | {"a": 300 * e[1]["a"]}  # of which one takes its sums again
-    stacked = jax.tree.map(lambda *v: jnp.stack(v), *e)
-    both = jax.value_and_grad(lambda e: scalar(of_pairs(linear(e, 3))))
-    close(jax.vmap(both)(stacked), jax.tree.map(lambda *v: jnp.stack(v), *map(both, e)), 1e-5, 1e-5)
+    with jax.enable_x64(True):
+        e = [embeddings(5, 6) for _ in range(2)]
+        e[1] = e[1] | {"a": 300 * e[1]["a"]}  # of which one takes its sums again
+        stacked = jax.tree.map(lambda *v: np.stack(v), *e)
+        both = losses_and_slopes(lambda e: of_pairs(linear(e, 3)))
+        one_by_one = jax.tree.map(lambda *v: np.stack(v), *map(quick(both), e))
+        close(quick(jax.vmap(both))(stacked), one_by_one, 1e-10, 1e-10)  # of logits of some thousands
 
 
 @pytest.mark.parametrize(
@@ -394,15 +428,15 @@ def test_any_number_of_rows_is_exported(kind: str) -> None:
     """Of arrays any number of columns, too; blocks of columns are cut while tracing."""
     a, b = embeddings(5, 5, "float32")["a"], embeddings(5, 5, "float32")["b"]
 
-    def losses(a: jax.Array, b: jax.Array, labels: jax.Array) -> Any:
+    @jax.jit
+    @losses_and_slopes
+    def both(sides: tuple[jax.Array, jax.Array], labels: jax.Array) -> Any:
+        a, b = sides
         return of_pairs(a @ b.T if kind == "array" else jaxce.LinearLogits(a, b, class_axis=0), labels)
-
-    def both(a: jax.Array, b: jax.Array, labels: jax.Array) -> Any:
-        return losses(a, b, labels), jax.grad(lambda *sides: scalar(losses(*sides, labels)), (0, 1))(a, b)
 
     rows, columns = jax.export.symbolic_shape("n, k")
     shapes = (rows, 4), (columns if kind == "array" else 5, 4)
-    structs = [*(jax.ShapeDtypeStruct(s, "float32") for s in shapes), jax.ShapeDtypeStruct((rows,), "int32")]
+    structs = tuple(jax.ShapeDtypeStruct(s, "float32") for s in shapes), jax.ShapeDtypeStruct((rows,), "int32")
     labels = jnp.array([3, 1, 0, 4, 2], "int32")
-    exported = jax.export.export(jax.jit(both))(*structs)
-    close(exported.call(a, b, labels), jax.jit(both)(a, b, labels), 1e-6, 1e-6)
+    exported = jax.export.export(both)(*structs)
+    close(exported.call((a, b), labels), both((a, b), labels), 1e-6, 1e-6)

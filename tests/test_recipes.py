@@ -42,7 +42,7 @@ def recipes() -> dict[str, Any]:
 
 
 def f32(*arrays: Any) -> Any:
-    return tuple(jnp.asarray(a, jnp.float32 if np.asarray(a).dtype.kind == "f" else jnp.int32) for a in arrays)
+    return tuple(jnp.asarray(np.asarray(a, "float32" if np.asarray(a).dtype.kind == "f" else "int32")) for a in arrays)
 
 
 def log_p(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -85,7 +85,7 @@ def test_hessian_product(recipes: dict[str, Any]) -> None:
 
 def test_half_precision(recipes: dict[str, Any]) -> None:
     x, labels, kernel = f32(X, LABELS, KERNEL)
-    loss, gradients = jax.value_and_grad(recipes["half_loss"])({"kernel": kernel}, x, labels)
+    loss, gradients = jax.jit(jax.value_and_grad(recipes["half_loss"]))({"kernel": kernel}, x, labels)
     assert loss.dtype == gradients["kernel"].dtype == jnp.float32
     with jax.numpy_dtype_promotion("strict"):
         logits = x.astype(jnp.bfloat16) @ kernel.astype(jnp.bfloat16)  # what the loss is given: rounded to bfloat16
@@ -116,7 +116,7 @@ def test_distillation(recipes: dict[str, Any], head: np.ndarray, rng: np.random.
         p, q = (scipy.special.log_softmax(h @ head / 2, -1) for h in (teacher, student))
         return 4 * (np.exp(p) * (p - q)).sum(-1).mean()
 
-    value, slope = jax.value_and_grad(recipes["distillation_loss"])(*f32(student, head))
+    value, slope = jax.jit(jax.value_and_grad(recipes["distillation_loss"]))(*f32(student, head))
     close(value, loss(student))
     close(slope, gradient(loss, student))
 
@@ -134,10 +134,9 @@ def test_dpo(recipes: dict[str, Any], head: np.ndarray, rng: np.random.Generator
         return ((1 - smoothing) * np.logaddexp(0, -margin) + smoothing * np.logaddexp(0, margin)).mean()
 
     policy, reference = f32(states[:2], states[2:])
+    dpo = jax.jit(jax.value_and_grad(recipes["dpo_loss"]))
     for smoothing in (0.0, 0.2):
-        value, slope = jax.value_and_grad(recipes["dpo_loss"])(
-            policy, reference, *f32(chosen, rejected), label_smoothing=smoothing
-        )
+        value, slope = dpo(policy, reference, *f32(chosen, rejected), label_smoothing=smoothing)
         close(value, loss(states[:2]))
         close(slope, gradient(loss, states[:2]))
 
@@ -171,7 +170,7 @@ def test_grpo(recipes: dict[str, Any], head: np.ndarray, rng: np.random.Generato
         return ((0.04 * (np.exp(far) - far - 1) - gain) * counts).sum() / counts.sum()
 
     assert (np.abs(np.exp(now - old)[counts] - 1) > 0.2).any() and (np.abs(np.exp(now - old)[counts] - 1) < 0.2).any()
-    value, slope = jax.value_and_grad(recipes["grpo_loss"])(*f32(states, actions, old, reference, rewards))
+    value, slope = jax.jit(jax.value_and_grad(recipes["grpo_loss"]))(*f32(states, actions, old, reference, rewards))
     close(value, loss(states))
     close(slope, gradient(loss, states))
 
@@ -211,7 +210,9 @@ def test_loss_and_metrics(recipes: dict[str, Any], head: np.ndarray, rng: np.ran
 def test_tied_embedding(recipes: dict[str, Any], head: np.ndarray, rng: np.random.Generator) -> None:
     """Casting the embedding rounds it to bfloat16, and nothing else."""
     hidden, embedding = (x.astype(jnp.bfloat16) for x in f32(rng.normal(size=(5, len(head))), head.T))
-    value, slope = jax.value_and_grad(recipes["tied_loss"], 1)(hidden, embedding.astype(jnp.float32), jnp.arange(5))
+    value, slope = jax.jit(jax.value_and_grad(recipes["tied_loss"], 1))(
+        hidden, embedding.astype(jnp.float32), jnp.arange(5)
+    )
     close(value, -log_p(np.asarray(hidden, float) @ np.asarray(embedding, float).T, np.arange(5)).mean())
     assert slope.dtype == jnp.float32
 
@@ -224,7 +225,7 @@ def test_clip(recipes: dict[str, Any], rng: np.random.Generator) -> None:
         logits = np.exp(log_scale) * a @ b.T
         return -(log_p(logits, np.arange(5)) + log_p(logits.T, np.arange(5))).mean() / 2
 
-    value, slopes = jax.value_and_grad(recipes["clip_loss"], (0, 2))(*f32(images, texts, np.array(1.5)))
+    value, slopes = jax.jit(jax.value_and_grad(recipes["clip_loss"], (0, 2)))(*f32(images, texts, np.array(1.5)))
     close(value, loss(images))
     close(slopes[0], gradient(loss, images))
     close(slopes[1], (loss(images, 1.5 + 1e-5) - loss(images, 1.5 - 1e-5)) / 2e-5)
@@ -249,7 +250,7 @@ def test_zero_inflated(recipes: dict[str, Any], rng: np.random.Generator) -> Non
         p = (1 - zero) * scipy.stats.poisson.pmf(counts, np.exp(log_rate))
         return -np.log(np.where(counts == 0, zero, 0) + p).mean()
 
-    value, slope = jax.value_and_grad(recipes["zero_inflated_loss"])(*f32(zero_logits, log_rate, counts))
+    value, slope = jax.jit(jax.value_and_grad(recipes["zero_inflated_loss"]))(*f32(zero_logits, log_rate, counts))
     close(value, loss(zero_logits))
     close(slope, gradient(loss, zero_logits))
 
@@ -378,7 +379,8 @@ def of_siglip(images: np.ndarray, texts: np.ndarray, scale: float, bias: float) 
 
 def check_all(name: str, ours: Any, theirs: Any, sides: Any, *numbers: float) -> None:
     """Value, and gradients by one side and by the numbers."""
-    value, slopes = jax.value_and_grad(ours, (0, *range(2, 2 + len(numbers))))(*f32(*sides, *map(np.array, numbers)))
+    both = jax.jit(jax.value_and_grad(ours, (0, *range(2, 2 + len(numbers)))))
+    value, slopes = both(*f32(*sides, *map(np.array, numbers)))
     close(value, theirs(*sides, *numbers))
     close(slopes[0], gradient(lambda x: theirs(x, sides[1], *numbers), sides[0]))
     by_numbers = gradient(lambda x: theirs(*sides, *x), np.array(numbers)) if numbers else []
@@ -416,21 +418,21 @@ def of_recommenders(
     return (losses * (1 if weights is None else weights)).sum()
 
 
-def test_retrieval(recipes: dict[str, Any], rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("chosen", [(), *(pytest.param((i,), marks=pytest.mark.slow) for i in range(3)), (0, 1, 2)])
+def test_retrieval(recipes: dict[str, Any], rng: np.random.Generator, chosen: tuple[int, ...]) -> None:
     """With more candidates than queries, of which some are the same item, and each option alone and with all."""
     queries, candidates = rng.normal(size=(5, 4)), rng.normal(size=(8, 4))
     given = rng.uniform(0.5, 2, 5), rng.uniform(0.01, 0.9, 8), np.array([3, 1, 3, 4, 5, 1, 6, 3])
-    for chosen in ([], [0], [1], [2], [0, 1, 2]):
-        options = [x if i in chosen else None for i, x in enumerate(given)]
-        arrays = [None if x is None else f32(x)[0] for x in options]
+    options = [x if i in chosen else None for i, x in enumerate(given)]
+    arrays = [None if x is None else f32(x)[0] for x in options]
 
-        def ours(a: Any, b: Any, t: Any, arrays: Any = arrays) -> Any:
-            return recipes["retrieval_loss"](a, b, *arrays, temperature=t)
+    def ours(a: Any, b: Any, t: Any) -> Any:
+        return recipes["retrieval_loss"](a, b, *arrays, temperature=t)
 
-        def theirs(a: Any, b: Any, t: Any, options: Any = options) -> Any:
-            return of_recommenders(a, b, *options, t)
+    def theirs(a: Any, b: Any, t: Any) -> Any:
+        return of_recommenders(a, b, *options, t)
 
-        check_all(f"{chosen}", ours, theirs, (queries, candidates), 0.5)
+    check_all(f"{chosen}", ours, theirs, (queries, candidates), 0.5)
 
 
 def of_sentence_transformers(anchors: np.ndarray, candidates: np.ndarray, scale: float, symmetric: bool) -> float:
@@ -453,12 +455,12 @@ def test_sentence_transformers(recipes: dict[str, Any], rng: np.random.Generator
     check_all("ranking", ours, theirs, (rng.normal(size=(4, 4)), rng.normal(size=(9, 4))), 5.0)
 
 
-@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("views", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_optax_ntxent(recipes: dict[str, Any], rng: np.random.Generator, views: int) -> None:
     (x,) = f32(rng.normal(size=(4 * views, 4)))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        expected = jax.value_and_grad(optax.losses.ntxent)(x, jnp.arange(4 * views) % 4, 0.2)
-    got = jax.value_and_grad(recipes["ntxent"])(x, views, 0.2)
+        expected = jax.jit(jax.value_and_grad(optax.losses.ntxent))(x, jnp.arange(4 * views) % 4, 0.2)
+    got = jax.jit(jax.value_and_grad(recipes["ntxent"]), static_argnums=1)(x, views, 0.2)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, **TOLERANCE)
 
@@ -470,7 +472,9 @@ def test_losses_of_the_table(trainer: str, rng: np.random.Generator) -> None:
     """What is compiled to compare memory gives the same numbers, and the same gradients."""
     arrays = f32(rng.normal(size=(2, 512, 4)), rng.normal(size=(4, K)), rng.integers(K, size=(2, 512)))
     arrays += f32(rng.integers(2, size=(2, 512)) * 1.0)
-    own, *ours = (jax.value_and_grad(f, (0, 1), has_aux=True)(*arrays) for f in heads.TRAINERS[trainer].values())
+    own, *ours = (
+        jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(*arrays) for f in heads.TRAINERS[trainer].values()
+    )
     for found in ours:
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(own), strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())  # sums of 1024 terms in float32
