@@ -131,6 +131,16 @@ def on_mesh(function: Callable[[Arrays], Any], check_vma: bool = True, out_specs
     return jax.shard_map(function, mesh=mesh(), in_specs=(SPECS,), out_specs=out_specs, check_vma=check_vma)
 
 
+def slopes_and_values(function: Callable[[Arrays], Any], floats: Arrays, others: Arrays) -> Any:
+    """The gradient of one number in which all results count, and these, from one program."""
+
+    def loss(floats: Arrays) -> Any:
+        values = function(floats | others)
+        return scalar(values), values
+
+    return quick(jax.grad(loss, has_aux=True))(floats)
+
+
 def close(got: Any, expected: Any, rtol: float = 1e-12, atol: float = 1e-13) -> None:
     """In float64, where both sides are exact but for 1e-16 times the few operations of twelve classes."""
     got, expected = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (got, expected))
@@ -166,35 +176,9 @@ def some(*chosen: tuple[Any, ...]) -> Any:
 @some(("linear, blocks", True), ("array", False))
 def test_values_and_gradients(names: tuple[str, ...], kind: str, check_vma: bool) -> None:
     with jax.enable_x64(True):
-        floats, labels = split(arrays())
-
-        def both(f: Callable[[Arrays], Any]) -> Any:
-            def loss(floats: Arrays) -> Any:
-                values = f(floats | labels)
-                return scalar(values), values
-
-            return quick(jax.grad(loss, has_aux=True))(floats)
-
+        args = split(arrays())
         sharded = on_mesh(lambda a: results(names, kind, a, "model"), check_vma)
-        close(both(sharded), both(lambda a: results(names, kind, a)))
-
-
-@names
-@pytest.mark.parametrize("kind", [pytest.param("array", marks=pytest.mark.slow), "linear, blocks"])
-def test_gradients_taken_inside(names: tuple[str, ...], kind: str) -> None:
-    """What is the same on all devices of an axis (hidden states) has its whole gradient on each of them."""
-    with jax.enable_x64(True):
-        a = arrays()
-        specs = {n: P(*(None if part == "data" else part for part in SPECS[n])) for n in SPECS}
-
-        def slopes(a: Arrays, axis_name: Any = None) -> Any:
-            floats, labels = split(a)
-            return jax.grad(lambda floats: scalar(results(names, kind, floats | labels, axis_name)))(floats)
-
-        inside = jax.shard_map(
-            lambda a: slopes(a, "model"), mesh=mesh(), in_specs=(specs,), out_specs={n: specs[n] for n in FLOATS}
-        )
-        close(quick(inside)(a), quick(slopes)(a))
+        close(slopes_and_values(sharded, *args), slopes_and_values(lambda a: results(names, kind, a), *args))
 
 
 @some()
@@ -225,26 +209,22 @@ def test_higher_orders(kind: str, check_vma: bool) -> None:
         close(orders(sharded), orders(lambda a: FUNCTIONS["statistics"](logits_of(kind, a), a)), rtol=1e-11, atol=1e-12)
 
 
+@names
 @pytest.mark.parametrize("kind", [pytest.param("array", marks=pytest.mark.slow), "linear, blocks"])
-def test_second_derivatives_taken_inside(kind: str) -> None:
+def test_derivatives_taken_inside(names: tuple[str, ...], kind: str) -> None:
+    """First and second: what is the same on all devices of an axis (hidden states) has all of its own on each of them."""
     with jax.enable_x64(True):
         a = arrays()
         specs = {n: P(*(None if part == "data" else part for part in SPECS[n])) for n in SPECS}
 
-        def product(a: Arrays, axis_name: Any = None) -> Any:
+        def slopes(a: Arrays, axis_name: Any = None) -> Any:
             floats, labels = split(a)
-            directions = jax.tree.map(jnp.cos, floats)
-            f = FUNCTIONS["integer labels"]
+            slope = jax.grad(lambda floats: scalar(results(names, kind, floats | labels, axis_name)))
+            return jax.jvp(slope, (floats,), (jax.tree.map(jnp.cos, floats),))
 
-            def value(floats: Arrays) -> Any:
-                return scalar(f(logits_of(kind, floats | labels, axis_name), floats | labels))
-
-            return jax.jvp(jax.grad(value), (floats,), (directions,))[1]
-
-        inside = jax.shard_map(
-            lambda a: product(a, "model"), mesh=mesh(), in_specs=(specs,), out_specs={n: specs[n] for n in FLOATS}
-        )
-        close(quick(inside)(a), quick(product)(a))
+        out_specs = ({n: specs[n] for n in FLOATS},) * 2
+        inside = jax.shard_map(lambda a: slopes(a, "model"), mesh=mesh(), in_specs=(specs,), out_specs=out_specs)
+        close(quick(inside)(a), quick(slopes)(a))
 
 
 @pytest.mark.parametrize("kind", [pytest.param("array", marks=pytest.mark.slow), "linear, blocks"])
@@ -267,12 +247,13 @@ def test_padded_classes_do_not_count(kind: str) -> None:
             place = jax.lax.axis_index("model") * (V // MODEL) + jnp.arange(V // MODEL, dtype="int32")
             return loss(a, (place < V - 1)[None], "model")
 
-        close(quick(on_mesh(part))(padded), loss(a))
-        gradient = quick(jax.grad(lambda x: scalar(on_mesh(part)(padded | x))))
         name = "logits" if kind == "array" else "kernel"
-        got = gradient({name: padded[name]})[name]
-        close(got[:, :-1], jax.grad(lambda x: scalar(loss(a | {name: x})))(a[name]))
-        assert not got[:, -1].any()
+        (slope, values), (right, expected) = (
+            slopes_and_values(f, {name: given[name]}, given) for f, given in ((on_mesh(part), padded), (loss, a))
+        )
+        close(values, expected)
+        close(slope[name][:, :-1], right[name])
+        assert not slope[name][:, -1].any()
 
 
 def test_mean_loss_of_a_part_of_the_batch() -> None:
@@ -284,28 +265,60 @@ def test_mean_loss_of_a_part_of_the_batch() -> None:
 
     by_rows = jax.shard_map(part, mesh=mesh(), in_specs=(LAYOUTS["batch"],), out_specs=P())
     got = quick(jax.value_and_grad(lambda w: by_rows(a | {"kernel": w})))(a["kernel"])
-    right = jax.value_and_grad(lambda w: jnp.mean(integer(logits_of("linear", a | {"kernel": w}), a["labels"])))
+    right = quick(jax.value_and_grad(lambda w: jnp.mean(integer(a["hidden"] @ w + a["bias"][None], a["labels"]))))
     for value, expected in zip(got, right(a["kernel"]), strict=True):
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)  # float32, sums in another order
 
 
 WAYS = ["shard_map", "Explicit", "Auto", "no account"]
-DEFAULT = [("z_loss", way) for way in WAYS[:3]]
-MORE = [("z_loss", WAYS[3]), *(("label_smoothing", way) for way in WAYS)]
+DEFAULT = [("z_loss", way) for way in WAYS[:2]]
+MORE = [*(("z_loss", way) for way in WAYS[2:]), *(("label_smoothing", way) for way in WAYS)]
 
 
-@pytest.mark.parametrize(("option", "way"), DEFAULT + [pytest.param(*p, marks=pytest.mark.slow) for p in MORE])
-def test_mean_loss(option: str, way: str) -> None:
-    """In chunks of rows, with options for each: its value, gradient, second derivative and what it tells of each row."""
+def orders(f: Callable[[Arrays], Any], a: Arrays, has_aux: bool = False) -> Any:
+    """Value, gradient and their derivative in a direction, and those of what comes beside the value."""
 
-    def mean(a: Arrays, axis_name: Any = None, whole: Any = None) -> Any:
+    @quick
+    def all_orders(floats: Arrays, labels: Any) -> Any:
+        slopes = jax.value_and_grad(lambda x: f(x | {"labels": labels}), has_aux=has_aux)
+        return jax.jvp(slopes, (floats,), (jax.tree.map(jnp.cos, floats),))
+
+    return jax.device_get(all_orders({n: v for n, v in a.items() if n != "labels"}, a["labels"]))
+
+
+def orders_on_mesh(way: str, f: Callable[..., Any], a: Arrays, has_aux: bool = False) -> Any:
+    """Those of a function of parts, to a mean and what is told of each row; or of arrays, as they are sharded."""
+    specs = {n: SPECS.get(n, P("data")) for n in a}
+    if way in ("Auto", "Explicit"):
+        return orders(
+            f, {n: jax.device_put(v, NamedSharding(mesh(AxisType[way]), specs[n])) for n, v in a.items()}, has_aux
+        )
+    part = functools.partial(f, axis_name="model")
+    out_specs = (P(), P("data")) if has_aux else P()
+    check_vma = way == "shard_map"
+    return orders(
+        jax.shard_map(part, mesh=mesh(), in_specs=(specs,), out_specs=out_specs, check_vma=check_vma), a, has_aux
+    )
+
+
+def with_rows() -> Arrays:
+    """Logits as a product, and weights of the rows."""
+    a, names = arrays(), ("hidden", "kernel", "bias", "weights", "labels")
+    return {n: a[n] for n in names} | {"rows": jnp.array([1.0, 5.0, 0.5, 2.0])}
+
+
+def rows_with_options() -> Arrays:
+    """Enough rows for several chunks of those of each device, with options for each."""
+    a = with_rows() | {"temperature": jnp.array([0.5, 1.0, 2.0, 0.8]), "option": jnp.array([0.1, 0.2, 0.3, 0.0])}
+    of_rows = ("hidden", "rows", "labels", "temperature", "option")
+    return a | {n: jnp.concatenate([jnp.roll(a[n], i, 0) for i in range(4)]) for n in of_rows}
+
+
+@functools.cache
+def mean_by_formula(option: str) -> Any:
+    def mean(a: Arrays) -> Any:
         weights = jnp.where(a["labels"] == 4, 0, a["rows"])
-        options = {option: a["option"], "class_weights": a["weights"], "normalizer": 3.0}
-        logits = dataclasses.replace(logits_of("linear", a, axis_name), temperature=a["temperature"])
-        if whole is None:
-            total, aux = jaxce.linear_cross_entropy(logits, a["labels"], weights, chunk_size=1, has_aux=True, **options)
-            return (total if axis_name is None else jax.lax.psum(total, "data")), aux
-        x = logits.materialize()
+        x = (a["hidden"] @ a["kernel"] + a["bias"][None]) / a["temperature"][:, None]
         smoothing, z_loss = (a["option"] * float(option == name) for name in ("label_smoothing", "z_loss"))
         smoothing = smoothing[:, None]
         targets = (1 - smoothing) * jax.nn.one_hot(a["labels"], V, dtype=weights.dtype) + smoothing / V
@@ -314,38 +327,33 @@ def test_mean_loss(option: str, way: str) -> None:
         aux = tuple(jnp.where(weights == 0, 0, v) for v in (losses, log_normalizers))
         return jnp.sum(weights * losses) / 3, jax.lax.stop_gradient(aux)
 
-    def orders(f: Callable[[Arrays], Any], floats: Arrays, labels: Arrays) -> Any:
-        directions = jax.tree.map(lambda x: jnp.cos(x).astype(x.dtype), floats)
-        slopes = jax.value_and_grad(lambda x: f(x | labels), has_aux=True)
-        return jax.jvp(slopes, (floats,), (directions,))
+    return orders(mean, rows_with_options(), has_aux=True)
+
+
+@pytest.mark.parametrize(("option", "way"), DEFAULT + [pytest.param(*p, marks=pytest.mark.slow) for p in MORE])
+def test_mean_loss(option: str, way: str) -> None:
+    """In chunks of rows, with options for each: its value, gradient, second derivative and what it tells of each row."""
+
+    def mean(a: Arrays, axis_name: Any = None) -> Any:
+        weights = jnp.where(a["labels"] == 4, 0, a["rows"])
+        options = {option: a["option"], "class_weights": a["weights"], "normalizer": 3.0}
+        logits = dataclasses.replace(logits_of("linear", a, axis_name), temperature=a["temperature"])
+        total, aux = jaxce.linear_cross_entropy(logits, a["labels"], weights, chunk_size=1, has_aux=True, **options)
+        return (total if axis_name is None else jax.lax.psum(total, "data")), aux
 
     with jax.enable_x64(True):
-        names = "hidden", "kernel", "bias", "weights", "labels"
-        a = {n: v for n, v in arrays().items() if n in names} | {"rows": jnp.array([1.0, 5.0, 0.5, 2.0])}
-        a |= {"temperature": jnp.array([0.5, 1.0, 2.0, 0.8]), "option": jnp.array([0.1, 0.2, 0.3, 0.0])}
-        for name in (
-            "hidden",
-            "rows",
-            "labels",
-            "temperature",
-            "option",
-        ):  # enough for several chunks of the rows of eight devices
-            a[name] = jnp.concatenate([jnp.roll(a[name], i, 0) for i in range(4)])
-        specs = {n: SPECS.get(n, P("data")) for n in a}
-        f: Any = mean
-        if way in ("shard_map", "no account"):
-            part = functools.partial(mean, axis_name="model")
-            out_specs = P(), P("data")
-            f = jax.shard_map(part, mesh=mesh(), in_specs=(specs,), out_specs=out_specs, check_vma=way == "shard_map")
-        placed = dict(a)
-        if way in ("Auto", "Explicit"):
-            placed = {n: jax.device_put(v, NamedSharding(mesh(AxisType[way]), specs[n])) for n, v in a.items()}
-        labels = {"labels": placed.pop("labels")}
-        got = quick(functools.partial(orders, f))(placed, labels)
-        a.pop("labels")
-        close(
-            *jax.device_get((got, orders(functools.partial(mean, whole=True), a, jax.device_get(labels)))), rtol=1e-11
-        )
+        close(orders_on_mesh(way, mean, rows_with_options(), has_aux=True), mean_by_formula(option), rtol=1e-11)
+
+
+@functools.cache
+def mean_of_lists_by_formula() -> Any:
+    def mean(a: Arrays) -> Any:
+        x, labels = a["hidden"] @ a["kernel"] + a["bias"][None], jnp.stack([a["labels"], a["labels"] // 2], -1)
+        t = jax.nn.one_hot(labels, V, dtype=x.dtype).max(-2)
+        losses = (a["weights"][None] * t * jax.nn.softplus(-x) + (1 - t) * jax.nn.softplus(x)).sum(-1)
+        return jnp.sum(a["rows"] * losses) / 3
+
+    return orders(mean, with_rows())
 
 
 @pytest.mark.parametrize("way", WAYS[:3])
@@ -360,34 +368,8 @@ def test_mean_loss_of_lists_of_labels(way: str) -> None:
         )
         return total if axis_name is None else jax.lax.psum(total, "data")
 
-    def plain(a: Arrays) -> Any:
-        x, labels = logits_of("linear", a).materialize(), jnp.stack([a["labels"], a["labels"] // 2], -1)
-        t = jax.nn.one_hot(labels, V, dtype=x.dtype).max(-2)
-        losses = (a["weights"][None] * t * jax.nn.softplus(-x) + (1 - t) * jax.nn.softplus(x)).sum(-1)
-        return jnp.sum(a["rows"] * losses) / 3
-
-    def orders(f: Callable[[Arrays], Any], floats: Arrays, labels: Arrays) -> Any:
-        directions = jax.tree.map(lambda x: jnp.cos(x).astype(x.dtype), floats)
-        return jax.jvp(jax.value_and_grad(lambda x: f(x | labels)), (floats,), (directions,))
-
     with jax.enable_x64(True):
-        names = "hidden", "kernel", "bias", "weights", "labels"
-        a = {n: v for n, v in arrays().items() if n in names} | {"rows": jnp.array([1.0, 5.0, 0.5, 2.0])}
-        specs = {n: SPECS.get(n, P("data")) for n in a}
-        f: Any = mean
-        if way == "shard_map":
-            part = functools.partial(mean, axis_name="model")
-            f = jax.shard_map(part, mesh=mesh(), in_specs=(specs,), out_specs=P())
-        place = (
-            (lambda n, v: v)
-            if way == "shard_map"
-            else (lambda n, v: jax.device_put(v, NamedSharding(mesh(AxisType[way]), specs[n])))
-        )
-        placed = {n: place(n, v) for n, v in a.items()}
-        labels = {"labels": placed.pop("labels")}
-        got = quick(functools.partial(orders, f))(placed, labels)
-        whole = {"labels": a.pop("labels")}
-        close(*jax.device_get((got, orders(plain, a, whole))), rtol=1e-11)
+        close(orders_on_mesh(way, mean, with_rows()), mean_of_lists_by_formula(), rtol=1e-11)
 
 
 def test_masks_and_labels() -> None:
@@ -410,12 +392,8 @@ def test_masks_and_labels() -> None:
         np.testing.assert_allclose(value, right, rtol=1e-6)  # twelve classes in float32
     assert np.isnan(got.nll[2]) and got.prediction[3] == 2
     gradient = quick(jax.grad(lambda x: jnp.sum(sharded(a | {"logits": x}, rows).entropy)))(a["logits"])
-    np.testing.assert_allclose(
-        gradient,
-        jax.grad(lambda x: jnp.sum(jaxce.entropy_with_logits(x, where=rows)))(a["logits"]),
-        rtol=3e-6,
-        atol=1e-7,
-    )
+    right = quick(jax.grad(lambda x: jnp.sum(jaxce.entropy_with_logits(x, where=rows))))(a["logits"])
+    np.testing.assert_allclose(gradient, right, rtol=3e-6, atol=1e-7)
 
 
 def test_confident_rows_keep_their_digits() -> None:
@@ -469,30 +447,26 @@ def test_classes_on_any_axis_and_several_mesh_axes() -> None:
     np.testing.assert_allclose(jax.jit(part)(x, y), integer(x, y, axis=1), rtol=1e-6)  # eight classes in float32
 
 
-def test_metrics_of_sharded_logits() -> None:
+@functools.cache
+def evaluated() -> Any:
     a = arrays("float32")
+    return quick(lambda x, y: jaxce.metrics.Evaluation.from_batch(x, y, k=2).compute())(a["logits"], a["labels"])
 
+
+def test_metrics_of_sharded_logits() -> None:
     def part(a: Arrays) -> Any:
         x = jaxce.ShardedLogits(a["logits"], "model")
         return jaxce.metrics.Evaluation.from_batch(x, a["labels"], k=2).psum("data").compute()
 
-    whole = jaxce.metrics.Evaluation.from_batch(a["logits"], a["labels"], k=2).compute()
-    for got, right in zip(
-        jax.tree.leaves(jax.jit(on_mesh(part, out_specs=P()))(a)), jax.tree.leaves(whole), strict=True
-    ):
-        np.testing.assert_allclose(got, right, rtol=2e-6)  # a handful of float32 operations
+    got = quick(on_mesh(part, out_specs=P()))(arrays("float32"))
+    close(jax.tree.leaves(got), jax.tree.leaves(evaluated()), rtol=2e-6)  # a handful of float32 operations
 
 
 def test_metrics_on_an_explicit_mesh() -> None:
     a = arrays("float32")
-    m = mesh(AxisType.Explicit)
-    x, y = (jax.device_put(a[n], NamedSharding(m, SPECS[n])) for n in ("logits", "labels"))
-    for got, right in zip(
-        jax.tree.leaves(jaxce.metrics.Evaluation.from_batch(x, y, k=2).compute()),
-        jax.tree.leaves(jaxce.metrics.Evaluation.from_batch(a["logits"], a["labels"], k=2).compute()),
-        strict=True,
-    ):
-        np.testing.assert_allclose(got, right, rtol=2e-6)  # a handful of float32 operations
+    x, y = (jax.device_put(a[n], NamedSharding(mesh(AxisType.Explicit), SPECS[n])) for n in ("logits", "labels"))
+    got = jaxce.metrics.Evaluation.from_batch(x, y, k=2).compute()
+    close(jax.tree.leaves(got), jax.tree.leaves(evaluated()), rtol=2e-6)  # a handful of float32 operations
 
 
 # --- under jit alone --------------------------------------------------------------------------------------------------
@@ -582,8 +556,8 @@ def test_several_labels_and_one_target_for_all_rows_on_an_explicit_mesh(kind: st
         jnp.tile(jnp.array([0.75, 0.5]), (len(a["labels"]), 1)),
     )
 
-    def loss(a: Arrays, several: Any, shares: Any, target: Any) -> Any:
-        x = logits_of(kind, a)
+    def loss(a: Arrays, several: Any, shares: Any, target: Any, kind: str = kind) -> Any:
+        x = logits_of("linear", a).materialize() if kind == "product" else logits_of(kind, a)
         sparse = jaxce.softmax_cross_entropy_with_sparse_labels(x, several, shares, label_smoothing=0.1)
         return (sparse + jaxce.softmax_cross_entropy(x, target) + jaxce.softmax_focal_loss(x, target)).sum()
 
@@ -596,12 +570,10 @@ def test_several_labels_and_one_target_for_all_rows_on_an_explicit_mesh(kind: st
         for x, s in ((several, ("data",)), (shares, ("data",)), (target, ("model",)))
     ]
     on_devices = {n: jax.device_put(x, NamedSharding(m, specs[n])) for n, x in floats.items()}
-    got = jax.jit(jax.value_and_grad(loss, (0, 2, 3)))(on_devices, *placed)
-    right = jax.value_and_grad(loss, (0, 2, 3))(floats, several, shares, target)
-    for g, r in zip(jax.tree.leaves(got), jax.tree.leaves(right), strict=True):
-        np.testing.assert_allclose(
-            g, r, rtol=1e-5, atol=1e-5
-        )  # sums of some dozens of float32 numbers in another order
+    plain = functools.partial(loss, kind="array" if kind == "array" else "product")
+    got = quick(jax.value_and_grad(loss, (0, 2, 3)))(on_devices, *placed)
+    right = quick(jax.value_and_grad(plain, (0, 2, 3)))(floats, several, shares, target)
+    close(got, right, rtol=1e-5, atol=1e-5)  # sums of some dozens of float32 numbers in another order
 
 
 def test_arrays_sharded_in_other_ways_than_the_logits() -> None:
@@ -627,9 +599,9 @@ def test_arrays_sharded_in_other_ways_than_the_logits() -> None:
 
     linear = {"hidden": put(a["hidden"], "data"), "kernel": put(a["kernel"]), "bias": put(a["bias"])}
     linear |= {"soft": put(a["soft"], "model", "data"), "temperature": put(a["temperature"], "model")}
-    got = list(losses(linear, put(several, "model"), put(shares), put(rows, "model"), put(entries, None, "model")))
-    for g, r in zip(got, losses(a, several, shares, rows, entries), strict=True):
-        np.testing.assert_allclose(g, r, rtol=1e-5)  # twelve classes in float32, in another order
+    all_losses = quick(lambda *args: list(losses(*args)))
+    got = all_losses(linear, put(several, "model"), put(shares), put(rows, "model"), put(entries, None, "model"))
+    close(got, all_losses(a, several, shares, rows, entries), rtol=1e-5)  # twelve classes in float32, in another order
 
 
 def test_masks_of_entries_with_sharded_classes() -> None:
@@ -646,7 +618,7 @@ def test_masks_of_entries_with_sharded_classes() -> None:
         return losses(jaxce.ShardedLogits(x, "model"), entries)
 
     by_hand = jax.shard_map(part, mesh=mesh(), in_specs=(P(None, "model"),) * 2, out_specs=P())
-    got, expected = by_hand(a["logits"][:4], entries), losses(a["logits"][:4], entries)
+    got, expected = (quick(f)(a["logits"][:4], entries) for f in (by_hand, losses))
     assert np.isposinf(expected[0]) and np.isnan(expected[2:]).all()
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
@@ -811,9 +783,9 @@ def test_a_shard_map_over_some_axes(check_vma: bool) -> None:
         axis_names={"data"},
         check_vma=check_vma,
     )
-    inside = jax.jit(of_rows)(hidden, kernel, a["labels"])[1]
-    outside = jax.jit(jax.grad(lambda h, w: jnp.sum(of_rows(h, w, a["labels"])[0]), (0, 1)))(hidden, kernel)
-    right = jax.grad(total, (0, 1))(*jax.device_get((hidden, kernel)), a["labels"])
+    inside = quick(of_rows)(hidden, kernel, a["labels"])[1]
+    outside = quick(jax.grad(lambda h, w: jnp.sum(of_rows(h, w, a["labels"])[0]), (0, 1)))(hidden, kernel)
+    right = quick(jax.grad(total, (0, 1)))(*jax.device_get((hidden, kernel)), a["labels"])
     for got, expected in ((inside, right[0]), *zip(outside, right, strict=True)):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)  # sums of a dozen terms of both signs
 
@@ -864,18 +836,22 @@ def test_pairs() -> None:
         logits = jaxce.LinearLogits(a, b, class_axis=0, temperature=t, block_size=3)
         return jaxce.softmax_cross_entropy_of_pairs(logits, **given)
 
+    def plain(a: jax.Array, b: jax.Array, t: jax.Array) -> Any:
+        x = a @ b.T / t
+        return [jax.nn.logsumexp(x, axis) - jnp.diagonal(x) for axis in (1, 0)]
+
     def scalar(of: Callable[..., Any], *args: Any) -> jax.Array:
         rows, columns = of(*args)
         weights = jnp.sin(1 + jnp.arange(16, dtype=rows.dtype))
         return jnp.sum(weights * columns) + jnp.sum(rows * rows)
 
     def check(of: Callable[..., Any], *args: Any) -> None:
-        got = jax.jit(jax.value_and_grad(functools.partial(scalar, of), (0, 1, 2)))(*args)
+        got = quick(jax.value_and_grad(functools.partial(scalar, of), (0, 1, 2)))(*args)
         for x, y in zip(jax.tree.leaves(got), expected, strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)  # some eps of the largest terms, in another order
 
     t = jnp.float32(0.3)
-    expected = jax.tree.leaves(jax.value_and_grad(functools.partial(scalar, losses), (0, 1, 2))(a, b, t))
+    expected = jax.tree.leaves(quick(jax.value_and_grad(functools.partial(scalar, plain), (0, 1, 2)))(a, b, t))
     for types in (AxisType.Auto, AxisType.Explicit):
         m = jax.make_mesh((8,), ("x",), axis_types=(types,))
         with jax.set_mesh(m):
@@ -885,7 +861,7 @@ def test_pairs() -> None:
     check(jax.shard_map(by_hand, mesh=m, in_specs=(P("x"), P("x"), P()), out_specs=P("x")), a, b, t)
 
 
-@pytest.mark.parametrize("way", ["Auto", "Explicit", "shard_map"])
+@pytest.mark.parametrize("way", ["Auto", pytest.param("Explicit", marks=pytest.mark.slow), "shard_map"])
 def test_pairs_cross_the_network_once(way: str) -> None:
     """The columns are gathered and their gradient is summed, once each, and beside these a few numbers of each column."""
     n, features, axes = 512, 64, ("data", "model")

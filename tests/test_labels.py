@@ -58,7 +58,8 @@ def test_dense_labels_broadcast_to_the_logits(loss: Any, shape: tuple[int, ...],
     def total(labels: jax.Array, broadcast: bool) -> jax.Array:
         return loss(x, jnp.broadcast_to(labels, X.shape) if broadcast else labels).sum()
 
-    got, expected = (jax.value_and_grad(total)(labels, broadcast) for broadcast in (False, True))
+    both = jax.jit(jax.value_and_grad(total), static_argnums=1)
+    got, expected = (both(labels, broadcast) for broadcast in (False, True))
     chex.assert_trees_all_close(got, expected, rtol=1e-6)  # sums of 35 numbers in another order
 
 
@@ -96,15 +97,17 @@ def test_sparse_labels_are_dense_ones(name: str, scale: float) -> None:
     """In value, both gradients, and a Hessian-vector product."""
     x, options = X * scale, MODIFIERS[name]
 
-    def both(loss: Any) -> Any:
-        def total(x: Any, w: Any) -> Any:
-            return (loss(x, w) ** 2).sum()
+    def of_sparse(x: Any, w: Any) -> Any:
+        return sparse(x, SPARSE, w, **options)
 
-        product = jax.jvp(jax.grad(total, (0, 1)), (x, SHARES), (jnp.cos(x), jnp.ones_like(SHARES)))
-        return total(x, SHARES), product
+    def of_dense(x: Any, w: Any) -> Any:
+        return jaxce.softmax_cross_entropy(x, dense_of(SPARSE, w), **options)
 
-    got = both(lambda x, w: sparse(x, SPARSE, w, **options))
-    expected = both(lambda x, w: jaxce.softmax_cross_entropy(x, dense_of(SPARSE, w), **options))
+    def orders(loss: Any, *args: Any) -> Any:
+        both = jax.value_and_grad(lambda *args: (loss(*args) ** 2).sum(), (0, 1))
+        return jax.jvp(both, args, (jnp.cos(args[0]), jnp.ones_like(args[1])))
+
+    got, expected = (jax.jit(orders, static_argnums=0)(loss, x, SHARES) for loss in (of_sparse, of_dense))
     chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)  # sums in another order, then squared
 
 

@@ -350,7 +350,8 @@ def test_classes_that_are_not_there() -> None:
     for got, right in zip(jax.tree.leaves(of_three), jax.tree.leaves(of_two), strict=True):
         np.testing.assert_allclose(got, [*right, 0], rtol=1e-6)  # some roundings
     x = jnp.array([0.0, 0, -200])
-    hessian = jax.hessian(lambda x: jaxce.jensen_shannon_divergence(jax.nn.softmax(x), jnp.array([0.5, 0.5, 0])))(x)
+    of_a_softmax = quick(jax.hessian(lambda x, q: jaxce.jensen_shannon_divergence(jax.nn.softmax(x), q)))
+    hessian = of_a_softmax(x, jnp.array([0.5, 0.5, 0]))
     np.testing.assert_allclose(hessian, [[0.0625, -0.0625, 0], [-0.0625, 0.0625, 0], [0, 0, 0]], atol=1e-7)
 
 
@@ -434,8 +435,7 @@ def test_rows_that_do_not_count_leave_no_trace(name: str, by: str) -> None:
     @quick
     def derivatives(args: Any, v: Any, where: Any) -> Any:
         def mean(*args: Any) -> Any:
-            losses = call(*args, where=where) if by != "mean" and where is not None else call(*args)
-            return jaxce.weighted_mean(losses, None if where is None else where)
+            return jaxce.weighted_mean(call(*args) if by == "mean" else call(*args, where=where), where)
 
         first = jax.grad(mean, tuple(range(len(args))))
         back = jax.grad(
@@ -444,10 +444,12 @@ def test_rows_that_do_not_count_leave_no_trace(name: str, by: str) -> None:
         return first(*args), jax.jvp(first, args, v)[1], back(*args), jax.jvp(mean, args, v)[1]
 
     got = derivatives(every, along, counts)
-    right = derivatives(good, tuple(v[counts] for v in along), None)
+    # In the same program, the rows that count, each three times: a third of every derivative by one of them.
+    good, along = (tuple(np.tile(a, (3, 1)) for a in arrays) for arrays in (good, [v[counts] for v in along]))
+    right = derivatives(good, along, np.ones(6, bool))
     for parts, expected in zip(got[:3], right[:3], strict=True):
         for a, b in zip(parts, expected, strict=True):
             np.testing.assert_array_equal(np.asarray(a)[~counts], 0)
-            np.testing.assert_allclose(np.asarray(a)[counts], b, rtol=1e-5, atol=1e-6)  # sums of products
+            np.testing.assert_allclose(np.asarray(a)[counts], 3 * b[:2], rtol=1e-5, atol=1e-6)  # sums of products
     if by != "mean":
         np.testing.assert_allclose(got[3], right[3], rtol=1e-5, atol=1e-6)

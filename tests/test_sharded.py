@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxce
 
@@ -71,9 +72,10 @@ def outputs(processes: list[subprocess.Popen[str]], timeout: float) -> list[str]
     return [out for out, _ in printed]
 
 
-def test_on_eight_devices() -> None:
-    command = "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "losses_on_a_mesh.py"
-    outputs([start(*command, XLA_FLAGS=DEVICES.format(8))], timeout=1200)
+@pytest.mark.parametrize("rows", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_on_eight_devices(rows: str) -> None:
+    command = "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", rows, HERE / "losses_on_a_mesh.py"
+    outputs([start(*command, XLA_FLAGS=DEVICES.format(8))], timeout=3600)
 
 
 def test_two_processes_train_as_one() -> None:

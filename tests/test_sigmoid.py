@@ -54,6 +54,18 @@ def total(f: Any, *rest: Any) -> Any:
     return lambda x: f(x, *rest).sum()
 
 
+@jax.jit
+def summed(x: Any, t: Any) -> Any:
+    return sigmoid_binary_cross_entropy(x, t).sum(axis=1)
+
+
+@jax.jit
+def derivatives(x: Any, t: Any) -> Any:
+    """By the logits, and twice by them in both modes."""
+    grad, ones = jax.grad(total(sigmoid_binary_cross_entropy, t)), jnp.ones_like(x)
+    return grad(x), jax.jvp(grad, (x,), (ones,))[1], jax.grad(lambda a: jnp.vdot(grad(a), ones))(x)
+
+
 @pytest.mark.parametrize("label", LABELS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_exact(dtype: str, label: float | None) -> None:
@@ -66,20 +78,18 @@ def test_exact(dtype: str, label: float | None) -> None:
         assert ulp_error(sigmoid_binary_cross_entropy(x, t), loss).max() <= 2
 
         # What a reduction makes of it is compiled by another part of XLA:CPU: the second column costs exactly 0.
-        both = jnp.stack([jnp.asarray(x), jnp.full(x.shape, INF, dtype)], axis=1)
-        right = jnp.stack([jnp.asarray(t), jnp.ones(x.shape, dtype)], axis=1)
-        summed = jax.jit(lambda a, b: sigmoid_binary_cross_entropy(a, b).sum(axis=1))(both, right)
-        assert ulp_error(summed, loss).max() <= 2
+        both = np.stack([x, np.full(x.shape, INF, dtype)], axis=1)
+        right = np.stack([t, np.ones(x.shape, dtype)], axis=1)
+        assert ulp_error(summed(both, right), loss).max() <= 2
 
         p = [sigmoid(a) for a in x.tolist()]
-        grad = jax.grad(total(sigmoid_binary_cross_entropy, t))
+        grad, *hvps = derivatives(x, t)
         slope = [a - mpmath.mpf(b) for a, (_, b) in zip(p, pairs, strict=True)]
         # Promised: 4 ulp of the larger of sigma(x) and t, which is what the difference has to form. Measured: 2.6.
-        assert ulp_error(grad(x), slope, [max(a, b) for a, (_, b) in zip(p, pairs, strict=True)]).max() <= 4
+        assert ulp_error(grad, slope, [max(a, b) for a, (_, b) in zip(p, pairs, strict=True)]).max() <= 4
 
         curvature = [a * sigmoid(-b) for a, b in zip(p, x.tolist(), strict=True)]
-        ones = np.ones_like(x)
-        for hvp in (jax.jvp(grad, (x,), (ones,))[1], jax.grad(lambda a: jnp.vdot(grad(a), ones))(x)):
+        for hvp in hvps:
             assert ulp_error(hvp, curvature).max() <= 5  # two exponentials (0.9 to 1.25 each) and four roundings
 
 
@@ -91,22 +101,31 @@ def test_without_jit() -> None:
     assert ulp_error(loss, [exact_loss(*p) for p in zip(x.tolist(), t.tolist(), strict=True)]).max() <= 2
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def along_ones(loss: Any, x: Any) -> Any:
+    """Value and slope of each, and the derivative of both, with the tangents of all at once."""
+
+    def both(x: Any) -> Any:
+        value, pull = jax.vjp(loss, x)
+        return value, *pull(jnp.ones_like(value))
+
+    return jax.tree.map(np.asarray, jax.jvp(both, (x,), (jnp.ones_like(x),)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def test_infinite_logits(dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"), jax.debug_nans(True):
         x = jnp.array([INF, -INF, INF, -INF, INF, -INF, INF, -INF], dtype)
         t = jnp.array([1, 0, 0, 1, 0.5, 0.25, 1 - 2.0**-24, 1e-30], dtype)
         loss = [0, 0, INF, INF, INF, INF, INF, INF]
         slope = np.asarray([0, 0, 1, -1, 0.5, -0.25, 2.0**-24, -1e-30], dtype)
-        np.testing.assert_array_equal(sigmoid_binary_cross_entropy(x, t), loss)
-        np.testing.assert_array_equal(jax.grad(total(sigmoid_binary_cross_entropy, t))(x), slope)
-        forward = jax.jacfwd(lambda a: sigmoid_binary_cross_entropy(a, t))(x)
-        np.testing.assert_array_equal(np.asarray(forward).diagonal(), slope)
+        (value, backward), (forward, curvature) = along_ones(lambda a: sigmoid_binary_cross_entropy(a, t), x)
+        np.testing.assert_array_equal(value, loss)
+        np.testing.assert_array_equal(backward, slope)
+        np.testing.assert_array_equal(forward, slope)
+        np.testing.assert_array_equal(curvature, np.zeros(8))
         # Both arguments given a tangent, that of the labels 0: its infinite slope must not meet it.
         both = jax.jvp(sigmoid_binary_cross_entropy, (x, t), (jnp.ones_like(x), jnp.zeros_like(t)))[1]
         np.testing.assert_array_equal(both, slope)
-        curvature = jax.jvp(jax.grad(total(sigmoid_binary_cross_entropy, t)), (x,), (jnp.ones_like(x),))[1]
-        np.testing.assert_array_equal(curvature, np.zeros(8))
 
 
 def test_nan_stays_nan() -> None:
@@ -153,6 +172,18 @@ def test_focal_exact(dtype: str, gamma: float) -> None:
             assert ulp_error(sigmoid_focal_loss(x, t, gamma=gamma), exact).max() <= 3 + 3 * gamma
 
 
+@jax.jit
+def focal_derivatives(x: Any, t: Any, gamma: Any) -> Any:
+    def f(x: Any, t: Any) -> Any:
+        return sigmoid_focal_loss(x, t, gamma=gamma).sum()
+
+    by_x, ones = jax.grad(f), jnp.ones_like(x)
+    forward_over_reverse = jax.jvp(lambda v: by_x(v, t), (x,), (ones,))[1]
+    reverse_over_reverse = jax.grad(lambda v: by_x(v, t).sum())(x)
+    mixed = jax.jvp(lambda v: by_x(x, v), (t,), (ones,))[1]
+    return by_x(x, t), forward_over_reverse, reverse_over_reverse, jax.grad(f, 1)(x, t), mixed
+
+
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_focal_derivatives(gamma: float) -> None:
     rng = np.random.default_rng(3)
@@ -169,18 +200,7 @@ def test_focal_derivatives(gamma: float) -> None:
             points = zip(x[keep].tolist(), t[keep].tolist(), strict=True)
             return np.array([float(mpmath.diff(exact, p, n)) for p in points])
 
-        @jax.jit
-        def derivatives(a: Any, b: Any) -> Any:
-            def f(a: Any, b: Any) -> Any:
-                return sigmoid_focal_loss(a, b, gamma=gamma).sum()
-
-            by_x, ones = jax.grad(f), jnp.ones_like(a)
-            forward_over_reverse = jax.jvp(lambda v: by_x(v, b), (a,), (ones,))[1]
-            reverse_over_reverse = jax.grad(lambda v: by_x(v, b).sum())(a)
-            mixed = jax.jvp(lambda v: by_x(a, v), (b,), (ones,))[1]
-            return by_x(a, b), forward_over_reverse, reverse_over_reverse, jax.grad(f, 1)(a, b), mixed
-
-        by_x, forward, reverse, by_t, mixed = derivatives(x, t)
+        by_x, forward, reverse, by_t, mixed = focal_derivatives(x, t, gamma)
         everything, soft = slice(None), slice(4, 7)
         close = functools.partial(
             np.testing.assert_allclose, rtol=1e-12, atol=1e-13
@@ -250,11 +270,7 @@ def test_focal_tails(gamma: float) -> None:
     t = jnp.array([1.0, 0, 0, 1, 0.5, 1, 1, 1, 1, 0, 0, 1, 0, 0, 1])
     loss = functools.partial(sigmoid_focal_loss, gamma=gamma)
     with jax.debug_nans(True):
-        value = np.asarray(loss(x, t))
-        grad = jax.grad(total(loss, t))
-        slope = np.asarray(grad(x))
-        forward = np.asarray(jax.jacfwd(lambda a: loss(a, t))(x)).diagonal()
-        curvature = np.asarray(jax.jvp(grad, (x,), (jnp.ones_like(x),))[1])
+        (value, slope), (forward, curvature) = along_ones(lambda a: loss(a, t), x)
         jax.grad(lambda a: loss(x, a).sum())(t)
     np.testing.assert_array_equal(value[:5], [0, 0, INF, INF, INF])
     np.testing.assert_allclose(slope, forward, rtol=1e-6)  # the same products in another order
@@ -427,8 +443,7 @@ def test_weighted_infinite_logits() -> None:
     x, t, w = (jnp.array(column) for column in zip(*points, strict=True))
     with jax.debug_nans(True):
         loss = functools.partial(sigmoid_binary_cross_entropy, pos_weight=w)
-        grad = jax.grad(total(loss, t))
-        value, slope, curvature = loss(x, t), grad(x), jax.jvp(grad, (x,), (jnp.ones_like(x),))[1]
+        (value, slope), (_, curvature) = along_ones(lambda a: loss(a, t), x)
         smoothed = sigmoid_binary_cross_entropy(x, t, label_smoothing=0.1)
     costs = [INF if (z > 0 and b < 1) or (z < 0 and b * factor > 0) else 0 for z, b, factor in points]
     np.testing.assert_array_equal(value, costs)

@@ -285,13 +285,11 @@ def test_derivatives(case: Case) -> None:
             return sum(jnp.vdot(left, right) for left, right in zip(a, b, strict=True))
 
         @quickly
-        def first_order(floats: Any) -> Any:
-            return function(floats), gradient_of(floats)
-
-        @quickly
         def all_orders(floats: Any) -> Any:
             call = functools.partial(case.call, integers=integers)
             return {
+                "value": function(floats),
+                "gradient": gradient_of(floats),
                 "jvp": tangent_along(floats),
                 "jacfwd": jax.jacfwd(call)(floats),
                 "jacrev": jax.jacrev(call)(floats),
@@ -303,15 +301,15 @@ def test_derivatives(case: Case) -> None:
 
         step = 1e-5
         ahead, behind = (
-            first_order(tuple(f + sign * step * d for f, d in zip(floats, directions, strict=True))) for sign in (1, -1)
+            all_orders(tuple(f + sign * step * d for f, d in zip(floats, directions, strict=True))) for sign in (1, -1)
         )
-        _, gradient = first_order(floats)
-        difference, hessian_vector = jax.tree.map(lambda a, b: (a - b) / (2 * step), ahead, behind)
+        difference = jax.tree.map(lambda a, b: (a - b) / (2 * step), ahead, behind)
         results = all_orders(floats)
-        close(dot(gradient, directions), difference, rtol=1e-7, atol=1e-8)
-        close(results["jvp"], dot(gradient, directions), rtol=1e-12, atol=1e-13)
+        along = dot(results["gradient"], directions)
+        close(along, difference["value"], rtol=1e-7, atol=1e-8)
+        close(results["jvp"], along, rtol=1e-12, atol=1e-13)
         close(results["jacfwd"], results["jacrev"], rtol=1e-12, atol=1e-13)
-        close(results["forward over reverse"], hessian_vector, rtol=1e-6, atol=1e-7)
+        close(results["forward over reverse"], difference["gradient"], rtol=1e-6, atol=1e-7)
         close(results["reverse over forward"], results["forward over reverse"], rtol=1e-10, atol=1e-12)
         close(results["reverse over reverse"], results["forward over reverse"], rtol=1e-10, atol=1e-12)
         close(results["forward over forward"], dot(results["forward over reverse"], directions), rtol=1e-10, atol=1e-12)
@@ -322,14 +320,17 @@ def test_half_precision(case: Case) -> None:
     """bfloat16 in, float32 out, computed from the exact bfloat16 numbers; gradients come back in bfloat16."""
     floats, integers = case.make(3, "bfloat16")
     wide = tuple(f.astype("float32") for f in floats)
-    results = case.call(floats, integers)
-    assert all(leaf.dtype == "float32" for leaf in results)
-    close(results, case.call(wide, integers), rtol=2e-6, atol=1e-6)
-    gradient = jax.jit(jax.grad(case.scalar))(floats, integers)
-    assert all(g.dtype == "bfloat16" for g in gradient)
+
+    @quickly
+    def both(floats: Any) -> Any:
+        return case.call(floats, integers), jax.grad(case.scalar)(floats, integers)
+
+    (results, gradient), (wide_results, wide_gradient) = both(floats), both(wide)
+    assert all(leaf.dtype == "float32" for leaf in results) and all(g.dtype == "bfloat16" for g in gradient)
+    close(results, wide_results, rtol=2e-6, atol=1e-6)
     # A gradient of one term is rounded once; the terms of a sum are rounded one by one, by up to 2^-9 of each.
     several = case.function == "softmax_statistics" or "z_loss" in case.name or "smoothing" in case.name
-    close(gradient, quickly(jax.grad(case.scalar))(wide, integers), rtol=2**-8, atol=8e-3 if several else 1e-4)
+    close(gradient, wide_gradient, rtol=2**-8, atol=8e-3 if several else 1e-4)
 
 
 @pytest.mark.slow
