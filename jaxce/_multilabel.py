@@ -27,7 +27,7 @@ from jaxce._state import beside
 
 _BLOCK = 3 << 23
 """About how many logits a block of a mean's gradient has at most, if that leaves it `CLASSES[0]`: what both gradients are
-made of then stays on a TPU's chip (8192 rows, 128256 classes: 36 megacycles, and 42 with larger blocks)."""
+made of then stays on a TPU's chip (8192 rows, 128256 classes: 34 megacycles, and 38 with larger blocks)."""
 
 
 @compiled("axis")
