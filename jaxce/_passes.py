@@ -12,6 +12,7 @@ the blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -215,11 +216,15 @@ def add_up(
 
 
 def _even(spec: Spec) -> int:
-    """The size of equal blocks, if they need be no smaller than half: what is left would be copied with the tangents."""
+    """The size of equal blocks, if they need be no smaller than half: what is left would be copied with the tangents.
+
+    One of whole tiles of a TPU's memory if there is one, which has sixteen rows of 16-bit numbers.
+    """
     if spec.size == spec.length:
         return spec.size
     least = max(1, spec.size // 2)
-    return next((n for n in range(spec.size, least - 1, -1) if spec.length % n == 0), spec.size)
+    equal = (n for n in range(least, spec.size + 1) if spec.length % n == 0)
+    return max(equal, key=lambda n: (math.gcd(n, 16), n), default=spec.size)
 
 
 def _split(spec: Spec, name: str, x: Array) -> tuple[Array, Array]:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 import jaxce
+from jaxce import _passes
+from jaxce._inputs import Spec
 
 N, D, V = 3, 4, 11  # 11 is prime: no block but 1 divides it
 quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -820,3 +822,12 @@ def test_repr() -> None:
     for x in (sharded, jaxce.LinearLogits(H, W, axis_name="model")):
         name = type(x).__name__
         assert name in repr(jax.tree.map(lambda _: None, x)) and name in repr(jax.tree.structure(x))
+
+
+@pytest.mark.parametrize(
+    ("classes", "size", "equal"),
+    [(1_000_000, 3072, 2000), (128256, 8192, 8016), (12, 4, 4), (14, 7, 7), (50257, 8192, 8192)],
+)
+def test_blocks_of_one_size(classes: int, size: int, equal: int) -> None:
+    """The largest that divides the classes, before it one of whole tiles; unless it is less than half of a block."""
+    assert _passes._even(Spec(np.dtype("float32"), classes, size=size)) == equal
