@@ -299,6 +299,22 @@ def test_of_equal_texts_only_the_own_one_is_asked() -> None:
     np.testing.assert_array_equal(slope, right)
 
 
+def test_a_policy_keeps_no_more() -> None:
+    """The temporaries of a gradient under `jax.checkpoint`, which could keep each product."""
+
+    def temporaries(function: Any) -> int:
+        shapes = jax.ShapeDtypeStruct((512, 16), "float32"), jax.ShapeDtypeStruct((16, 16384), "float32")
+        gradient = quick(jax.grad(function, (0, 1)))
+        return gradient.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    def mean(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        logits = jaxce.LinearLogits(hidden, kernel, block_size=1024)
+        return jaxce.linear_sigmoid_binary_cross_entropy(logits, np.arange(512)[:, None])
+
+    policy = jax.checkpoint_policies.dots_saveable
+    assert temporaries(jax.checkpoint(mean, policy=policy)) <= 1.2 * temporaries(mean) < 4 * 512 * 16384
+
+
 def test_any_number_of_rows_is_exported() -> None:
     a = jax.tree.map(lambda x: x.astype("float32"), arguments())
 
