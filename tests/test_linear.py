@@ -831,3 +831,18 @@ def test_repr() -> None:
 def test_blocks_of_one_size(classes: int, size: int, equal: int) -> None:
     """The largest that divides the classes, before it one of whole tiles; unless it is less than half of a block."""
     assert _passes._even(Spec(np.dtype("float32"), classes, size=size)) == equal
+
+
+def test_axes_of_rows_cost_no_more_than_one() -> None:
+    """Of hidden states [batch, length, features] and a kernel [features, classes], as a language model has them."""
+
+    def temporaries(*batch: int) -> int:
+        def mean(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+            logits = jaxce.LinearLogits(hidden, kernel, block_size=1024)
+            return jaxce.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        shapes = ((*batch, 32), "float32"), ((32, 8192), "float32"), (batch, "int32")
+        gradient = jax.jit(jax.grad(mean, (0, 1))).lower(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+        return gradient.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(4, 64) <= 1.05 * temporaries(256)
