@@ -231,10 +231,10 @@ def test_no_nan_of_masked_products() -> None:
     """Rows of hidden states, and columns of pairs, that take no part and are full of NaN, compiled and not."""
     there, one = jnp.arange(4) != 2, jnp.ones((4, 3))
     spoiled = jnp.where(there[:, None], one, jnp.nan)
-    kernel, labels = jnp.ones((3, 7)), jnp.array([0, 1, -100, 3])
+    kernel, labels = jnp.ones((3, 8)), jnp.array([0, 1, -100, 3])
 
     def linear(hidden: Any) -> Any:
-        x = jaxce.LinearLogits(hidden, kernel, block_size=2)
+        x = jaxce.LinearLogits(hidden, kernel, block_size=4)
         sparse = jaxce.sigmoid_binary_cross_entropy_with_sparse_labels(x, labels[:, None], where=there)
         mean = jaxce.linear_cross_entropy(x, labels, there)
         mean += jaxce.linear_sigmoid_binary_cross_entropy(x, labels[:, None], there)
