@@ -119,7 +119,13 @@ def sums(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
 
 def _one_for_each_row(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function with results of the types of a reduction of these, which takes longer to trace."""
-    return lambda *args: jax.tree.map(lambda x: lax.reduce_max(x, (x.ndim - 1,)), function(*args))
+
+    def first(*args: Any) -> Any:
+        arrays = function(*args)
+        arrays = _mesh.vary(arrays, _mesh.varying(arrays))  # as all results of one reduction do
+        return jax.tree.map(lambda x: lax.reduce_max(x, (x.ndim - 1,)), arrays)
+
+    return first
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------

@@ -499,6 +499,7 @@ def table() -> list[Any]:
 WITH_LOG_SOFTMAX = FUNCTIONS | {"log_softmax": lambda x, a: jaxce.log_softmax(x)}
 DEFAULT = [
     (AxisType.Explicit, "both", "cross-entropy, to", "array"),
+    (AxisType.Explicit, "both", "statistics", "linear, blocks"),
     (AxisType.Explicit, "features", "integer labels", "linear, blocks"),
     (AxisType.Auto, "both", "dense labels", "array"),
     (AxisType.Auto, "features", "integer labels", "linear, blocks"),
