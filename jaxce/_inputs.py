@@ -153,12 +153,12 @@ class Logits(NamedTuple):
         if groups is None and class_groups is None:
             return self
         batch, arrays = _checks.batch_shape(self.shape, self.axes), []
-        for name, x, shape, of in (
-            ("groups", groups, batch, "one entry per row"),
-            ("class_groups", class_groups, (self.spec.classes,), "one entry per class"),
+        for name, other, x, shape, of in (
+            ("groups", "class_groups", groups, batch, "one entry per row"),
+            ("class_groups", "groups", class_groups, (self.spec.classes,), "one entry per class"),
         ):
             if x is None:
-                raise _checks.ArgumentTypeError(f"{name} must be given for rows and classes to have groups, got None")
+                raise _checks.ArgumentTypeError(f"{name} must be given with {other}, got None")
             arrays.append(_checks.integer(name, x))
             _checks.same_shape(name, arrays[-1], shape, of)
         of_rows, of_classes = arrays

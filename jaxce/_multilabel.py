@@ -60,8 +60,8 @@ def sigmoid_binary_cross_entropy_with_sparse_labels(
     unless its weight is 0 or its row is masked. A masked class takes no part, also if it is listed. An infinite logit
     costs 0 where the label agrees fully, with gradient 0, and +inf otherwise.
 
-    With groups, a class of the row's own group that the row doesn't list is left out: neither a yes nor a no, such as a
-    duplicate of the row's own text, or a word for the same thing.
+    With groups, a class of the row's own group that the row doesn't list is left out, neither a yes nor a no: such as a
+    duplicate of the row's own text.
 
     No term is negative (for weights that add up to at most 1) and none is a difference: each is as exact as that of
     `sigmoid_binary_cross_entropy`, as is each entry of a gradient. With `LinearLogits` neither value nor gradient needs
@@ -114,9 +114,10 @@ def linear_sigmoid_binary_cross_entropy(
     .. math:: \frac{\sum_i w_i \ell_i}{\sum_i w_i}, \qquad 0 \text{ where the denominator is } 0,
 
     with :math:`\ell_i` of `sigmoid_binary_cross_entropy_with_sparse_labels`. It is ``weighted_mean(losses, weights)`` of
-    ``losses = sigmoid_binary_cross_entropy_with_sparse_labels(logits, labels, label_weights, where=weights != 0)`` in
-    value and derivatives, to any order and in both modes. Where a gradient is asked for, it is formed in the pass that
-    forms the value: the logits are computed once rather than twice, a block of classes at a time.
+    ``losses = sigmoid_binary_cross_entropy_with_sparse_labels(logits, labels, label_weights, where=weights != 0)``, with
+    the other arguments as they are, in value and derivatives, to any order and in both modes. Where a gradient is asked
+    for, it is formed in the pass that forms the value: the logits are computed once rather than twice, a block of classes
+    at a time.
 
     A row of weight 0 takes no part, whatever it holds: its loss is 0, and so is the gradient of its hidden states. Inside
     of a `jax.shard_map` over the batch a device's mean is its own; take that of all with their normalizer.

@@ -222,8 +222,8 @@ def _even(spec: Spec) -> int:
     """
     if spec.size == spec.length:
         return spec.size
-    least = max(1, spec.size // 2)
-    equal = (n for n in range(least, spec.size + 1) if spec.length % n == 0)
+    fewest, most = -(-spec.length // spec.size), spec.length // max(1, spec.size // 2)
+    equal = (spec.length // count for count in range(fewest, most + 1) if spec.length % count == 0)
     return max(equal, key=lambda n: (math.gcd(n, 16), n), default=spec.size)
 
 
@@ -356,8 +356,9 @@ def by_rows(chunks: int, inputs: tuple[Inputs, ...], function: Callable[..., Any
     Fewer classes a block would do without. But a TPU keeps a chunk's hidden states on the chip: for 131072 rows of 256
     features and 32768 classes blocks of 512 classes take 1.3 of the cycles (values) and 1.4 (gradients).
 
-    Several axes of hidden states are made one, of which a TPU needs fewer copies: of (4, 2048) rows, 2048 features and a
-    kernel [features, 128256] 0.6 GB rather than 0.86. Where a mesh shards them, that could take a network.
+    Several axes of rows of hidden states are merged, for fewer copies: (4, 2048) rows of 2048 features, with a kernel
+    [features, 128256], take 0.6 rather than 0.86 GB on a TPU. Not where a mesh may shard them: devices might then have to
+    exchange rows.
     """
     first = inputs[0]
     batch = (first["hidden"] if "hidden" in first else first["array"]).shape[:-1]

@@ -118,7 +118,7 @@ def sums(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def _one_for_each_row(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function with results of the types of a reduction of these, which takes longer to trace."""
+    """A function whose results have the types that a reduction of the given one's has, and which is quicker to trace."""
 
     def first(*args: Any) -> Any:
         arrays = function(*args)
@@ -133,17 +133,17 @@ def _one_for_each_row(function: Callable[..., Any]) -> Callable[..., Any]:
 # `lax.platform_dependent` of functions without derivatives. Of these only the one that is compiled is ever traced.
 
 
-def _either(*args: Any, like: Callable[..., Any] | None = None, **ways: Callable[..., Any]) -> Any:
+def _either(*args: Any, **ways: Callable[..., Any]) -> Any:
     """The way for the platform, "cpu", "gpu" or by "default", of arguments that hold all arrays it needs.
 
-    What comes out has the types of the results of ``like``, which is the default way if that is quick to trace.
+    The way "like", if there is one, is quicker to trace than the default, and only tells the types of the results.
     """
     leaves, tree = jax.tree.flatten(args)
 
     def flat(way: Callable[..., Any], *leaves: Any) -> list[Any]:
         return jax.tree.leaves(way(*tree.unflatten(leaves)))
 
-    jaxpr, out = jax.make_jaxpr(like or ways["default"], return_shape=True)(*args)
+    jaxpr, out = jax.make_jaxpr(ways.get("like", ways["default"]), return_shape=True)(*args)
     ways = {name: partial(flat, way) for name, way in ways.items()}
     return jax.tree.unflatten(jax.tree.structure(out), _either_p.bind(*leaves, avals=tuple(jaxpr.out_avals), **ways))
 
