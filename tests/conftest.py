@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests can say `import helpers` however pytest was started
 
+gc.set_threshold(20_000, 50, 100)  # traces are millions of objects: looking through them took a fifteenth of the time
 jax.config.update("jax_enable_x64", False)  # tests that need float64 say so with `jax.enable_x64(True)`
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

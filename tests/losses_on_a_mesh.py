@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import quick
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -31,7 +32,6 @@ import programs
 
 N, D, V = 4, 3, 12
 DATA, MODEL = 2, 4
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 Arrays = dict[str, Any]
 
 integer = jaxce.softmax_cross_entropy_with_integer_labels

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
-from helpers import assert_same, gradient_and_hessian
+from helpers import assert_same, gradient_and_hessian, quick
 from mpmath import mpf
 
 import jaxce
@@ -36,7 +36,6 @@ every_function = pytest.mark.parametrize(
     [pytest.param(n, marks=() if WEIGHTS.get(n, 2**-3) == 2**-3 else pytest.mark.slow) for n in FUNCTIONS],
 )
 INF = np.inf
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # numbers matter, not speed
 
 
 def as_array(x: jax.Array) -> Any:

@@ -8,7 +8,6 @@ the same Hessian is computed with `jax.vmap` and with `jax.lax.map`, and must ag
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,11 +18,9 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
-from helpers import Row
+from helpers import Row, quick
 
 import jaxce
-
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # --- each row by itself, exactly --------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import quick
 
 import jaxce
 from jaxce import _passes
 from jaxce._inputs import Spec
 
 N, D, V = 3, 4, 11  # 11 is prime: no block but 1 divides it
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 LABELS = np.array([0, 10, 4], np.int32)
 SPARSE = np.array([[0, 1, 1], [10, -1, 3], [4, 99, 2]], np.int32)  # one twice, and two that are none
 SHARES = np.array([[0.5, 0.25, 0.5], [1.0, 0.0, 0.5], [0.25, 0.0, 2.0]], np.float32)

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import quick
 
 import jaxce
 from jaxce import _linear, _platforms
 
 EXAMPLES, FEATURES, CLASSES = 7, 5, 11
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 Arrays = dict[str, jax.Array]
 
 

@@ -73,7 +73,7 @@ def derivatives(function: Callable[..., Any]) -> Callable[..., Any]:
         _, along = jax.jvp(lambda x: function(x, *args), (x,), (jnp.ones_like(x),))
         return value, pullback(jnp.ones_like(value))[0], along
 
-    return jax.jit(compute, compiler_options={"xla_backend_optimization_level": 0})  # compiles in half the time
+    return helpers.quick(compute)
 
 
 def value_and_grad(function: Callable[..., Any], x: Any, *args: Any) -> tuple[np.ndarray, np.ndarray]:

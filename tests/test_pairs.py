@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +12,12 @@ import mpmath
 import numpy as np
 import optax
 import pytest
+from helpers import quick
 
 import jaxce
 from jaxce import _pairs
 
 of_pairs = jaxce.softmax_cross_entropy_of_pairs
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 Arrays = dict[str, Any]
 RNG = np.random.default_rng(0)
 

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
+from helpers import quick
 from mpmath import mpf
 
 import jaxce
 
 INF = np.inf
 ZERO = mpf(0)
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def log(x: Any) -> Any:

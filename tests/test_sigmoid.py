@@ -12,7 +12,7 @@ import mpmath
 import numpy as np
 import optax
 import pytest
-from helpers import assert_same, ulp_error
+from helpers import assert_same, quick, ulp_error
 
 from jaxce._sigmoid import sigmoid_binary_cross_entropy, sigmoid_focal_loss
 
@@ -235,7 +235,7 @@ def exact_focal(x: float, t: float, gamma: float) -> list[list[Any]]:
 def test_focal_derivatives_in_the_tails(dtype: str) -> None:
     """As far as they can be written, which is beyond where p can; by hard labels, too, and in both modes."""
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @quick
     def derivatives(x: Any, t: Any, g: Any) -> Any:
         first = jax.grad(lambda x, t: sigmoid_focal_loss(x, t, gamma=g).sum(), (0, 1))
         one, zero = jnp.ones_like(x), jnp.zeros_like(x)

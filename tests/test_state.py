@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import quick
 
 from jaxce import _platforms
 from jaxce._state import SHARE, Ask, Block, State, leaves, meet, meet_all, meet_devices, nothing
@@ -287,7 +288,7 @@ def test_any_order(order: str, classes: int, dtype: str, x64: bool, monkeypatch:
     weighted = x64  # as well as not
     monkeypatch.setattr(_platforms, "_CACHE", 7 * classes)
     with jax.enable_x64(x64):
-        compiled = jax.jit(ORDERS[order], compiler_options={"xla_backend_optimization_level": 0})
+        compiled = quick(ORDERS[order])
         b = block(r, weighted)
         state = compiled(b._replace(x=b.x.astype(dtype)))
     # Even one class after the other, as many roundings add up as steps at random do: to the root of their number.

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import quick
 
 import jaxce
 
@@ -118,7 +119,6 @@ class Case(NamedTuple):
 
 
 # Where the numbers matter and not how fast they come.
-quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def options(**kwargs: Any) -> tuple[tuple[str, Any], ...]:
@@ -213,7 +213,7 @@ def in_float64(case: Case) -> tuple[Any, Any, Any]:
     floats, integers = case.make(3, "float32")
     with jax.enable_x64(True):
         wide = tuple(f.astype("float64") for f in floats)
-        value, gradient = quickly(jax.value_and_grad(case.scalar))(wide, integers)
+        value, gradient = quick(jax.value_and_grad(case.scalar))(wide, integers)
         assert value.dtype == "float64" and all(g.dtype == "float64" for g in gradient)
         assert all(leaf.dtype == "float64" for leaf in case.call(wide, integers))
         return (floats, integers), np.asarray(value), tuple(map(np.asarray, gradient))
@@ -284,7 +284,7 @@ def test_derivatives(case: Case) -> None:
         def dot(a: Any, b: Any) -> Any:
             return sum(jnp.vdot(left, right) for left, right in zip(a, b, strict=True))
 
-        @quickly
+        @quick
         def all_orders(floats: Any) -> Any:
             call = functools.partial(case.call, integers=integers)
             return {
@@ -321,7 +321,7 @@ def test_half_precision(case: Case) -> None:
     floats, integers = case.make(3, "bfloat16")
     wide = tuple(f.astype("float32") for f in floats)
 
-    @quickly
+    @quick
     def both(floats: Any) -> Any:
         return case.call(floats, integers), jax.grad(case.scalar)(floats, integers)
 
