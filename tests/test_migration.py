@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.special
+from helpers import quick
 
 import jaxce
 
@@ -68,10 +69,12 @@ def example() -> dict[str, Any]:
     }
 
 
+def evaluated(call: str, names: dict[str, Any]) -> np.ndarray:
+    return np.asarray(quick(lambda arrays: eval(call, names | arrays))(example()))
+
+
 def ours(call: str) -> np.ndarray:
-    names = {name: getattr(jaxce, name) for name in jaxce.__all__}
-    arrays = {name: jnp.asarray(value) for name, value in example().items()}
-    return np.asarray(eval(call, names | arrays | {"jnp": jnp, "K": 7}))
+    return evaluated(call, {name: getattr(jaxce, name) for name in jaxce.__all__} | {"jnp": jnp, "K": 7})
 
 
 def close(got: np.ndarray, expected: Any) -> None:
@@ -82,9 +85,8 @@ def close(got: np.ndarray, expected: Any) -> None:
 
 @pytest.mark.parametrize(("theirs", "call"), rows("Optax"))
 def test_optax(theirs: str, call: str) -> None:
-    arrays = {name: jnp.asarray(value) for name, value in example().items()}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        expected = eval(theirs, {"optax": optax, "jax": jax, "K": 7} | arrays)
+        expected = evaluated(theirs, {"optax": optax, "jax": jax, "K": 7})
     close(ours(call), expected)
 
 

@@ -8,6 +8,7 @@ logits, with 29 bits to spare.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -269,16 +270,14 @@ ORDERS = {
     "as on a GPU": lambda b: _platforms._in_parts(*reading(b), EVERYTHING, F32),
 }
 CLASSES = [2, 10, 11, 100, 1000, 4095, 4096, 5003]  # too few to cut, even and uneven parts, a prime number
-DEFAULT = {(11, "float32"), (100, "bfloat16"), (1000, "float16"), (4095, "float32")}
+DEFAULT = {(11, "float32", True), (100, "bfloat16", False), (1000, "float16", True), (4095, "float32", False)}
 
 
-@pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize(
-    ("classes", "dtype"),
+    ("classes", "dtype", "x64"),
     [
-        pytest.param(k, d, marks=() if (k, d) in DEFAULT else pytest.mark.slow)
-        for k in CLASSES
-        for d in ("float32", "bfloat16", "float16")
+        pytest.param(*row, marks=() if row in DEFAULT else pytest.mark.slow)
+        for row in itertools.product(CLASSES, ("float32", "bfloat16", "float16"), (False, True))
     ],
 )
 @pytest.mark.parametrize("order", ORDERS)
