@@ -91,8 +91,7 @@ def arrays(dtype: str = "float64", classes: int = V) -> Arrays:
         "weights": rng.exponential(size=classes),
         "other": rng.normal(size=(N, classes)),
     }
-    labels = jnp.asarray([0, 4, 7, classes - 1], "int32")
-    return {name: jnp.asarray(value, dtype) for name, value in made.items()} | {"labels": labels}
+    return {n: v.astype(dtype) for n, v in made.items()} | {"labels": np.array([0, 4, 7, classes - 1], np.int32)}
 
 
 BY_ROWS = P("data")
@@ -104,6 +103,8 @@ def mesh(types: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
 
 def logits_of(kind: str, a: Arrays, axis_name: Any = None) -> Any:
     """The logits of that kind: whole, or a device's part."""
+    if kind == "product":
+        return a["hidden"] @ a["kernel"] + a["bias"][None]
     if kind == "array":
         return a["logits"] if axis_name is None else jaxce.ShardedLogits(a["logits"], axis_name)
     size = None if kind == "linear" else 2
@@ -111,6 +112,7 @@ def logits_of(kind: str, a: Arrays, axis_name: Any = None) -> Any:
 
 
 KINDS = ["array", "linear", "linear, blocks"]
+PLAIN = {"array": "array", "linear": "product", "linear, blocks": "product"}  # the arrays that are compared with
 
 
 def scalar(tree: Any) -> Any:
@@ -178,7 +180,7 @@ def test_values_and_gradients(names: tuple[str, ...], kind: str, check_vma: bool
     with jax.enable_x64(True):
         args = split(arrays())
         sharded = on_mesh(lambda a: results(names, kind, a, "model"), check_vma)
-        close(slopes_and_values(sharded, *args), slopes_and_values(lambda a: results(names, kind, a), *args))
+        close(slopes_and_values(sharded, *args), slopes_and_values(lambda a: results(names, PLAIN[kind], a), *args))
 
 
 @some()
@@ -206,7 +208,8 @@ def test_higher_orders(kind: str, check_vma: bool) -> None:
             return quick(all_orders)(floats)
 
         sharded = on_mesh(lambda a: FUNCTIONS["statistics"](logits_of(kind, a, "model"), a), check_vma)
-        close(orders(sharded), orders(lambda a: FUNCTIONS["statistics"](logits_of(kind, a), a)), rtol=1e-11, atol=1e-12)
+        whole = orders(lambda a: FUNCTIONS["statistics"](logits_of(PLAIN[kind], a), a))
+        close(orders(sharded), whole, rtol=1e-11, atol=1e-12)
 
 
 @names
@@ -219,7 +222,8 @@ def test_derivatives_taken_inside(names: tuple[str, ...], kind: str) -> None:
 
         def slopes(a: Arrays, axis_name: Any = None) -> Any:
             floats, labels = split(a)
-            slope = jax.grad(lambda floats: scalar(results(names, kind, floats | labels, axis_name)))
+            chosen = PLAIN[kind] if axis_name is None else kind
+            slope = jax.grad(lambda floats: scalar(results(names, chosen, floats | labels, axis_name)))
             return jax.jvp(slope, (floats,), (jax.tree.map(jnp.cos, floats),))
 
         out_specs = ({n: specs[n] for n in FLOATS},) * 2
@@ -232,14 +236,14 @@ def test_padded_classes_do_not_count(kind: str) -> None:
     """Eleven classes on four devices, the twelfth NaN and masked, also where it is smoothed over."""
 
     def loss(a: Arrays, where: Any = None, axis_name: Any = None) -> Any:
-        x = logits_of(kind, a, axis_name)
+        x = logits_of(PLAIN[kind] if axis_name is None else kind, a, axis_name)
         value = integer(x, a["labels"], where=where, label_smoothing=0.1, class_weights=a["weights"], z_loss=0.1)
         return value, jaxce.entropy_with_logits(x, where=where)
 
     with jax.enable_x64(True):
         a = arrays(classes=V - 1)
         padded = {
-            n: jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, 1)], constant_values=jnp.nan) if "model" in SPECS[n] else v
+            n: np.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, 1)], constant_values=np.nan) if "model" in SPECS[n] else v
             for n, v in a.items()
         }
 
@@ -304,14 +308,14 @@ def orders_on_mesh(way: str, f: Callable[..., Any], a: Arrays, has_aux: bool = F
 def with_rows() -> Arrays:
     """Logits as a product, and weights of the rows."""
     a, names = arrays(), ("hidden", "kernel", "bias", "weights", "labels")
-    return {n: a[n] for n in names} | {"rows": jnp.array([1.0, 5.0, 0.5, 2.0])}
+    return {n: a[n] for n in names} | {"rows": np.array([1.0, 5.0, 0.5, 2.0])}
 
 
 def rows_with_options() -> Arrays:
     """Enough rows for several chunks of those of each device, with options for each."""
-    a = with_rows() | {"temperature": jnp.array([0.5, 1.0, 2.0, 0.8]), "option": jnp.array([0.1, 0.2, 0.3, 0.0])}
+    a = with_rows() | {"temperature": np.array([0.5, 1.0, 2.0, 0.8]), "option": np.array([0.1, 0.2, 0.3, 0.0])}
     of_rows = ("hidden", "rows", "labels", "temperature", "option")
-    return a | {n: jnp.concatenate([jnp.roll(a[n], i, 0) for i in range(4)]) for n in of_rows}
+    return a | {n: np.concatenate([np.roll(a[n], i, 0) for i in range(4)]) for n in of_rows}
 
 
 @functools.cache
@@ -374,25 +378,32 @@ def test_mean_loss_of_lists_of_labels(way: str) -> None:
 
 def test_masks_and_labels() -> None:
     """Rows that don't count lie on one device, a device has no class in some row, and labels are anywhere or nowhere."""
-    x = np.array(arrays("float32")["logits"])
+    a = arrays("float32")
+    x = a["logits"]
     x[1, 3:6] = -np.inf  # no class of the second device
     x[0] = np.nan
     x[3, [2, 5]] = 9.0  # the first of two devices with the maximum
-    labels = jnp.array([-100, 7, 12, 5])
-    rows = jnp.array([False, True, True, True])
-    a = arrays("float32") | {"logits": jnp.asarray(x), "labels": labels}
+    a["labels"] = np.array([-100, 7, 12, 5], np.int32)
+    rows = np.array([False, True, True, True])
 
     def part(a: Arrays, rows: Any) -> Any:
         return jaxce.softmax_statistics(jaxce.ShardedLogits(a["logits"], "model"), a["labels"], where=rows)
 
-    in_specs = ({n: SPECS[n] for n in a}, P("data"))
-    sharded = jax.shard_map(part, mesh=mesh(), in_specs=in_specs, out_specs=P("data"))
-    got, expected = quick(sharded)(a, rows), jaxce.softmax_statistics(a["logits"], labels, where=rows)
-    for value, right in zip(got, expected, strict=True):
-        np.testing.assert_allclose(value, right, rtol=1e-6)  # twelve classes in float32
+    def whole(a: Arrays, rows: Any) -> Any:
+        return jaxce.softmax_statistics(a["logits"], a["labels"], where=rows)
+
+    def slope_and_statistics(of: Any) -> Any:
+        def entropies(x: Any) -> Any:
+            statistics = of(a | {"logits": x}, rows)
+            return jnp.sum(statistics.entropy), statistics
+
+        return jax.device_get(quick(jax.grad(entropies, has_aux=True))(x))
+
+    sharded = jax.shard_map(part, mesh=mesh(), in_specs=({n: SPECS[n] for n in a}, P("data")), out_specs=P("data"))
+    (gradient, got), (right, expected) = slope_and_statistics(sharded), slope_and_statistics(whole)
+    for value, same in zip(got, expected, strict=True):
+        np.testing.assert_allclose(value, same, rtol=1e-6)  # twelve classes in float32
     assert np.isnan(got.nll[2]) and got.prediction[3] == 2
-    gradient = quick(jax.grad(lambda x: jnp.sum(sharded(a | {"logits": x}, rows).entropy)))(a["logits"])
-    right = quick(jax.grad(lambda x: jnp.sum(jaxce.entropy_with_logits(x, where=rows))))(a["logits"])
     np.testing.assert_allclose(gradient, right, rtol=3e-6, atol=1e-7)
 
 
@@ -407,37 +418,36 @@ def test_confident_rows_keep_their_digits() -> None:
             row[top] = 0.0
             rows += [row + 3, row]
             labels += [top, (top + 20) % classes]
-    x, y = jnp.asarray(np.stack(rows), "float32"), jnp.asarray(labels)
+    x, y = np.stack(rows).astype(np.float32), np.array(labels)
 
     def losses(x: Any, y: Any) -> Any:
         return integer(jaxce.ShardedLogits(x, "model"), y)
 
+    @jax.jit
+    def losses_and_slopes(x: Any, y: Any) -> Any:
+        return sharded(x, y), jax.grad(lambda x: jnp.sum(sharded(x, y)))(x)
+
     sharded = jax.shard_map(losses, mesh=mesh(), in_specs=(P("data", "model"), P("data")), out_specs=P("data"))
-    exact = [helpers.Row([float(v) for v in row]) for row in np.asarray(x)]
-    value = helpers.ulp_error(jax.jit(sharded)(x, y), [r.nll(k) for r, k in zip(exact, labels, strict=True)])
-    assert value.max() <= 4  # of the sums of 16 exps each and the change of anchor; measured 1.6
-    slope = jax.jit(jax.grad(lambda x: jnp.sum(sharded(x, y))))(x)[jnp.arange(len(labels)), y]
-    error = helpers.ulp_error(slope, [-r.not_p(k) for r, k in zip(exact, labels, strict=True)])
+    exact = helpers.rows(x)
+    value, slope = jax.device_get(losses_and_slopes(x, y))
+    error = helpers.ulp_error(value, [r.nll(k) for r, k in zip(exact, labels, strict=True)])
+    assert error.max() <= 4  # of the sums of 16 exps each and the change of anchor; measured 1.6
+    error = helpers.ulp_error(slope[np.arange(len(y)), y], [-r.not_p(k) for r, k in zip(exact, labels, strict=True)])
     assert error.max() <= 5  # as on one device
 
 
 def test_log_softmax_of_a_part() -> None:
+    def both(a: Arrays, axis_name: Any = None) -> Any:
+        return [jaxce.log_softmax(logits_of(kind, a, axis_name)) for kind in ("array", "linear")]
+
     a = arrays("float32")
-    specs = ({n: SPECS[n] for n in a},)
-    for kind in ("array", "linear"):
-        part = jax.shard_map(
-            lambda a, kind=kind: jaxce.log_softmax(logits_of(kind, a, "model")),
-            mesh=mesh(),
-            in_specs=specs,
-            out_specs=P("data", "model"),
-        )
-        x = a["logits"] if kind == "array" else logits_of(kind, a).materialize()
-        np.testing.assert_allclose(jax.jit(part)(a), jaxce.log_softmax(x), rtol=1e-5)  # logits in another order
+    sharded = on_mesh(functools.partial(both, axis_name="model"), out_specs=P("data", "model"))
+    close(quick(sharded)(a), quick(both)(a), rtol=1e-5)  # logits in another order
 
 
 def test_classes_on_any_axis_and_several_mesh_axes() -> None:
     x = np.random.default_rng(0).normal(size=(3, 8, 2)).astype(np.float32)
-    y = jnp.array([[0, 7], [3, 4], [5, 6]])
+    y = np.array([[0, 7], [3, 4], [5, 6]], np.int32)
     part = jax.shard_map(
         lambda x, y: integer(jaxce.ShardedLogits(x, ("data", "model")), y, axis=1),
         mesh=mesh(),
@@ -465,7 +475,7 @@ def test_metrics_of_sharded_logits() -> None:
 def test_metrics_on_an_explicit_mesh() -> None:
     a = arrays("float32")
     x, y = (jax.device_put(a[n], NamedSharding(mesh(AxisType.Explicit), SPECS[n])) for n in ("logits", "labels"))
-    got = jaxce.metrics.Evaluation.from_batch(x, y, k=2).compute()
+    got = quick(lambda x, y: jaxce.metrics.Evaluation.from_batch(x, y, k=2).compute())(x, y)
     close(jax.tree.leaves(got), jax.tree.leaves(evaluated()), rtol=2e-6)  # a handful of float32 operations
 
 
@@ -506,26 +516,34 @@ DEFAULT = [
 ]
 
 
+def four_features() -> Arrays:
+    a = arrays()
+    return a | {"hidden": np.pad(a["hidden"], ((0, 0), (0, 1))), "kernel": np.pad(a["kernel"], ((0, 1), (0, 0)))}
+
+
+def slopes_under_jit(name: str, kind: str, a: Arrays) -> Any:
+    def both(floats: Arrays, labels: Arrays) -> Any:
+        def loss(floats: Arrays) -> Any:
+            everything = floats | labels
+            value = WITH_LOG_SOFTMAX[name](logits_of(kind, everything), everything)
+            return sum(jnp.sum(v * jnp.cos(v)) for v in jax.tree.leaves(value)), value
+
+        return jax.grad(loss, has_aux=True)(floats)
+
+    return jax.device_get(quick(both)(*split(a)))
+
+
+@functools.cache
+def slopes_on_one_device(name: str, kind: str) -> Any:
+    return slopes_under_jit(name, kind, four_features())
+
+
 @pytest.mark.parametrize(("types", "layout", "name", "kind"), table())
 def test_arrays_sharded_under_jit(types: AxisType, layout: str, name: str, kind: str) -> None:
+    m = mesh(types)
     with jax.enable_x64(True):
-        a = arrays()
-        a |= {
-            "hidden": jnp.pad(a["hidden"], ((0, 0), (0, 1))),
-            "kernel": jnp.pad(a["kernel"], ((0, 1), (0, 0))),
-        }  # 4 features
-        m = mesh(types)
-        placed = {n: jax.device_put(v, NamedSharding(m, LAYOUTS[layout][n])) for n, v in a.items()}
-
-        def both(floats: Arrays, labels: Arrays) -> Any:
-            def loss(floats: Arrays) -> Any:
-                everything = floats | labels
-                value = WITH_LOG_SOFTMAX[name](logits_of(kind, everything), everything)
-                return sum(jnp.sum(v * jnp.cos(v)) for v in jax.tree.leaves(value)), value
-
-            return jax.grad(loss, has_aux=True)(floats)
-
-        close(*jax.device_get((quick(both)(*split(placed)), quick(both)(*split(a)))))
+        placed = {n: jax.device_put(v, NamedSharding(m, LAYOUTS[layout][n])) for n, v in four_features().items()}
+        close(slopes_under_jit(name, kind, placed), slopes_on_one_device(name, PLAIN[kind]))
 
 
 def test_vmap_over_an_axis_sharded_explicitly() -> None:
@@ -542,7 +560,7 @@ def test_vmap_over_an_axis_sharded_explicitly() -> None:
 def test_options_leave_explicit_axes_as_they_are() -> None:
     a = arrays("float32")
     placed = {n: jax.device_put(a[n], NamedSharding(mesh(AxisType.Explicit), SPECS[n])) for n in SPECS if n in a}
-    options = {"class_weights": placed["weights"], "label_smoothing": 0.1, "z_loss": jnp.float32(0.1)}
+    options = {"class_weights": placed["weights"], "label_smoothing": 0.1, "z_loss": np.float32(0.1)}
     for kind in ("array", "linear, blocks"):
         got = jax.eval_shape(lambda a, k=kind: integer(logits_of(k, a), a["labels"], **options), placed)
         assert got.sharding.spec == P("data")
@@ -552,26 +570,24 @@ def test_options_leave_explicit_axes_as_they_are() -> None:
 def test_several_labels_and_one_target_for_all_rows_on_an_explicit_mesh(kind: str) -> None:
     """Labels, weights and a distribution that have not the logits' axes, in value and gradient."""
     a = arrays("float32")
-    several, shares = (
-        jnp.stack([a["labels"], a["labels"][::-1]], -1),
-        jnp.tile(jnp.array([0.75, 0.5]), (len(a["labels"]), 1)),
-    )
+    several = np.stack([a["labels"], a["labels"][::-1]], -1)
+    shares = np.tile(np.float32([0.75, 0.5]), (len(several), 1))
 
     def loss(a: Arrays, several: Any, shares: Any, target: Any, kind: str = kind) -> Any:
-        x = logits_of("linear", a).materialize() if kind == "product" else logits_of(kind, a)
+        x = logits_of(kind, a)
         sparse = jaxce.softmax_cross_entropy_with_sparse_labels(x, several, shares, label_smoothing=0.1)
         return (sparse + jaxce.softmax_cross_entropy(x, target) + jaxce.softmax_focal_loss(x, target)).sum()
 
     specs = {n: SPECS[n] for n in ("logits", "hidden", "kernel", "bias") if n in a}
     floats = {n: a[n] for n in specs}
-    target = jax.nn.softmax(a["weights"])
+    target = a["weights"] / a["weights"].sum()
     m = mesh(AxisType.Explicit)
     placed = [
         jax.device_put(x, NamedSharding(m, P(*s)))
         for x, s in ((several, ("data",)), (shares, ("data",)), (target, ("model",)))
     ]
     on_devices = {n: jax.device_put(x, NamedSharding(m, specs[n])) for n, x in floats.items()}
-    plain = functools.partial(loss, kind="array" if kind == "array" else "product")
+    plain = functools.partial(loss, kind=PLAIN[kind])
     got = quick(jax.value_and_grad(loss, (0, 2, 3)))(on_devices, *placed)
     right = quick(jax.value_and_grad(plain, (0, 2, 3)))(floats, several, shares, target)
     close(got, right, rtol=1e-5, atol=1e-5)  # sums of some dozens of float32 numbers in another order
@@ -581,9 +597,9 @@ def test_arrays_sharded_in_other_ways_than_the_logits() -> None:
     """Explicit axes: what comes with `LinearLogits` may be sharded by rows over another axis, or not at all."""
     a = arrays("float32")
     m = mesh(AxisType.Explicit)
-    a["temperature"] = jnp.array([0.5, 1.0, 2.0, 0.8])
-    several, shares = jnp.stack([a["labels"], a["labels"][::-1]], -1), jnp.full((len(a["labels"]), 2), 0.5)
-    rows, entries = jnp.arange(len(shares)) != 1, jnp.arange(V)[None] % 3 != jnp.arange(len(shares))[:, None] % 3
+    a["temperature"] = np.float32([0.5, 1.0, 2.0, 0.8])
+    several, shares = np.stack([a["labels"], a["labels"][::-1]], -1), np.full((N, 2), 0.5, np.float32)
+    rows, entries = np.arange(N) != 1, np.arange(V)[None] % 3 != np.arange(N)[:, None] % 3
 
     def losses(a: Arrays, several: Any, shares: Any, rows: Any, entries: Any) -> Any:
         x = dataclasses.replace(logits_of("linear, blocks", a), temperature=a["temperature"])
@@ -608,8 +624,8 @@ def test_arrays_sharded_in_other_ways_than_the_logits() -> None:
 def test_masks_of_entries_with_sharded_classes() -> None:
     """A label on a masked class has loss +inf, also where its device has no other class of the row; no class is NaN."""
     a = arrays("float32")
-    entries = jnp.arange(V)[None] < V // MODEL  # the other devices have no class that takes part
-    several, shares = jnp.array([[0, V - 1], [0, 1], [0, V], [1, -3]]), jnp.full((4, 2), 0.5)
+    entries = np.arange(V)[None] < V // MODEL  # the other devices have no class that takes part
+    several, shares = np.array([[0, V - 1], [0, 1], [0, V], [1, -3]], np.int32), np.full((4, 2), 0.5, np.float32)
 
     def losses(x: Any, entries: Any) -> Any:
         where = jnp.broadcast_to(entries, (4, entries.shape[-1]))
@@ -636,24 +652,25 @@ def test_a_mesh_of_automatic_and_explicit_axes() -> None:
 
 
 def test_bad_shapes_are_refused_on_an_explicit_mesh() -> None:
-    x = jax.device_put(jnp.zeros((4, 8)), NamedSharding(mesh(AxisType.Explicit), P("data", "model")))
+    x = jax.device_put(np.zeros((4, 8), np.float32), NamedSharding(mesh(AxisType.Explicit), P("data", "model")))
     with pytest.raises(ValueError, match="softmax_cross_entropy_with_integer_labels: labels must have"):
-        integer(x, jnp.zeros(3, "int32"))
+        integer(x, np.zeros(3, np.int32))
     with pytest.raises(ValueError, match="softmax_cross_entropy: labels must have"):
-        jaxce.softmax_cross_entropy(x, jnp.zeros((3, 8)))
+        jaxce.softmax_cross_entropy(x, np.zeros((3, 8), np.float32))
     with pytest.raises(ValueError, match="logsumexp: where must have"):
-        jaxce.logsumexp(x, where=jnp.ones(3, bool))
+        jaxce.logsumexp(x, where=np.ones(3, bool))
 
 
 # --- what crosses the network -----------------------------------------------------------------------------------------
 
 
 def compiled(function: Callable[..., Any], *args: tuple[tuple[int, ...], P], types: AxisType = AxisType.Auto) -> Any:
-    """The collectives of a float32 function of arrays with these shapes, sharded so."""
+    """The collectives of a float32 function of arrays with these shapes, sharded so. They and the memory, which XLA plans
+    before it has machine code made, are the same in a `quick` program."""
     m = mesh(types)
     structs = [jax.ShapeDtypeStruct(shape, "float32", sharding=NamedSharding(m, spec)) for shape, spec in args]
     with jax.set_mesh(m) if types == AxisType.Explicit else contextlib.nullcontext():
-        return programs.collectives(jax.jit(function).lower(*structs).compile().as_text())
+        return programs.collectives(quick(function).lower(*structs).compile().as_text())
 
 
 ROWS, FEATURES, CLASSES = 64, 16, 1024
@@ -750,7 +767,7 @@ def test_blocks_cost_a_device_no_more_than_the_array(place: str, use: str) -> No
     def program(loss: Callable[..., Any]) -> Any:
         gradient = jax.value_and_grad(lambda h, w: jnp.mean(integer(loss(h, w), jnp.arange(rows))), (0, 1))
         outputs = NamedSharding(m, P()), (hidden.sharding, kernel.sharding)
-        return jax.jit(gradient, out_shardings=outputs).lower(hidden, kernel).compile()
+        return quick(gradient, out_shardings=outputs).lower(hidden, kernel).compile()
 
     array = program(jnp.matmul)
     with USES[use](m):
@@ -766,8 +783,8 @@ def test_a_shard_map_over_some_axes(check_vma: bool) -> None:
     """The features of the kernel lie along the other axis, which XLA partitions; gradients taken inside and outside."""
     a = arrays("float32")
     m = mesh()
-    hidden = jax.device_put(jnp.pad(a["hidden"], ((0, 0), (0, 1))), NamedSharding(m, P("data")))
-    kernel = jax.device_put(jnp.pad(a["kernel"], ((0, 1), (0, 0))), NamedSharding(m, P("model")))
+    hidden = jax.device_put(np.pad(a["hidden"], ((0, 0), (0, 1))), NamedSharding(m, P("data")))
+    kernel = jax.device_put(np.pad(a["kernel"], ((0, 1), (0, 0))), NamedSharding(m, P("model")))
 
     def total(hidden: Any, kernel: Any, labels: Any) -> Any:
         return jnp.sum(integer(jaxce.LinearLogits(hidden, kernel, block_size=5), labels))
@@ -880,7 +897,7 @@ def test_pairs_cross_the_network_once(way: str) -> None:
     if way == "shard_map":
         part = functools.partial(loss, axis_name=axes)
         loss = jax.shard_map(part, mesh=m, in_specs=(P(axes),) * 3, out_specs=P())
-    gradient = jax.jit(jax.value_and_grad(loss, (0, 1)), out_shardings=(everywhere, (rows, rows)))
+    gradient = quick(jax.value_and_grad(loss, (0, 1)), out_shardings=(everywhere, (rows, rows)))
     with jax.set_mesh(m):
         found = programs.collectives(gradient.lower(*structs).compile().as_text())
     assert all(c.times == 1 for c in found), found
