@@ -521,24 +521,28 @@ def test_a_temperature_for_each_row(name: str) -> None:
 
 def test_rows_of_temperatures() -> None:
     """Slices, operators, vmap, and what is said where there are other numbers than rows."""
-    a = arguments() | {"temperature": jnp.array([0.5, 1.5, 3.0])}
-    del a["soft_cap"]
-    x = linear(a)
-    whole = ((a["hidden"] @ a["kernel"] + a["bias"][None]) / a["temperature"][:, None]).astype("float32")
-    close(x.materialize(), whole, rtol=1e-6, atol=1e-6)
-    mask = jnp.array([True, False, True])
-    for index in (slice(1, None), (slice(1, None), slice(None)), (..., slice(None)), mask, jnp.array([2, 0]), None, 1):
-        close(x[index].materialize(), whole[index], rtol=1e-6, atol=1e-6)
-    t = jnp.array([2.0, 1.0, 4.0])
-    close((x / t[:, None]).materialize(), whole / t[:, None], rtol=1e-6, atol=1e-6)
-    bare = jaxce.LinearLogits(a["hidden"], a["kernel"])
-    close((bare / t[:, None] / 2).materialize(), bare.materialize() / t[:, None] / 2, rtol=1e-6, atol=1e-6)
-    two = jaxce.LinearLogits(jnp.stack([a["hidden"]] * 2), a["kernel"], temperature=jnp.stack([t, 2 * t]), block_size=4)
-    at_once = integer(two, np.stack([LABELS] * 2))
-    one_by_one = [
-        integer(jaxce.LinearLogits(a["hidden"], a["kernel"], temperature=s, block_size=4), LABELS) for s in (t, 2 * t)
-    ]
-    close(at_once, jnp.stack(one_by_one), rtol=1e-6, atol=1e-6)
+    a = {name: np.asarray(value) for name, value in arguments().items() if name != "soft_cap"}
+    a["temperature"], t = np.float32([[0.5, 1.5, 3.0], [2.0, 1.0, 4.0]])
+    product = a["hidden"] @ a["kernel"]
+    whole = (product + a["bias"]) / a["temperature"][:, None]
+    x, bare = linear(a), jaxce.LinearLogits(a["hidden"], a["kernel"])
+    mask, order = np.array([True, False, True]), np.array([2, 0])
+    indices = (slice(1, None), (slice(1, None), slice(None)), (..., slice(None)), mask, order, None, 1)
+
+    @quick
+    def materialized() -> Any:
+        return [v.materialize() for v in (x, *(x[index] for index in indices), x / t[:, None], bare / t[:, None] / 2)]
+
+    right = [whole, *(whole[index] for index in indices), whole / t[:, None], product / t[:, None] / 2]
+    close(materialized(), right, rtol=1e-6, atol=1e-6)
+    twice = np.stack([t, 2 * t])
+
+    @quick
+    def losses(hidden: Any, labels: Any, temperature: Any) -> Any:
+        return integer(jaxce.LinearLogits(hidden, a["kernel"], temperature=temperature, block_size=4), labels)
+
+    at_once = losses(np.stack([a["hidden"]] * 2), np.stack([LABELS] * 2), twice)
+    close(at_once, np.stack([losses(a["hidden"], LABELS, s) for s in twice]), rtol=1e-6, atol=1e-6)
     assert repr(bare / t[:, None]).endswith("temperature=float32[3])")
     for call, error, message in [
         (

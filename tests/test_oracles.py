@@ -45,17 +45,30 @@ def test_plain_definitions(axis: Any, masked: bool) -> None:
     batch = () if isinstance(axis, tuple) else (X.shape[1 + axis],) if axis == 0 else (X.shape[0],)
     labels = RNG.integers(classes, size=batch).astype("int32")
     weights = RNG.exponential(size=classes).astype("float32")
-    for options in [{}, {"label_smoothing": 0.1}, {"z_loss": 0.1}, {"class_weights": weights, "label_smoothing": 0.3}]:
-        plain = helpers.plain_softmax_cross_entropy(X, T, axis, where, **options)
-        close(jaxce.softmax_cross_entropy(X, T, axis, where, **options), plain)
-        plain = helpers.plain_softmax_cross_entropy(X, labels, axis, where, **options)
-        close(jaxce.softmax_cross_entropy_with_integer_labels(X, labels, axis, where, **options), plain)
-    close(jaxce.entropy_with_logits(X, axis, where), helpers.plain_entropy_with_logits(X, axis, where))
-    for target in (T, *(() if masked else (labels,))):
-        plain = helpers.plain_softmax_focal_loss(X, target, axis, where)
-        close(jaxce.softmax_focal_loss(X, target, axis, where), plain, rtol=1e-5, atol=1e-12)
-        plain = helpers.plain_poly_loss_cross_entropy(X, target, axis=axis, where=where)
-        close(jaxce.poly_loss_cross_entropy(X, target, axis=axis, where=where), plain, rtol=1e-5, atol=1e-12)
+    options = [{}, {"label_smoothing": 0.1}, {"z_loss": 0.1}, {"class_weights": weights, "label_smoothing": 0.3}]
+    targets = (T,) if masked else (T, labels)
+
+    @helpers.quick
+    def ours(x: Any) -> Any:
+        dense, integer = jaxce.softmax_cross_entropy, jaxce.softmax_cross_entropy_with_integer_labels
+        cross_entropies = [[f(x, t, axis, where, **o) for o in options] for f, t in ((dense, T), (integer, labels))]
+        entropy = jaxce.entropy_with_logits(x, axis, where)
+        focal = [jaxce.softmax_focal_loss(x, t, axis, where) for t in targets]
+        return (
+            cross_entropies,
+            entropy,
+            focal,
+            [jaxce.poly_loss_cross_entropy(x, t, axis=axis, where=where) for t in targets],
+        )
+
+    cross_entropies, entropy, focal, poly = ours(X)
+    for t, found in zip((T, labels), cross_entropies, strict=True):
+        for o, got in zip(options, found, strict=True):
+            close(got, helpers.plain_softmax_cross_entropy(X, t, axis, where, **o))
+    close(entropy, helpers.plain_entropy_with_logits(X, axis, where))
+    for t, by_focal, by_poly in zip(targets, focal, poly, strict=True):
+        close(by_focal, helpers.plain_softmax_focal_loss(X, t, axis, where), rtol=1e-5, atol=1e-12)
+        close(by_poly, helpers.plain_poly_loss_cross_entropy(X, t, axis=axis, where=where), rtol=1e-5, atol=1e-12)
 
 
 # --- SciPy, scikit-learn, PyTorch ---
@@ -130,18 +143,20 @@ def test_optax(axis: int) -> None:
         value, pull = jax.vjp(lambda x: loss(x, labels, axis), x)
         return value, *pull(jnp.ones_like(value))
 
-    for *losses, args in pairs:
-        (value, slope), (their_value, their_slope) = (
-            jax.jit(value_and_slope, static_argnums=0)(f, *args) for f in losses
-        )
+    found = helpers.quick(lambda: [[value_and_slope(f, *args) for f in losses] for *losses, args in pairs])()
+    for (value, slope), (their_value, their_slope) in found:
         close(value, their_value, rtol=1e-5)
         close(slope, their_slope, rtol=1e-4, atol=1e-6)
     got = jaxce.softmax_cross_entropy(X, T, axis, KEEP)
     with jax.numpy_rank_promotion("allow"):
-        close(got, optax.losses.softmax_cross_entropy(X, T, axis, where=jnp.asarray(KEEP)), rtol=1e-5)
+        close(got, helpers.quick(optax.losses.softmax_cross_entropy, static_argnums=2)(X, T, axis, KEEP), rtol=1e-5)
 
 
 def test_optax_poly_and_smoothing() -> None:
-    expected = optax.losses.poly_loss_cross_entropy(X, T, epsilon=1.5)
-    close(jaxce.poly_loss_cross_entropy(X, T, epsilon=1.5), expected, 1e-5)
-    close(jaxce.smooth_labels(T, 0.1), optax.losses.smooth_labels(jnp.asarray(T), 0.1))
+    def both(losses: Any) -> Any:
+        return helpers.quick(
+            lambda: (losses.poly_loss_cross_entropy(X, T, epsilon=1.5), losses.smooth_labels(T, 0.1))
+        )()
+
+    for got, expected in zip(both(jaxce), both(optax.losses), strict=True):
+        close(got, expected, 1e-5)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import quick
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
@@ -46,8 +47,7 @@ def test_weights_may_be_narrower_and_negative() -> None:
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_what_has_no_weight_leaves_no_trace(bad: float) -> None:
-    losses = jnp.array([[1.0, 2.0], [5.0, bad]])
-    weights = jnp.array([[1.0, 3.0], [0.0, 0.0]])
+    losses, weights = np.float32([[[1, 2], [5, bad]], [[1, 3], [0, 0]]])
     with jax.debug_nans(True):
         assert weighted_mean(losses, weights) == 1.75
         assert weighted_mean(losses, weights > 0) == 1.5
@@ -160,24 +160,28 @@ def test_vmap_with_axis_name() -> None:
 def test_shard_map(weighted: str, check_vma: bool) -> None:
     count = jax.device_count()
     mesh = jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    losses, weights = (jnp.asarray(a) for a in data((2 * count, 5)))
+    losses, weights = data((2 * count, 5))
     if weighted == "by one vector for all":
         weights = weights[0]
     spec = P() if weights.ndim == 1 else P("data")
 
-    def mean(x: Any, w: Any) -> Any:
-        return weighted_mean(x, None if weighted == "evenly" else w, axis_name="data")
+    def mean(x: Any, w: Any, axis_name: Any = "data") -> Any:
+        return weighted_mean(x, None if weighted == "evenly" else w, axis_name=axis_name)
 
-    sharded = jax.jit(jax.shard_map(mean, mesh=mesh, in_specs=(P("data"), spec), out_specs=P(), check_vma=check_vma))
-    plain = functools.partial(weighted_mean, weights=None if weighted == "evenly" else weights)
-    np.testing.assert_allclose(sharded(losses, weights), plain(losses), rtol=1e-6)  # another order
-    slope = jax.grad(plain)(losses)
-    np.testing.assert_allclose(jax.grad(sharded)(losses, weights), slope, rtol=1e-6)  # differentiated outside
-    inside = jax.shard_map(
-        jax.grad(mean), mesh=mesh, in_specs=(P("data"), spec), out_specs=P("data"), check_vma=check_vma
-    )
+    def on_mesh(f: Any, out_specs: P) -> Any:
+        return jax.shard_map(f, mesh=mesh, in_specs=(P("data"), spec), out_specs=out_specs, check_vma=check_vma)
+
+    @quick
+    def results(x: Any, w: Any) -> Any:
+        plain = functools.partial(mean, axis_name=None)
+        outside, inside = jax.value_and_grad(on_mesh(mean, P())), on_mesh(jax.grad(mean), P("data"))
+        return jax.value_and_grad(plain)(x, w), outside(x, w), inside(x, w)
+
+    (right, slope), (value, outside), inside = jax.device_get(results(losses, weights))
+    np.testing.assert_allclose(value, right, rtol=1e-6)  # another order
+    np.testing.assert_allclose(outside, slope, rtol=1e-6)
     factor = 1 if check_vma else count  # as the docstring says
-    np.testing.assert_allclose(inside(losses, weights), factor * slope, rtol=1e-6)
+    np.testing.assert_allclose(inside, factor * slope, rtol=1e-6)
 
 
 def test_perplexity() -> None:
