@@ -360,7 +360,7 @@ def mean_of_lists_by_formula() -> Any:
     return orders(mean, with_rows())
 
 
-@pytest.mark.parametrize("way", WAYS[:3])
+@pytest.mark.parametrize("way", ["shard_map", "Auto", pytest.param("Explicit", marks=pytest.mark.slow)])
 def test_mean_loss_of_lists_of_labels(way: str) -> None:
     """Its gradients and a second derivative, with classes and rows sharded, are the formula's."""
 

@@ -5,6 +5,7 @@ XLA has as many devices as it is told before it starts, and all other tests run 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import quick
 
 import jaxce
 
@@ -28,8 +30,8 @@ ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.joi
 def test_parts_of_a_vmap() -> None:
     """An axis of vmap does for one of a mesh: four parts of three classes, values and gradients outside of it."""
     rng = np.random.default_rng(0)
-    hidden, kernel = (jnp.asarray(rng.normal(size=shape), "float32") for shape in ((4, 3), (3, 12)))
-    labels = jnp.array([0, 4, 7, 11])
+    hidden, kernel = (rng.normal(size=shape).astype(np.float32) for shape in ((4, 3), (3, 12)))
+    labels = np.array([0, 4, 7, 11], np.int32)
     integer = jaxce.softmax_cross_entropy_with_integer_labels
 
     def in_parts(hidden: Any, kernel: Any) -> Any:
@@ -44,9 +46,13 @@ def test_parts_of_a_vmap() -> None:
         losses = integer(hidden @ kernel, labels)
         return losses + jaxce.entropy_with_logits(hidden @ kernel) + jnp.mean(losses)
 
-    np.testing.assert_allclose(jax.jit(in_parts)(hidden, kernel), whole(hidden, kernel), rtol=1e-6)  # another order
-    got = jax.jit(jax.grad(lambda *a: jnp.sum(in_parts(*a)), (0, 1)))(hidden, kernel)
-    for slope, right in zip(got, jax.grad(lambda *a: jnp.sum(whole(*a)), (0, 1))(hidden, kernel), strict=True):
+    @functools.partial(quick, static_argnums=0)
+    def value_and_slopes(f: Any, *args: Any) -> Any:
+        return f(*args), jax.grad(lambda *args: jnp.sum(f(*args)), (0, 1))(*args)
+
+    (value, got), (expected, slopes) = (value_and_slopes(f, hidden, kernel) for f in (in_parts, whole))
+    np.testing.assert_allclose(value, expected, rtol=1e-6)  # another order
+    for slope, right in zip(got, slopes, strict=True):
         np.testing.assert_allclose(slope, right, rtol=1e-5, atol=1e-6)  # sums of twelve terms of both signs
 
 

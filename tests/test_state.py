@@ -254,10 +254,11 @@ def test_what_is_not_asked_for_is_not_carried() -> None:
     bare = Block(jnp.asarray(r.x), 0, jax.lax.broadcasted_iota(jnp.int32, r.x.shape, 1))
     asks = {"h": Ask(entropy=True), "squares": Ask(squares=True), "prediction": Ask(prediction=True)}
     for name, ask in {"": Ask(), **asks, "uniform": Ask(uniform=True)}.items():
-        for state in leaves(bare, ask, F32), over_classes(bare, ask):
+        for make in (lambda a=ask: leaves(bare, a, F32)), (lambda a=ask: over_classes(bare, a)):
+            state = jax.eval_shape(make)
             carried = {n for n, v in state._asdict().items() if v is not None}
             assert carried == {"m", "s"} | ({name} if name else set())
-    labelled = leaves(bare._replace(labels=jnp.asarray(r.labels)), Ask(), F32)
+    labelled = jax.eval_shape(lambda: leaves(bare._replace(labels=jnp.asarray(r.labels)), Ask(), F32))
     assert {n for n, v in labelled._asdict().items() if v is not None} == {"m", "s", "label"}
 
 
