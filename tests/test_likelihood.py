@@ -31,19 +31,23 @@ def logistic(x: Any) -> Any:
     return 1 / (1 + mpmath.exp(-x))
 
 
+@functools.cache
+def in_digits(digits: int, function: Callable[..., Any], *args: Any) -> Any:
+    with mpmath.workdps(digits):
+        return function(*args)
+
+
 # In 120 digits at most: more take long, and are of use only to exponentials that cancel.
 
 
 def log_gamma(x: Any) -> Any:
-    with mpmath.workdps(min(mp.mp.dps, 120)):
-        return mpmath.loggamma(x)
+    return in_digits(min(mp.mp.dps, 120), mpmath.loggamma, x)
 
 
 def psi(n: int, x: Any) -> Any:
     if x < 1e-30:  # its pole, in all digits
         return psi(n, 1 + x) - (-1) ** n * mpmath.factorial(n) / x ** (n + 1)
-    with mpmath.workdps(min(mp.mp.dps, 120)):
-        return mpmath.psi(n, x)
+    return in_digits(min(mp.mp.dps, 120), mpmath.psi, n, x)
 
 
 # For each function: -log density in mpmath, term by term as it is defined. They are differentiated numerically in 60
