@@ -139,7 +139,9 @@ def exact(name: str, dtype: str, classes: int) -> tuple[list[Any], list[Any], li
     """Exact values, gradients and gradient scales, flat."""
     measure = MEASURES[name]
     values = [measure.value(*case) for case in cases(dtype, classes)]
-    gradients = [pair for case in cases(dtype, classes) for pair in (measure.gradient(*case) if measure.gradient else [])]
+    gradients = [
+        pair for case in cases(dtype, classes) for pair in (measure.gradient(*case) if measure.gradient else [])
+    ]
     return values, [g for g, _ in gradients], [abs(s) for _, s in gradients]
 
 
