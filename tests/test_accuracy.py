@@ -31,7 +31,7 @@ class Measure(NamedTuple):
 
 
 def integer_gradient(row: Row, label: int, _: Any) -> list[tuple[Any, Any]]:
-    exact = [row.p(k) for k in range(len(row.exps))]
+    exact = [*row.probabilities]
     exact[label] = -row.not_p(label)
     return [(e, e) for e in exact]
 
@@ -44,7 +44,7 @@ def dense_gradient(row: Row, _: int, target: Any) -> list[tuple[Any, Any]]:
     total = mpmath.fsum(target)
     result = []
     for k, t in enumerate(target):
-        others, own = row.p(k) * (total - t), row.not_p(k) * t
+        others, own = row.p(k) * (total - t), row.not_p(k) * t if t else helpers.ZERO
         result.append((others - own, max(others, own)))
     return result
 
@@ -53,13 +53,13 @@ def entropy_gradient(row: Row, _: int, __: Any) -> list[tuple[Any, Any]]:
     """p (gap - mean gap), which is p (-log p - H) with the normalizers cancelled."""
     mean = row.mean_gap
     return [
-        (e / row.total * (g - mean), e / row.total * max(g, mean)) if e else (helpers.ZERO, helpers.ZERO)
-        for g, e in zip(row.gaps, row.exps, strict=True)
+        (p * (g - mean), p * max(g, mean)) if p else (helpers.ZERO, helpers.ZERO)
+        for g, p in zip(row.gaps, row.probabilities, strict=True)
     ]
 
 
 def probability_gradient(row: Row, _: int, __: Any) -> list[tuple[Any, Any]]:
-    return [(row.p(k), row.p(k)) for k in range(len(row.exps))]
+    return [(p, p) for p in row.probabilities]
 
 
 def by_rows(logits: Any, labels: Any) -> Any:
@@ -127,16 +127,21 @@ def problem(dtype: str, classes: int) -> tuple[list[str], np.ndarray, np.ndarray
 
 
 @functools.cache
+def cases(dtype: str, classes: int) -> list[tuple[Row, int, list[Any]]]:
+    """Exact rows, integer labels and soft labels."""
+    _, logits, labels, targets = problem(dtype, classes)
+    exact_targets = [[mpmath.mpf(t) if t else helpers.ZERO for t in row] for row in targets.astype(np.float64).tolist()]
+    return list(zip(helpers.rows(logits), labels.tolist(), exact_targets, strict=True))
+
+
+@functools.cache
 def exact(name: str, dtype: str, classes: int) -> tuple[list[Any], list[Any], list[Any]]:
     """Exact values, gradients and gradient scales, flat."""
-    _, logits, labels, targets = problem(dtype, classes)
     measure = MEASURES[name]
-    cases = [
-        (row, int(label), [mpmath.mpf(t) for t in target])
-        for row, label, target in zip(helpers.rows(logits), labels, targets.astype(np.float64).tolist(), strict=True)
+    values = [measure.value(*case) for case in cases(dtype, classes)]
+    gradients = [
+        pair for case in cases(dtype, classes) for pair in (measure.gradient(*case) if measure.gradient else [])
     ]
-    values = [measure.value(*case) for case in cases]
-    gradients = [pair for case in cases for pair in (measure.gradient(*case) if measure.gradient else [])]
     return values, [g for g, _ in gradients], [abs(s) for _, s in gradients]
 
 
@@ -325,16 +330,16 @@ def test_cross_entropy_with_logits(dtype: str, classes: int) -> None:
         )
         nats.append(max(0, float(gaps / value)) if value else 0)
         for k in range(classes):
-            cost = q.nll(k)
-            p_nats.append(float(-mpmath.log(p.p(k))) + nats[-1] if p.exps[k] else 0)
-            there = p.p(k) >= tiny and value < helpers.INF
-            vanishing.append(p.p(k) < tiny and value < helpers.INF)
-            p_raw.append(p.p(k) * (cost - value) if value < helpers.INF else helpers.ZERO)
-            p_exact.append(p.p(k) * (cost - value) if there else helpers.ZERO)
-            p_scale.append(p.p(k) * max(cost, value) if there else helpers.ZERO)
-            larger = max(q.p(k) * p.not_p(k), q.not_p(k) * p.p(k))
-            q_exact.append(q.p(k) * p.not_p(k) - q.not_p(k) * p.p(k))
-            q_scale.append(larger)
+            cost, of_p = q.nll(k), p.p(k)
+            p_nats.append(float(p.nll(k)) + nats[-1] if of_p else 0)
+            there = of_p >= tiny and value < helpers.INF
+            vanishing.append(of_p < tiny and value < helpers.INF)
+            p_raw.append(of_p * (cost - value) if value < helpers.INF else helpers.ZERO)
+            p_exact.append(p_raw[-1] if there else helpers.ZERO)
+            p_scale.append(of_p * max(cost, value) if there else helpers.ZERO)
+            more, less = q.p(k) * p.not_p(k), q.not_p(k) * of_p
+            q_exact.append(more - less)
+            q_scale.append(max(more, less))
 
     def total(p: jax.Array, q: jax.Array) -> Any:
         result = jaxce.cross_entropy_with_logits(p, q)

@@ -6,6 +6,7 @@ On arrays, on `LinearLogits` and on `ShardedLogits` alike, in value and gradient
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -131,36 +132,38 @@ class Exact:
         return [[a * (c - value) for (a, _), c in zip(self.pairs, costs, strict=True)], [b - a for a, b in self.pairs]]
 
 
+@functools.cache
+def nearly_equal_rows(name: str) -> list[tuple[Any, ...]]:
+    """Offset, difference, the two rows, and the exact value and gradients."""
+    rng, found = np.random.default_rng(0), []
+    for offset, difference in itertools.product((0.0, 100.0, 1e4), (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)):
+        x = (offset + 2 * rng.normal(size=(1, 7))).astype(np.float32)
+        y = (x + np.float32(difference) * rng.normal(size=(1, 7))).astype(np.float32)
+        with mpmath.workdps(60):
+            exact = Exact(x[0], y[0])
+            found.append((offset, difference, x, y, float(exact.value(name)), np.float64(exact.gradients(name))))
+    return found
+
+
 @every_function
 @pytest.mark.parametrize(
     "kind", ["array", "linear", pytest.param("array and linear", marks=pytest.mark.slow), "sharded"]
 )
 def test_nearly_equal_rows(name: str, kind: str) -> None:
     """Rows that differ by 1e-1 ... 1e-6, with offsets, in one batch of parameters: the contract's 32 ulp or 1e-4."""
-    rng = np.random.default_rng(0)
-    for offset in (0.0, 100.0, 1e4):
-        for difference in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
-            x = (offset + 2 * rng.normal(size=(1, 7))).astype(np.float32)
-            y = (x + np.float32(difference) * rng.normal(size=(1, 7))).astype(np.float32)
-            with mpmath.workdps(60):
-                exact = Exact(x[0], y[0])
-                value, gradients = float(exact.value(name)), exact.gradients(name)
-            (_, got), slopes = both(name, kind)(x, y)
-            assert got[0] >= 0
-            if value == 0:
-                assert got[0] == 0
-                continue
-            # 32 ulp; and 1e-4 of what is as small as the square of a difference of 1e-6.
-            assert abs(float(got[0]) - value) <= (32 * 2.0**-23 if difference >= 1e-3 else 1e-4) * value, (
-                offset,
-                difference,
-            )
-            for slope, right in zip(slopes, gradients, strict=True):
-                right = np.array([float(r) for r in right])
-                largest = np.abs(right).max()
-                # In units of the largest entry; an entry is a difference of numbers of the size of p times the difference.
-                limit = 1e-4 * largest + (4 * 2.0**-24 if name == "cross-entropy" else 1e-13)
-                assert np.abs(np.asarray(slope[0], np.float64) - right).max() <= limit, (offset, difference)
+    for offset, difference, x, y, value, gradients in nearly_equal_rows(name):
+        (_, got), slopes = both(name, kind)(x, y)
+        assert got[0] >= 0
+        if value == 0:
+            assert got[0] == 0
+            continue
+        # 32 ulp; and 1e-4 of what is as small as the square of a difference of 1e-6.
+        limit = (32 * 2.0**-23 if difference >= 1e-3 else 1e-4) * value
+        assert abs(float(got[0]) - value) <= limit, (offset, difference)
+        for slope, right in zip(slopes, gradients, strict=True):
+            # In units of the largest entry; an entry is a difference of numbers of the size of p times the difference.
+            limit = 1e-4 * np.abs(right).max() + (4 * 2.0**-24 if name == "cross-entropy" else 1e-13)
+            assert np.abs(np.asarray(slope[0], np.float64) - right).max() <= limit, (offset, difference)
 
 
 @every_function
@@ -460,21 +463,28 @@ def test_generalised_knowledge_distillation(beta: float) -> None:
         np.testing.assert_allclose(near, limit, rtol=1e-3)  # which w is that near to
 
 
+def rows_and_weight() -> tuple[np.ndarray, ...]:
+    x, y = np.random.default_rng(1).normal(0, 2, (2, 1, 5))
+    y[0, :2] = x[0, :2]
+    return x, y, np.array(0.3)
+
+
+@functools.cache
+def plain_derivatives_by_the_weight() -> Any:
+    return gradient_and_hessian(lambda x, y, w: generalised(y, x, w)[0], *rows_and_weight())
+
+
 @pytest.mark.parametrize(
     "kind", ["array", "linear", pytest.param("array and linear", marks=pytest.mark.slow), "sharded"]
 )
 def test_derivatives_by_the_weight(kind: str) -> None:
     """Gradient and Hessian of one row by both logits and the weight, together, beside the plain formula's."""
-    x, y = np.random.default_rng(1).normal(0, 2, (2, 1, 5))
-    y[0, :2] = x[0, :2]
 
     def loss(x: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
         function = functools.partial(jaxce.jensen_shannon_divergence_with_logits, weight=w)
         return kinds(function)[kind](x, y)[0]
 
-    def plain(x: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
-        return generalised(y, x, w)[0]
-
     with jax.enable_x64(True):
-        got, right = (gradient_and_hessian(f, x, y, np.array(0.3)) for f in (loss, plain))
-        chex.assert_trees_all_close(got, right, rtol=1e-10, atol=1e-12)  # the plain formula's own errors
+        got = gradient_and_hessian(loss, *rows_and_weight())
+        # the plain formula's own errors
+        chex.assert_trees_all_close(got, plain_derivatives_by_the_weight(), rtol=1e-10, atol=1e-12)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-from helpers import ulp_error
+from helpers import quick, ulp_error
 
 import jaxce
 from jaxce import _likelihood
@@ -31,19 +31,23 @@ def logistic(x: Any) -> Any:
     return 1 / (1 + mpmath.exp(-x))
 
 
+@functools.cache
+def in_digits(digits: int, function: Callable[..., Any], *args: Any) -> Any:
+    with mpmath.workdps(digits):
+        return function(*args)
+
+
 # In 120 digits at most: more take long, and are of use only to exponentials that cancel.
 
 
 def log_gamma(x: Any) -> Any:
-    with mpmath.workdps(min(mp.mp.dps, 120)):
-        return mpmath.loggamma(x)
+    return in_digits(min(mp.mp.dps, 120), mpmath.loggamma, x)
 
 
 def psi(n: int, x: Any) -> Any:
     if x < 1e-30:  # its pole, in all digits
         return psi(n, 1 + x) - (-1) ** n * mpmath.factorial(n) / x ** (n + 1)
-    with mpmath.workdps(min(mp.mp.dps, 120)):
-        return mpmath.psi(n, x)
+    return in_digits(min(mp.mp.dps, 120), mpmath.psi, n, x)
 
 
 # For each function: -log density in mpmath, term by term as it is defined. They are differentiated numerically in 60
@@ -342,7 +346,7 @@ def test_what_stirling_leaves(size: int) -> None:
         exact = mpmath.lu_solve(mpmath.matrix([[u**n for n in range(count)] for u in at]), mpmath.matrix(values))
         np.testing.assert_allclose(coefficients, [float(a) for a in exact], rtol=1e-14)
         x = np.geomspace(1, 1e9, 91).astype(f"float{8 * size}")
-        mu, slope = jax.vmap(jax.value_and_grad(lambda x: _likelihood._binet(1 / x)))(jnp.asarray(x))
+        mu, slope = jax.jit(jax.vmap(jax.value_and_grad(lambda x: _likelihood._binet(1 / x))))(x)
     mus = [binet(M(float(v))) for v in x]
     # beside log(2 pi) / 2, to which it is added
     assert ulp_error(mu, mus, [0.9] * len(x)).max() <= 2
@@ -779,7 +783,7 @@ def test_a_collapsed_component_adds_nothing(name: str) -> None:
     function, bad = getattr(jaxce, name), np.array(COLLAPSED[name], "float32")
     count = len(ORDINARY[name])
 
-    @jax.jit
+    @quick
     @jax.vmap
     def derivatives(row: Any) -> Any:
         def loss(components: Any) -> Any:
@@ -911,7 +915,7 @@ def test_a_count_of_nan_spoils_no_gradient(name: str) -> None:
     def loss(parameters: list[Any]) -> Any:
         return jaxce.weighted_mean(getattr(jaxce, name)(*parameters, counts), weights)
 
-    gradient = jax.jit(jax.grad(loss))([jnp.array([0.3, 0.3])] * differentiable(name))
+    gradient = quick(jax.grad(loss))([jnp.array([0.3, 0.3])] * differentiable(name))
     assert all(g[0] != 0 and g[1] == 0 for g in gradient)
 
 
@@ -939,7 +943,7 @@ def test_bad_numbers_stay_in_their_place(name: str) -> None:
     columns = [jnp.array(c) for c in zip(*[good, *bad, good], strict=True)]
     function = getattr(jaxce, name)
 
-    @jax.jit
+    @quick
     def value_and_gradients(columns: Any) -> Any:
         gradients = jax.grad(lambda *a: function(*a).sum(), tuple(range(len(good) - 1)))
         return function(*columns), gradients(*columns)
@@ -1044,7 +1048,7 @@ def test_what_where_leaves_out(name: str) -> None:
     bad = [np.where(keep, a, rng.permuted([[NAN, INF, -INF, -3.0]] * 2, axis=1)).astype("float32") for a in good]
     ones = [np.ones_like(a) for a in good]
 
-    @jax.jit
+    @quick
     def derivatives(args: Any, where: Any) -> Any:
         def f(*args: Any) -> Any:
             return function(*args, where=where)
@@ -1078,7 +1082,7 @@ def test_where_of_vectors() -> None:
     bad_x = jnp.where(keep[..., None], x, jnp.nan)
     bad_scale = scale.at[3].set(jnp.nan)  # which no vector that counts has
 
-    @jax.jit
+    @quick
     def values_and_gradients(args: Any, bad: Any) -> Any:
         def masked(*args: Any) -> Any:
             return jaxce.multivariate_normal_nll(*args, where=keep)

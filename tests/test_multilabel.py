@@ -326,7 +326,7 @@ def test_any_number_of_rows_is_exported() -> None:
     (rows,) = jax.export.symbolic_shape("n")
     shapes = ((rows, D), "float32"), ((rows, 3), "int32")
     exported = jax.export.export(jax.jit(both))(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
-    got, expected = exported.call(a["hidden"], LABELS), jax.jit(both)(a["hidden"], LABELS)
+    got, expected = (quick(f)(a["hidden"], LABELS) for f in (exported.call, both))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), got, expected)  # sums of another order
 
 

@@ -273,7 +273,7 @@ def test_positives_far_below_the_others() -> None:
     def dense(x: jax.Array) -> Any:
         return jaxce.softmax_cross_entropy(x, targets), jaxce.softmax_cross_entropy(x.T, targets)
 
-    both = jax.jit(lambda x: [losses_and_slopes(f)(x) for f in (ours, dense)])
+    both = quick(lambda x: [losses_and_slopes(f)(x) for f in (ours, dense)])
     for size in (1, 30, 150, 3e4, 1e30):
         close(*both(size * x), 1e-5, 1e-5)  # the sum of a few roundings
 
@@ -346,7 +346,7 @@ def test_half_precision_and_kernels_by_columns() -> None:
     def wide(a: jax.Array, b: jax.Array, t: jax.Array) -> Any:
         return of_pairs(jaxce.LinearLogits(a.astype("float32"), b.astype("float32"), class_axis=0, temperature=t))
 
-    got, expected = jax.jit(lambda *args: (half(*args), wide(*args)))(a, b, t)
+    got, expected = quick(lambda *args: (half(*args), wide(*args)))(a, b, t)
     assert all(g.dtype == "float32" for g in got)
     close(got, expected, 1e-6, 1e-6)
     slopes = jax.eval_shape(jax.grad(lambda *args: scalar(half(*args)), (0, 1, 2)), a, b, t)
@@ -356,7 +356,7 @@ def test_half_precision_and_kernels_by_columns() -> None:
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_numbers_are_the_same_with_x64(dtype: str) -> None:
     e = embeddings(6, 8, dtype)
-    both = jax.jit(losses_and_slopes(lambda e: of_pairs(linear(e))))
+    both = quick(losses_and_slopes(lambda e: of_pairs(linear(e))))
     expected = both(e)
     with jax.enable_x64(True):
         got = both(e)
@@ -427,7 +427,6 @@ def test_any_number_of_rows_is_exported(kind: str) -> None:
     """Of arrays any number of columns, too; blocks of columns are cut while tracing."""
     a, b = embeddings(5, 5, "float32")["a"], embeddings(5, 5, "float32")["b"]
 
-    @jax.jit
     @losses_and_slopes
     def both(sides: tuple[jax.Array, jax.Array], labels: jax.Array) -> Any:
         a, b = sides
@@ -437,5 +436,5 @@ def test_any_number_of_rows_is_exported(kind: str) -> None:
     shapes = (rows, 4), (columns if kind == "array" else 5, 4)
     structs = tuple(jax.ShapeDtypeStruct(s, "float32") for s in shapes), jax.ShapeDtypeStruct((rows,), "int32")
     labels = jnp.array([3, 1, 0, 4, 2], "int32")
-    exported = jax.export.export(both)(*structs)
-    close(exported.call((a, b), labels), both((a, b), labels), 1e-6, 1e-6)
+    exported = jax.export.export(jax.jit(both))(*structs)
+    close(quick(exported.call)((a, b), labels), quick(both)((a, b), labels), 1e-6, 1e-6)

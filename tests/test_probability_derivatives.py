@@ -441,7 +441,7 @@ def test_rows_that_do_not_count_leave_no_trace(name: str, by: str) -> None:
         back = jax.grad(
             lambda *args: sum(jnp.vdot(a, b) for a, b in zip(first(*args), v, strict=True)), tuple(range(len(args)))
         )
-        return first(*args), jax.jvp(first, args, v)[1], back(*args), jax.jvp(mean, args, v)[1]
+        return *jax.jvp(first, args, v), back(*args), jax.jvp(mean, args, v)[1]
 
     got = derivatives(every, along, counts)
     # In the same program, the rows that count, each three times: a third of every derivative by one of them.

@@ -251,13 +251,12 @@ def test_vmap_is_stacking(case: Case) -> None:
     floats, integers = case.make(3, "float32")
     whole = case.reduces or case.coupled
     if whole:  # over rows of a batch of batches
-        floats, integers = (tuple(jnp.stack([f, f[::-1]]) for f in given) for given in (floats, integers))
-    mapped = jax.vmap(case.call)(floats, integers)
-    size = floats[0].shape[0]
-    single = [case.call([f[i] for f in floats], [n[i] for n in integers]) for i in range(size)]
-    close(mapped, [jnp.stack(leaves) for leaves in zip(*single, strict=True)], rtol=2e-6, atol=1e-6)
+        floats, integers = (tuple(np.stack([f, f[::-1]]) for f in given) for given in (floats, integers))
+    mapped, call = quick(jax.vmap(case.call))(floats, integers), quick(case.call)
+    single = [call(*jax.tree.map(lambda a, i=i: np.asarray(a)[i], (floats, integers))) for i in range(len(floats[0]))]
+    close(mapped, [np.stack(leaves) for leaves in zip(*single, strict=True)], rtol=2e-6, atol=1e-6)
     if not whole:
-        close(mapped, case.call(floats, integers), rtol=2e-6, atol=1e-6)
+        close(mapped, call(floats, integers), rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -278,8 +277,11 @@ def test_derivatives(case: Case) -> None:
         function = functools.partial(case.scalar, integers=integers)
         gradient_of = jax.grad(function)
 
+        def with_tangent(f: Any, floats: Any) -> Any:
+            return jax.jvp(f, (floats,), (directions,))
+
         def tangent_along(floats: Any) -> Any:
-            return jax.jvp(function, (floats,), (directions,))[1]
+            return with_tangent(function, floats)[1]
 
         def dot(a: Any, b: Any) -> Any:
             return sum(jnp.vdot(left, right) for left, right in zip(a, b, strict=True))
@@ -287,16 +289,18 @@ def test_derivatives(case: Case) -> None:
         @quick
         def all_orders(floats: Any) -> Any:
             call = functools.partial(case.call, integers=integers)
+            gradient, forward_over_reverse = with_tangent(gradient_of, floats)
+            tangent, forward_over_forward = with_tangent(tangent_along, floats)
             return {
                 "value": function(floats),
-                "gradient": gradient_of(floats),
-                "jvp": tangent_along(floats),
+                "gradient": gradient,
+                "jvp": tangent,
                 "jacfwd": jax.jacfwd(call)(floats),
                 "jacrev": jax.jacrev(call)(floats),
-                "forward over reverse": jax.jvp(gradient_of, (floats,), (directions,))[1],
+                "forward over reverse": forward_over_reverse,
                 "reverse over forward": jax.grad(tangent_along)(floats),
                 "reverse over reverse": jax.grad(lambda f: dot(gradient_of(f), directions))(floats),
-                "forward over forward": jax.jvp(tangent_along, (floats,), (directions,))[1],
+                "forward over forward": forward_over_forward,
             }
 
         step = 1e-5
