@@ -27,6 +27,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxce import _mesh, _platforms
 from jaxce._inputs import ALONG_CLASSES, OF_ROWS, Inputs, Spec, has_rows
 from jaxce._logits import product, shape_logits
+from jaxce._rules import custom_jvp
 from jaxce._state import Block, State, beside, meet, meet_all, meet_devices, nothing
 
 # ------------------------------------------------------------------------------------------------------------- one block
@@ -381,5 +382,36 @@ def by_rows(chunks: int, inputs: tuple[Inputs, ...], function: Callable[..., Any
 
     chunked = tuple({n: split_rows(x, chunks) for n, x in i.items() if is_split(n, x)} for i in inputs)
     whole = tuple({n: x for n, x in i.items() if not is_split(n, x)} for i in inputs)
-    out = lax.map(lambda chunk: function(*(c | w for c, w in zip(chunk, whole, strict=True))), chunked)
-    return jax.tree.map(lambda x: join_rows(x, rows).reshape(batch), out)
+    slopes = tuple({n: _slope(x) for n, x in i.items() if x.dtype in (jnp.bfloat16, jnp.float16)} for i in whole)
+
+    def of_chunk(chunk: tuple[Inputs, ...]) -> Any:
+        same = (w | {n: _with_slope(w[n], slope) for n, slope in s.items()} for w, s in zip(whole, slopes, strict=True))
+        return function(*(c | w for c, w in zip(chunk, same, strict=True)))
+
+    return jax.tree.map(lambda x: join_rows(x, rows).reshape(batch), lax.map(of_chunk, chunked))
+
+
+# What chunks have in common has a derivative by each, and a transpose sums these in the dtype of their tangents: so those
+# of half precision are handed to the chunks as the tangents of float32 zeros.
+
+
+@custom_jvp
+def _slope(x: Array) -> Array:
+    """Zeros in float32, with the derivative of x."""
+    return _mesh.vary(jnp.zeros_like(x, dtype=jnp.float32), _mesh.varying(x))
+
+
+@_slope.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return _slope(*primals), tangents[0].astype(jnp.float32)
+
+
+@custom_jvp
+def _with_slope(x: Array, slope: Array) -> Array:
+    """x, with the derivative of the slope."""
+    return x
+
+
+@_with_slope.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return primals[0], tangents[1].astype(primals[0].dtype)
