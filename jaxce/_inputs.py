@@ -51,7 +51,7 @@ BLOCK = 1 << 26
 
 CLASSES = 2048, 8192
 """How many classes a block has at least and at most, unless the logits say it; and between these an eighth of all, or of
-several strips a quarter of one. Rows too many for that come in chunks."""
+several strips a quarter of one, or as many as make a block of all rows. Rows too many for that come in chunks."""
 
 
 class Spec(NamedTuple):
@@ -299,7 +299,8 @@ def _in_blocks(spec: Spec, inputs: Inputs) -> Spec:
     rows = rows_of_a_device(batch)
     least, most = CLASSES
     part = max(least // strips, -(-length // (1024 if strips == 1 else 512)) * 128)
-    size = min(length, most, part, max(most // strips, 128, BLOCK // (rows * strips) // 128 * 128))
+    fits = BLOCK // (rows * strips) // 128 * 128
+    size = min(length, most, part, fits if fits * strips >= least else max(most // strips, 128))
     return spec._replace(size=size, strips=strips, chunks=-(-rows * strips * size // BLOCK))
 
 

@@ -48,8 +48,8 @@ class LinearLogits:
       soft_cap: a positive number that no logit's magnitude exceeds.
       temperature: a positive number by which hW + b is divided, or one for each row, of the shape of hidden without its
         features.
-      block_size: how many classes at a time. By default an eighth of them, between 2048 and 8192; where that makes more
-        than 2^26 logits with all rows of a device, these are taken in chunks, one after the other.
+      block_size: how many classes at a time. By default an eighth of them, between 2048 and 8192, or fewer where that
+        makes more than 2^26 logits with all rows of a device; more than 32768 rows come in chunks, one after the other.
       axis_name: inside `jax.shard_map`, the mesh axis, or axes, over which the kernel's classes are sharded: kernel and
         bias are then this device's part, and hidden is the same on all devices of the axis. See `ShardedLogits`.
 

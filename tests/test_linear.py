@@ -458,6 +458,23 @@ def test_bfloat16_gradients_are_summed_in_float32() -> None:
     np.testing.assert_array_equal(np.asarray(gradient, np.float32), 1.0)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_chunks_of_rows_are_summed_in_float32(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What 64 chunks add to the kernel's gradient is rounded each, by as much as of all rows at once; not their sums."""
+    rng, (rows, features, classes) = np.random.default_rng(0), (1024, 8, 32)
+    hidden, kernel = (rng.normal(size=shape).astype(dtype) for shape in ((rows, features), (classes, features)))
+    labels = rng.integers(0, classes, rows).astype("int32")
+
+    def gradient(hidden: Any, kernel: Any) -> Any:
+        return jax.grad(lambda w: integer(jaxce.LinearLogits(hidden, w, class_axis=0), labels).sum())(kernel)
+
+    exact = quick(gradient)(hidden.astype("float32"), kernel.astype("float32"))
+    monkeypatch.setattr("jaxce._inputs.BLOCK", rows * classes // 64)
+    error = np.asarray(quick(lambda *args: gradient(*args))(hidden, kernel), "float32") - exact
+    # A number is rounded by 2^-9 or 2^-12 of it at most: that of the logits, of its part in a chunk and of the result.
+    assert np.sqrt(np.mean(error**2) / np.mean(exact**2)) < jnp.finfo(dtype).eps / 2
+
+
 def test_mixed_precision_and_float64_targets() -> None:
     a = arguments()
     got = loss_of(a["hidden"].astype("bfloat16"), a["kernel"])
