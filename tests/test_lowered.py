@@ -80,7 +80,8 @@ def test_a_program_is_that_of_the_platform_it_is_for(name: str, make: Callable[.
     traced = program(name, make).trace(*ARGUMENTS)
     assert set(conditions(traced.jaxpr.jaxpr)) == {"platform_index"}
     texts = [traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu", "cuda")]
-    assert ["optimization_barrier" in text for text in texts] == [True, False, False]
+    # That of a block's cotangent, for a TPU, is in all; those of arrays are for a CPU.
+    assert ["optimization_barrier" in text for text in texts] == [True, make is linear, make is linear]
     numbers = [re.findall(r"%\d+:(\d+) = stablehlo.reduce", text) for text in texts]
     if make is array:  # one reduction for a state, of each of two softmaxes, and one for all sums of terms
         passes = {"focal": 2, "relative entropy": 3}.get(name, 1)
