@@ -224,13 +224,13 @@ def add_up(
 def _even(spec: Spec) -> int:
     """The size of equal blocks, if they need be no smaller than half: what is left would be copied with the tangents.
 
-    One of whole tiles of a TPU's memory, which have eight rows, if there is one.
+    One of whole tiles of a TPU's memory if there is one, which has sixteen rows of 16-bit numbers.
     """
     if spec.size == spec.length:
         return spec.size
     fewest, most = -(-spec.length // spec.size), spec.length // max(1, spec.size // 2)
     equal = (spec.length // count for count in range(fewest, most + 1) if spec.length % count == 0)
-    return max(equal, key=lambda n: (math.gcd(n, 8), n), default=spec.size)
+    return max(equal, key=lambda n: (math.gcd(n, 16), n), default=spec.size)
 
 
 def _split(spec: Spec, name: str, x: Array) -> tuple[Array, Array]:

@@ -844,7 +844,7 @@ def test_repr() -> None:
 
 @pytest.mark.parametrize(
     ("classes", "size", "equal"),
-    [(1_000_000, 3072, 2000), (128256, 8192, 8016), (32064, 4096, 4008), (12, 4, 4), (14, 7, 7), (50257, 8192, 8192)],
+    [(1_000_000, 3072, 2000), (128256, 8192, 8016), (12, 4, 4), (14, 7, 7), (50257, 8192, 8192)],
 )
 def test_blocks_of_one_size(classes: int, size: int, equal: int) -> None:
     """The largest that divides the classes, before it one of whole tiles; unless it is less than half of a block."""
