@@ -385,9 +385,7 @@ def by_rows(chunks: int, inputs: tuple[Inputs, ...], function: Callable[..., Any
     def is_split(name: str, x: Array) -> bool:
         return has_rows(name, x) and x.shape[0] == rows
 
-    axes = _mesh.varying(
-        inputs
-    )  # so that devices' parts of a gradient by the classes are summed once, after all chunks
+    axes = _mesh.varying(inputs)  # so that a gradient by the classes is summed over devices once, after all chunks
     inputs = tuple({n: _mesh.vary(x, axes) if n in ALONG_CLASSES else x for n, x in i.items()} for i in inputs)
     chunked = tuple({n: split_rows(x, chunks) for n, x in i.items() if is_split(n, x)} for i in inputs)
     whole = tuple({n: x for n, x in i.items() if not is_split(n, x)} for i in inputs)
