@@ -389,36 +389,36 @@ def by_rows(chunks: int, inputs: tuple[Inputs, ...], function: Callable[..., Any
     inputs = tuple({n: _mesh.vary(x, axes) if n in ALONG_CLASSES else x for n, x in i.items()} for i in inputs)
     chunked = tuple({n: split_rows(x, chunks) for n, x in i.items() if is_split(n, x)} for i in inputs)
     whole = tuple({n: x for n, x in i.items() if not is_split(n, x)} for i in inputs)
-    slopes = tuple({n: _slope(x) for n, x in i.items() if x.dtype in (jnp.bfloat16, jnp.float16)} for i in whole)
+    sums = tuple({n: _accumulator(x) for n, x in i.items() if x.dtype in (jnp.bfloat16, jnp.float16)} for i in whole)
 
     def of_chunk(chunk: tuple[Inputs, ...]) -> Any:
-        same = (w | {n: _with_slope(w[n], slope) for n, slope in s.items()} for w, s in zip(whole, slopes, strict=True))
-        return function(*(c | w for c, w in zip(chunk, same, strict=True)))
+        read = (w | {n: _accumulated(w[n], total) for n, total in s.items()} for w, s in zip(whole, sums, strict=True))
+        return function(*(c | w for c, w in zip(chunk, read, strict=True)))
 
     return jax.tree.map(lambda x: join_rows(x, rows).reshape(batch), lax.map(of_chunk, chunked))
 
 
-# What chunks have in common has a derivative by each, and a transpose sums these in the dtype of their tangents: so those
-# of half precision are handed to the chunks as the tangents of float32 zeros.
+# The gradient by what all chunks read is a sum over the chunks, which a transpose forms in the dtype of what they read. For
+# half precision that is a float32 accumulator beside it, with its derivative.
 
 
 @custom_jvp
-def _slope(x: Array) -> Array:
+def _accumulator(x: Array) -> Array:
     """Zeros in float32, with the derivative of x."""
     return _mesh.vary(jnp.zeros_like(x, dtype=jnp.float32), _mesh.varying(x))
 
 
-@_slope.defjvp
+@_accumulator.defjvp
 def _(primals: Any, tangents: Any) -> Any:
-    return _slope(*primals), tangents[0].astype(jnp.float32)
+    return _accumulator(*primals), tangents[0].astype(jnp.float32)
 
 
 @custom_jvp
-def _with_slope(x: Array, slope: Array) -> Array:
-    """x, with the derivative of the slope."""
+def _accumulated(x: Array, accumulator: Array) -> Array:
+    """x, with the derivative of the accumulator."""
     return x
 
 
-@_with_slope.defjvp
+@_accumulated.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     return primals[0], tangents[1].astype(primals[0].dtype)

@@ -158,5 +158,17 @@ def test_optax_poly_and_smoothing() -> None:
             lambda: (losses.poly_loss_cross_entropy(X, T, epsilon=1.5), losses.smooth_labels(T, 0.1))
         )()
 
-    for got, expected in zip(both(jaxce), both(optax.losses), strict=True):
-        close(got, expected, 1e-5)
+    (poly, smoothed), (their_poly, their_smoothed) = both(jaxce), both(optax.losses)
+    close(poly, their_poly, 1e-5)
+    close(smoothed, their_smoothed)
+
+
+def test_confident_rows_and_half_precision_by_numpy() -> None:
+    """Where Optax' loss is 0, and where it is rounded to bfloat16."""
+    integer, x = jaxce.softmax_cross_entropy_with_integer_labels, jnp.array([[0.0, -46.0]])
+    close(integer(x, np.array([0])), np.log1p(np.exp(-46.0)), rtol=3e-7)
+    assert jax.grad(lambda x: integer(x, np.array([0])).sum())(x)[0, 0] < 0
+    half = jnp.asarray(X, "bfloat16")
+    got = integer(half, Y)
+    assert got.dtype == "float32"
+    close(got, helpers.plain_softmax_cross_entropy(np.asarray(half, np.float64), Y))
