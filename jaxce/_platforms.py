@@ -61,6 +61,7 @@ def over_classes(read: Read, inputs: Inputs, ask: Ask, dtype: np.dtype, strips: 
         return _in_parts(read, inputs, ask, dtype)
 
     def in_lanes(inputs: Inputs) -> State:
+        inputs = inputs | {n: _untransposed(x) for n, x in inputs.items() if n == "logits"}
         return _by_rows(lambda some: _in_lanes(read(some), ask, dtype), inputs, shape)
 
     shape = _logits(inputs).shape
@@ -315,6 +316,11 @@ def _in_this_turn(arrays: Inputs, start: Array) -> tuple[Inputs, Array]:
     XLA:CPU slices these as float32; of what depends on the turn, as with the barrier, no more than the slice is widened.
     """
     return lax.optimization_barrier((arrays, start))
+
+
+def _untransposed(x: Array) -> Array:
+    """The same product: of 16-bit floats XLA:CPU makes one with another order of axes, where that is all, and can't run it."""
+    return lax.optimization_barrier(x)
 
 
 def _named(n: int, x: Array) -> Array:

@@ -429,17 +429,24 @@ def test_export_linearize_cond_and_leaks() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
-def test_half_precision(dtype: str) -> None:
+@pytest.mark.parametrize("class_axis", [-1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("given", "block_size"), [("products alone", None), ("products alone", 4), ("all", 4)])
+@some("integer labels", "entropy")
+def test_half_precision(name: str, given: str, block_size: int | None, class_axis: int, dtype: str) -> None:
     """Values are those of the exact products in float32; gradients are float32's, rounded once.
 
     In bfloat16 the gradients of the logits are rounded before they are multiplied, by 2^-9 each: over eleven or three
     terms of size up to 3 that is at most 0.03.
     """
-    a = arguments(dtype)
+    function, a = FUNCTIONS[name], arguments(dtype)
+    a["kernel"] = a["kernel"] if class_axis == -1 else a["kernel"].T
+    a = a if given == "all" else {name: a[name] for name in ("hidden", "kernel")}
     wide = jax.tree.map(lambda leaf: leaf.astype("float32"), a)
 
     def both(a: Any) -> Any:
-        return jax.value_and_grad(lambda a: jnp.sum(integer(linear(a, block_size=4), LABELS)))(a)
+        return jax.value_and_grad(
+            lambda a: scalar(function, linear(a, class_axis=class_axis, block_size=block_size))
+        )(a)
 
     (value, gradient), (expected, wide_gradient) = quick(both)(a), quick(both)(wide)
     assert value.dtype == "float32" and all(g.dtype == dtype for g in jax.tree.leaves(gradient))
