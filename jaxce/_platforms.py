@@ -36,8 +36,8 @@ from jaxce._state import Ask, Block, State, before, leaves, meet, meet_all
 _PARTS = 8
 """How many classes meet at once on a GPU, and one after the other on a CPU: of sixteen XLA:CPU makes no vectors."""
 
-_LANES, _FEW = 8, 11
-"""How many classes a part of a row has at least on a CPU, and how many meet at last with the rows as lanes at most."""
+_LANES = 8
+"""How many classes a part of a row has at least on a CPU."""
 
 _CACHE, _VECTOR = 1 << 18, 16
 """About how many logits a chunk of rows has on a CPU; and a multiple of so many rows, if it has as many."""
@@ -241,10 +241,11 @@ def _in_lanes(block: Block, ask: Ask, dtype: np.dtype) -> State:
     while states.m.shape[-1] >= _PARTS * _LANES:
         states, left = _fold(states, -1)
         rest.append(left)
-    few = jax.tree.map(lambda *v: jnp.concatenate([jnp.moveaxis(u, -1, 0) for u in v]), states, *rest)
-    while few.m.shape[0] > _FEW:
-        few = jax.tree.map(lambda *v: jnp.concatenate(v), *_fold(few, 0))
-    state = meet_all(few, axis=0)
+    few, *rest = (jax.tree.map(lambda v: jnp.moveaxis(v, -1, 0), s) for s in (states, *rest))
+    while few.m.shape[0] > _PARTS:
+        few, left = _fold(few, 0)
+        rest.append(left)
+    state = meet(*(meet_all(some, axis=0) for some in (few, *rest) if some.m.shape[0]))
     return state if block.labels is None else state._replace(**_at_label(block, dtype))
 
 
