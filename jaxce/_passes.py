@@ -139,6 +139,8 @@ def _fold(spec: Spec, part: Callable[..., Any], join: Callable[..., Any], cuts: 
 
     if rest:
         total = part(count * spec.size, rest, tail)
+        if count == 1:
+            return join(total, first(stack))
     elif count == 1:
         return first(stack)
     else:
@@ -203,7 +205,10 @@ def add_up(
         wide.append(_cut(s, {n: dx.astype(s.dtype) for n, dx in d.items() if n not in split}, 0, s.length))
 
     def part(start: Any, size: int, along: list[Inputs]) -> Any:
-        @partial(jax.checkpoint, prevent_cse=False)
+        # XLA would keep the logits of a block outside of the loop from one pass for the next.
+        outside = isinstance(start, int) and size < specs[0].length
+
+        @partial(jax.checkpoint, prevent_cse=outside)
         def run(inputs: Any, wide: list[Inputs], along: list[Inputs], rows: Any, start: Any) -> Any:
             parts = []
             for s, whole, d in zip(specs, inputs, wide, strict=True):
@@ -238,10 +243,9 @@ def _split(spec: Spec, name: str, x: Array) -> tuple[Array, Array]:
     axis = spec.axis(name, x)
     x = _strips(spec, x, axis)
     axis += spec.strips > 1
-    count = spec.length // spec.size
-    whole = lax.slice_in_dim(x, 0, count * spec.size, axis=axis)
-    stack = jnp.moveaxis(whole.reshape(*x.shape[:axis], count, spec.size, *x.shape[axis + 1 :]), axis, 0)
-    return stack, lax.slice_in_dim(x, count * spec.size, spec.length, axis=axis)
+    equal = spec.length // spec.size * spec.size
+    whole, rest = lax.split(x, (equal, spec.length - equal), axis)  # of which the transpose is one copy
+    return jnp.moveaxis(whole.reshape(*x.shape[:axis], -1, spec.size, *x.shape[axis + 1 :]), axis, 0), rest
 
 
 # Blocks could be what a scan goes over. But then its transpose would first fill what it stacks with zeros, in one more pass

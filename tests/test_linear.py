@@ -764,6 +764,19 @@ def test_temporaries_of_the_default_blocks(mode: str, class_axis: int, dtypes: t
     assert memory.temp_size_in_bytes <= 4 * rows * classes * limit
 
 
+@pytest.mark.parametrize(("classes", "block_size"), [(110, 50), (110, 55), (109, 60)])
+@pytest.mark.parametrize(("by", "products"), [((0, 1), 4), (0, 3), (1, 3)])
+def test_a_block_outside_of_the_loop_is_multiplied_again(by: Any, products: int, classes: int, block_size: int) -> None:
+    """Else its logits would be kept from the loss for the gradient. Blocks in a loop and those outside have each their code."""
+
+    def loss(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.sum(integer(jaxce.LinearLogits(hidden, kernel, block_size=block_size), jnp.zeros(8, "int32")))
+
+    program = jax.jit(jax.grad(loss, by)).lower(jnp.ones((8, 64)), jnp.ones((64, classes))).compile()
+    all_in_loop = block_size == 55 and by != 0  # of the gradient, whose tangents are cut into equal blocks
+    assert program.as_text().count(" dot(") == 2 * products - (products - 1) * all_in_loop
+
+
 def test_losses_of_classes_that_fit_nowhere() -> None:
     """2^18 rows of 2^18 classes would be 256 GiB of logits: it compiles into a program with less than 1/400 of it."""
     shapes = jax.ShapeDtypeStruct((2**18, 8), "float32"), jax.ShapeDtypeStruct((8, 2**18), "float32")
