@@ -229,12 +229,13 @@ def add_up(
 def _even(spec: Spec) -> int:
     """The size of equal blocks, if they need be no smaller than half: what is left would be copied with the tangents.
 
-    One of whole tiles of a TPU's memory if there is one, which has sixteen rows of 16-bit numbers.
+    One of whole tiles of a TPU's memory if there is one, which has sixteen rows of 16-bit numbers; and no odd one, with which
+    a gradient takes a TPU's compiler 40 seconds (51865 classes of 2048 features; libtpu 0.0.42).
     """
     if spec.size == spec.length:
         return spec.size
     fewest, most = -(-spec.length // spec.size), spec.length // max(1, spec.size // 2)
-    equal = (spec.length // count for count in range(fewest, most + 1) if spec.length % count == 0)
+    equal = (spec.length // count for count in range(fewest, most + 1) if spec.length % (2 * count) == 0)
     return max(equal, key=lambda n: (math.gcd(n, 16), n), default=spec.size)
 
 

@@ -864,10 +864,10 @@ def test_repr() -> None:
 
 @pytest.mark.parametrize(
     ("classes", "size", "equal"),
-    [(1_000_000, 3072, 2000), (128256, 8192, 8016), (12, 4, 4), (14, 7, 7), (50257, 8192, 8192)],
+    [(1_000_000, 3072, 2000), (128256, 8192, 8016), (12, 5, 4), (12, 3, 2), (50257, 8192, 8192), (51865, 8192, 8192)],
 )
 def test_blocks_of_one_size(classes: int, size: int, equal: int) -> None:
-    """The largest that divides the classes, before it one of whole tiles; unless it is less than half of a block."""
+    """The largest even one that divides the classes, before it one of whole tiles; if there is one of half a block or more."""
     assert _passes._even(Spec(np.dtype("float32"), classes, size=size)) == equal
 
 
