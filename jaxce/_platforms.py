@@ -61,7 +61,8 @@ def over_classes(read: Read, inputs: Inputs, ask: Ask, dtype: np.dtype, strips: 
         return _in_parts(read, inputs, ask, dtype)
 
     def in_lanes(inputs: Inputs) -> State:
-        inputs = inputs | {n: _untransposed(x) for n, x in inputs.items() if n == "logits"}
+        if "logits" in inputs:
+            inputs = inputs | {"logits": _untransposed(inputs["logits"])}
         return _by_rows(lambda some: _in_lanes(read(some), ask, dtype), inputs, shape)
 
     shape = _logits(inputs).shape
@@ -320,7 +321,7 @@ def _in_this_turn(arrays: Inputs, start: Array) -> tuple[Inputs, Array]:
 
 
 def _untransposed(x: Array) -> Array:
-    """The same product: of 16-bit floats XLA:CPU makes one with another order of axes, where that is all, and can't run it."""
+    """The same product. Where its axes are exchanged XLA:CPU makes another product, which of bfloat16 numbers it can't run."""
     return lax.optimization_barrier(x)
 
 

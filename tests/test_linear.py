@@ -129,6 +129,20 @@ def test_value_and_gradient(name: str) -> None:
         close(both(a), expected(a), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize(("rows", "features"), [(0, D), (N, 0)])
+def test_no_rows_and_no_features(rows: int, features: int) -> None:
+    """Blocks of no numbers, in loss and gradient, also by the labels."""
+
+    def loss(as_logits: Any, hidden: Any, kernel: Any, labels: Any) -> jax.Array:
+        return jnp.sum(jaxce.softmax_cross_entropy(as_logits(jaxce.LinearLogits(hidden, kernel, block_size=4)), labels))
+
+    args = jnp.ones((rows, features)), jnp.ones((features, V)), softened()[:rows]
+    got, expected = (
+        jax.value_and_grad(loss, (1, 2, 3))(f, *args) for f in (lambda x: x, jaxce.LinearLogits.materialize)
+    )
+    close(got, expected, rtol=1e-6, atol=1e-6)
+
+
 MODES = (
     "jvp",
     "forward over reverse",
@@ -444,9 +458,9 @@ def test_half_precision(name: str, given: str, block_size: int | None, class_axi
     wide = jax.tree.map(lambda leaf: leaf.astype("float32"), a)
 
     def both(a: Any) -> Any:
-        return jax.value_and_grad(
-            lambda a: scalar(function, linear(a, class_axis=class_axis, block_size=block_size))
-        )(a)
+        return jax.value_and_grad(lambda a: scalar(function, linear(a, class_axis=class_axis, block_size=block_size)))(
+            a
+        )
 
     (value, gradient), (expected, wide_gradient) = quick(both)(a), quick(both)(wide)
     assert value.dtype == "float32" and all(g.dtype == dtype for g in jax.tree.leaves(gradient))
@@ -767,7 +781,7 @@ def test_temporaries_of_the_default_blocks(mode: str, class_axis: int, dtypes: t
 @pytest.mark.parametrize(("classes", "block_size"), [(110, 50), (110, 55), (109, 60)])
 @pytest.mark.parametrize(("by", "products"), [((0, 1), 4), (0, 3), (1, 3)])
 def test_a_block_outside_of_the_loop_is_multiplied_again(by: Any, products: int, classes: int, block_size: int) -> None:
-    """Else its logits would be kept from the loss for the gradient. Blocks in a loop and those outside have each their code."""
+    """Else its logits would be kept from the loss for the gradient. Blocks in a loop and outside each have their own code."""
 
     def loss(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
         return jnp.sum(integer(jaxce.LinearLogits(hidden, kernel, block_size=block_size), jnp.zeros(8, "int32")))
@@ -867,7 +881,7 @@ def test_repr() -> None:
     [(1_000_000, 3072, 2000), (128256, 8192, 8016), (12, 5, 4), (12, 3, 2), (50257, 8192, 8192), (51865, 8192, 8192)],
 )
 def test_blocks_of_one_size(classes: int, size: int, equal: int) -> None:
-    """The largest even one that divides the classes, before it one of whole tiles; if there is one of half a block or more."""
+    """The largest even one that divides the classes, if possible of whole tiles, and not less than half of a block."""
     assert _passes._even(Spec(np.dtype("float32"), classes, size=size)) == equal
 
 
