@@ -321,7 +321,7 @@ def _in_this_turn(arrays: Inputs, start: Array) -> tuple[Inputs, Array]:
 
 
 def _untransposed(x: Array) -> Array:
-    """The same product. Where its axes are exchanged XLA:CPU makes another product, which of bfloat16 numbers it can't run."""
+    """The same product: where its axes are exchanged XLA:CPU makes another one, which of bfloat16 numbers it can't run."""
     return lax.optimization_barrier(x)
 
 

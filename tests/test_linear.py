@@ -781,7 +781,7 @@ def test_temporaries_of_the_default_blocks(mode: str, class_axis: int, dtypes: t
 @pytest.mark.parametrize(("classes", "block_size"), [(110, 50), (110, 55), (109, 60)])
 @pytest.mark.parametrize(("by", "products"), [((0, 1), 4), (0, 3), (1, 3)])
 def test_a_block_outside_of_the_loop_is_multiplied_again(by: Any, products: int, classes: int, block_size: int) -> None:
-    """Else its logits would be kept from the loss for the gradient. Blocks in a loop and outside each have their own code."""
+    """Else its logits would be kept from the loss for the gradient. Blocks in a loop and outside each have code."""
 
     def loss(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
         return jnp.sum(integer(jaxce.LinearLogits(hidden, kernel, block_size=block_size), jnp.zeros(8, "int32")))
