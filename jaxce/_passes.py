@@ -131,7 +131,7 @@ def _fold(spec: Spec, part: Callable[..., Any], join: Callable[..., Any], cuts: 
     """
     count, rest = divmod(spec.length, spec.size)
     stack, tail = cuts
-    if not rest and count != 2 and not jax.tree.leaves(stack):  # two would be kept at once, outside of any loop
+    if not rest and not jax.tree.leaves(stack):
         count, rest = count - 1, spec.size
 
     def first(stack: Any) -> Any:
