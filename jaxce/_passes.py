@@ -205,7 +205,7 @@ def add_up(
         wide.append(_cut(s, {n: dx.astype(s.dtype) for n, dx in d.items() if n not in split}, 0, s.length))
 
     def part(start: Any, size: int, along: list[Inputs]) -> Any:
-        # XLA would keep the logits of a block outside of the loop from one pass for the next.
+        # Else XLA keeps the logits of a block outside of the loop, which each pass computes, from one pass for the next.
         outside = isinstance(start, int) and size < specs[0].length
 
         @partial(jax.checkpoint, prevent_cse=outside)
@@ -229,8 +229,8 @@ def add_up(
 def _even(spec: Spec) -> int:
     """The size of equal blocks, if they need be no smaller than half: what is left would be copied with the tangents.
 
-    One of whole tiles of a TPU's memory if there is one, which has sixteen rows of 16-bit numbers. No odd one: with these a
-    TPU's compiler takes 40 seconds for a gradient (51865 classes of 2048 features; libtpu 0.0.42).
+    One of whole tiles of a TPU's memory if there is one, which has sixteen rows of 16-bit numbers. Never an odd one:
+    with it a TPU's compiler takes 40 seconds for a gradient (51865 classes of 2048 features; libtpu 0.0.42).
     """
     if spec.size == spec.length:
         return spec.size

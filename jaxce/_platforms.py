@@ -321,7 +321,7 @@ def _in_this_turn(arrays: Inputs, start: Array) -> tuple[Inputs, Array]:
 
 
 def _untransposed(x: Array) -> Array:
-    """The same product: where its axes are exchanged XLA:CPU makes another one, which of bfloat16 numbers it can't run."""
+    """The same product. XLA:CPU merges one of bfloat16 numbers and a transpose after it into one that it can't run."""
     return lax.optimization_barrier(x)
 
 

@@ -454,7 +454,7 @@ def test_half_precision(name: str, given: str, block_size: int | None, class_axi
     """
     function, a = FUNCTIONS[name], arguments(dtype)
     a["kernel"] = a["kernel"] if class_axis == -1 else a["kernel"].T
-    a = a if given == "all" else {name: a[name] for name in ("hidden", "kernel")}
+    a = a if given == "all" else {"hidden": a["hidden"], "kernel": a["kernel"]}
     wide = jax.tree.map(lambda leaf: leaf.astype("float32"), a)
 
     def both(a: Any) -> Any:
@@ -781,7 +781,7 @@ def test_temporaries_of_the_default_blocks(mode: str, class_axis: int, dtypes: t
 @pytest.mark.parametrize(("classes", "block_size"), [(110, 50), (110, 55), (109, 60)])
 @pytest.mark.parametrize(("by", "products"), [((0, 1), 4), (0, 3), (1, 3)])
 def test_a_block_outside_of_the_loop_is_multiplied_again(by: Any, products: int, classes: int, block_size: int) -> None:
-    """Else its logits would be kept from the loss for the gradient. Blocks in a loop and outside each have code."""
+    """Else its logits would be kept from the loss for the gradient. A loop has the code of one block."""
 
     def loss(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
         return jnp.sum(integer(jaxce.LinearLogits(hidden, kernel, block_size=block_size), jnp.zeros(8, "int32")))
@@ -878,10 +878,13 @@ def test_repr() -> None:
 
 @pytest.mark.parametrize(
     ("classes", "size", "equal"),
-    [(1_000_000, 3072, 2000), (128256, 8192, 8016), (12, 5, 4), (12, 3, 2), (50257, 8192, 8192), (51865, 8192, 8192)],
+    [
+        *((1_000_000, 3072, 2000), (128256, 8192, 8016), (12, 4, 4), (12, 5, 4), (12, 3, 2)),
+        *((classes, size, size) for classes, size in ((14, 7), (50257, 8192), (51865, 8192))),
+    ],
 )
 def test_blocks_of_one_size(classes: int, size: int, equal: int) -> None:
-    """The largest even one that divides the classes, if possible of whole tiles, and not less than half of a block."""
+    """The largest even one that divides the classes, if possible of whole tiles, from half of the size; else the size."""
     assert _passes._even(Spec(np.dtype("float32"), classes, size=size)) == equal
 
 
