@@ -77,7 +77,7 @@ def _common_shape(arrays: dict[str, tuple[Array, tuple[int, ...]]]) -> tuple[int
         before.append(name)
     full = [own for _, own in arrays.values() if len(own) == len(shape)]
     written = jnp.broadcast_shapes(*full)  # what arrays of all axes make: their 1s were written on purpose
-    if any(math.prod(own) >= math.prod(shape) for _, own in arrays.values()):
+    if 0 in shape or any((1,) * (len(shape) - len(own)) + own == shape for _, own in arrays.values()):
         return shape
     for name, (array, own) in arrays.items():
         if np.broadcast_shapes(written, own) != written:
@@ -951,6 +951,9 @@ def mixture_nll(
     axes = _checks.axes(axis, nll.ndim)
     if where is not None:
         weights = jnp.where(_checks.where_entries(where, nll.shape, axes), weights, -jnp.inf)
+    # Weights that aren't normalised may be large: both sums would be, too, and their difference have lost its digits.
+    most = jnp.max(lax.stop_gradient(weights), axes, keepdims=True)
+    weights -= jnp.where(jnp.isfinite(most), most, 0)
     joint = weights - jnp.where(weights != -jnp.inf, nll, 0)
     # Components whose posterior is 0 in this dtype are selected away, as their tangents may be infinite.
     least = jnp.max(lax.stop_gradient(joint), axes, keepdims=True) + math.log(float(jnp.finfo(joint.dtype).tiny))

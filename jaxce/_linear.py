@@ -150,9 +150,8 @@ def linear_cross_entropy(
         raise _checks.ArgumentTypeError(f"logits must be LinearLogits, got {_checks.describe(logits)}")
     z = read_logits("logits", logits).with_labels(labels).with_weights(class_weights)
     y = z.inputs["labels"]
-    w = jnp.ones(y.shape, z.dtype) if weights is None else jnp.asarray(weights)
+    w = jnp.ones(y.shape, z.dtype) if weights is None else _checks.real("weights", weights, z.dtype).astype(z.dtype)
     _checks.same_shape("weights", w, y.shape, "the shape of the labels")
-    w = w.astype(z.dtype)
     if chunk_size is not None:
         chunk_size = _checks.positive_integer("chunk_size", chunk_size, "None or a positive integer")
     if not isinstance(has_aux, bool):
@@ -611,7 +610,8 @@ def _maximum_of_some(options: _Options, inputs: Inputs) -> Array:
         if axis is None:
             return x
         seen = x.reshape(*x.shape[:axis], strips, length, *x.shape[axis + 1 :])
-        return lax.slice_in_dim(seen, *part, axis=axis + 1).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+        seen = lax.slice_in_dim(seen, *part, axis=axis + 1)
+        return lax.collapse(seen, axis, axis + 2)
 
     parts = (0, size), (0, length, _EVERY)
     return jnp.maximum(*(_maximum(options, {n: cut(n, x, *part) for n, x in inputs.items()}) for part in parts))

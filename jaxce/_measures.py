@@ -89,9 +89,9 @@ def row_of(state: State, log_normalizer: Array, top: Array) -> Row:
 
 
 def _gap(x: Array, row: Row) -> Array:
-    """m - x, 0 at the maximum, infinite or not."""
+    """m - x, 0 at the maximum, infinite or not; and above it, as another pass may round a product otherwise."""
     m = beside(row.m, x)
-    return jnp.where(x == m, 0, m - x)
+    return jnp.where(x >= m, 0, m - x)
 
 
 @custom_jvp

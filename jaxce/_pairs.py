@@ -32,6 +32,7 @@ from jaxce import _checks, _mesh
 from jaxce._checks import ArrayLike, AxisName, compiled
 from jaxce._inputs import Inputs, Spec, factors, read_logits, rows_of_a_device
 from jaxce._logits import LinearLogits, ShardedLogits, shape_logits
+from jaxce._measures import replaced
 from jaxce._passes import join_rows, logits_of, split_rows
 from jaxce._rules import custom_jvp, largest
 from jaxce._sigmoid import softplus
@@ -137,7 +138,8 @@ def softmax_cross_entropy_of_pairs(
     if "kernel" in inputs and z.spec.class_axis != 0:
         inputs["kernel"] = inputs["kernel"].T
     # What a row or column holds that takes no part must not be multiplied, nor kept for a gradient.
-    for name, mask, axis in (("kernel", "classes", 1), ("array", "rows", 1), ("array", "classes", 0)):
+    masks = ("kernel", "classes", 1), ("bias", "classes", ()), ("array", "rows", 1), ("array", "classes", 0)
+    for name, mask, axis in masks:
         if name in inputs and mask in inputs:
             inputs[name] = jnp.where(jnp.expand_dims(inputs[mask], axis), inputs[name], 0)
     if axis_name is not None:
@@ -244,22 +246,39 @@ def _losses(options: _Options, inputs: Inputs) -> tuple[Array, Array]:
 
 def _loss(line: _Line, count: Array) -> Array:
     """The mean over the positives of logsumexp(all) - x, as that of the positives alone, and what the others add to it."""
-
-    def log(total: Array) -> Array:
-        return jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1, total)))
-
     mean = line.total / jnp.maximum(count, 1)
     # Positives whose exponentials are all 0 beside the others' add nothing to the sum of all.
-    y = mean if line.positives is None else jnp.where(line.positives == 0, mean, log(line.positives))
+    y = mean if line.positives is None else jnp.where(line.positives == 0, mean, _log(line.positives))
     present = (count > 0) & ((line.others != 0) | ~jnp.isneginf(y))
+    w = _log(line.others) - y
     # A logarithm of a small sum, and an exponential of that, would have its nats as errors twice.
     near = jnp.abs(y) < _NEAR
     ratio = line.others * jnp.exp(-jnp.where(near, y, 0))
+    near &= ratio < 1 / jnp.finfo(ratio.dtype).eps  # of a larger one the square may overflow
+    ratio = _exp(jnp.where(near, ratio, 0), jnp.where(near, w, 0))
     nearby = lax.log1p(ratio, accuracy=lax.AccuracyMode.HIGHEST)
-    loss = jnp.where(near, nearby, softplus(jnp.where(present & ~near, log(line.others) - y, 0)))
+    loss = jnp.where(near, nearby, softplus(jnp.where(present & ~near, w, 0)))
     if line.positives is not None:
         loss += jnp.where(count > 1, y - mean, 0)
     return jnp.where(present, loss, 0)
+
+
+def _log(total: Array) -> Array:
+    """Its logarithm, -inf of 0. In derivatives the sum is divided by itself, as its square may over- or underflow."""
+    some = jnp.where(total == 0, 1, total)
+    log = replaced(jnp.log(some), jnp.log(some * lax.stop_gradient(1 / some)))
+    return jnp.where(total == 0, -jnp.inf, log)
+
+
+@custom_jvp
+def _exp(value: Array, x: Array) -> Array:
+    """exp(x), as ``value`` says it more exactly."""
+    return value
+
+
+@_exp.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return _exp(*primals), _exp(*primals) * tangents[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------- shifts

@@ -10,11 +10,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
-from jaxce import _checks, _platforms
+from jaxce import _checks, _mesh, _platforms
 from jaxce._checks import ArrayLike, Axis, compiled
-from jaxce._rules import custom_jvp, product
+from jaxce._rules import alike, custom_jvp, product
 from jaxce._terms import (
     bregman_from,
     log1p,
@@ -156,8 +156,9 @@ def _(primals: Any, tangents: Any) -> Any:
 
 def _found(x: Array, labels: Array) -> Array:
     """The same by comparing: not a scatter in the gradient, nor a gather where classes may lie on several devices."""
-    y = labels[..., None]
-    hit = lax.broadcasted_iota(y.dtype, x.shape, x.ndim - 1) == y
+    y = jnp.broadcast_to(labels[..., None], x.shape)
+    x, y = alike(x, y)
+    hit = _mesh.iota(x, x.ndim - 1).astype(y.dtype) == y
     return jnp.sum(jnp.where(hit | (y < 0) | (y >= x.shape[-1]), x, jnp.zeros_like(x)), -1, dtype=x.dtype)
 
 

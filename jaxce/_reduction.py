@@ -10,6 +10,7 @@ from jax import Array, lax
 
 from jaxce import _checks
 from jaxce._checks import ArrayLike, Axis, AxisName, compiled
+from jaxce._rules import alike
 from jaxce._terms import ratio
 
 
@@ -84,9 +85,9 @@ def weighted_mean(
     total: Any
     if weights is None:
         (x,) = _checks.upcast(x)
-        total = float(math.prod(x.shape[a] for a in axes))
+        total = math.prod(x.shape[a] for a in axes)
     else:
-        x, w = _checks.upcast(x, _weights(*_checks.upcast(x), weights))
+        x, w = alike(*_checks.upcast(x, _weights(*_checks.upcast(x), weights)))
         # A loss without weight still tells its weight's gradient what it would cost to let it in. One that isn't finite
         # is left out before anything is multiplied.
         lost = (w == 0) & ~jnp.isfinite(x)

@@ -196,10 +196,10 @@ def product(x: Array, y: Array) -> Array:
     A plain product of two arrays makes NaN of 0 * inf, in the derivative as well: what has no weight has a cotangent of 0.
     A selection of the result is no way out, as it isn't linear in the tangent. So it is a bilinear primitive.
     """
-    return _product.bind(*_alike(*jnp.broadcast_arrays(x, y)))
+    return _product.bind(*alike(*jnp.broadcast_arrays(x, y)))
 
 
-def _alike(x: Array, y: Array) -> tuple[Array, Array]:
+def alike(x: Array, y: Array) -> tuple[Array, Array]:
     """Two arrays of a shape, which vary over the same axes of a mesh and are sharded alike."""
     types = [jax.typeof(v) for v in (x, y)]
     if types[0] == types[1]:

@@ -300,7 +300,7 @@ def smooth_labels(labels: ArrayLike, alpha: ArrayLike, *, axis: Axis = -1, where
     share = jnp.zeros((), t.dtype) if alpha is None else jnp.asarray(alpha).astype(t.dtype)
     keep = jnp.ones(t.shape, bool) if where is None else _checks.where_entries(where, t.shape, class_axes)
     count = jnp.sum(keep, class_axes, dtype=t.dtype, keepdims=True)
-    return jnp.where(keep, (1 - share) * t + share / jnp.maximum(count, 1), 0)
+    return jnp.where(keep, (1 - share) * jnp.where(keep, t, 0) + share / jnp.maximum(count, 1), 0)
 
 
 def _modified(z: Logits, loss: Measure, label_smoothing: Any, z_loss: Any) -> Array:

@@ -137,7 +137,7 @@ class Sum:
     def psum(self, axis_name: AxisName) -> Sum:
         """The sum over mapped axes. Every device's pair is sent to all, in a place of its own, so that none is rounded."""
         devices = lax.psum(1, axis_name)
-        here = (jnp.arange(devices) == lax.axis_index(axis_name)).reshape(devices, *[1] * self.hi.ndim)
+        here = (jnp.arange(devices, dtype=jnp.int32) == lax.axis_index(axis_name)).reshape(devices, *[1] * self.hi.ndim)
         return _reduce([lax.psum(jax.tree.map(lambda x: jnp.where(here, x, 0), self), axis_name)], 1)[0]
 
     @property
@@ -214,7 +214,7 @@ class Metric(_checks.NamedMethods):
         """The metric of all the data of both, which must have the same options."""
         name = type(self).__name__
         if type(other) is not type(self):
-            raise _checks.ArgumentTypeError(f"other must be a {name}, got {type(other).__name__}")
+            raise _checks.ArgumentTypeError(f"other must be of the class {name}, got {type(other).__name__}")
         if other._options() != self._options():
             raise _checks.ArgumentValueError(
                 f"other must have the same options, {self._options()}, got {other._options()}"

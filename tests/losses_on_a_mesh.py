@@ -641,6 +641,28 @@ def test_masks_of_entries_with_sharded_classes() -> None:
 
 
 @pytest.mark.slow
+def test_labels_and_weights_that_are_sharded_otherwise() -> None:
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    x, labels = jax.nn.log_softmax(np.random.default_rng(0).normal(size=(8, 6)).astype("float32")), np.arange(8) % 6
+    where, weights = np.arange(6)[None] < 5, np.arange(8.0, dtype="float32")
+    losses = {
+        "nll": lambda x, y, where, _: jaxce.nll(x, y, where=where),
+        "ce": lambda x, y, where, _: jaxce.categorical_cross_entropy_with_integer_labels(jnp.exp(x), y, where=where),
+        "mean": lambda x, y, _, w: jaxce.weighted_mean(x, w[:, None]),
+    }
+    for loss in losses.values():
+        slope = jax.value_and_grad(lambda x, *more, loss=loss: jnp.nan_to_num(loss(x, *more), posinf=0).sum())
+        expected = slope(x, labels, where, weights)
+        for axes in (("data",), ("data", "model"), (None, "model")):
+            with jax.set_mesh(mesh):
+                put = jax.device_put(x, jax.sharding.NamedSharding(mesh, P(*axes)))
+                got = slope(put, labels, jax.device_put(where, P()), jax.device_put(weights, P("data")))
+            # Sums in another order: a few ulp.
+            for a, b in zip(got, expected, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
 def test_a_mesh_of_automatic_and_explicit_axes() -> None:
     a = arrays("float32")
     m = jax.make_mesh((DATA, MODEL), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Explicit))

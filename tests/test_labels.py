@@ -171,3 +171,9 @@ def test_weights_as_integers() -> None:
     for loss in (jaxce.softmax_cross_entropy_with_integer_labels, jaxce.softmax_focal_loss):
         got, expected = (loss(X, LABELS, class_weights=integers.astype(t)) for t in ("int32", "float32"))
         chex.assert_trees_all_equal(got, expected)
+
+
+def test_a_masked_label_does_not_reach_the_derivative_by_alpha() -> None:
+    where = jnp.array([True, True, False])
+    for bad in (jnp.nan, jnp.inf):
+        assert jax.grad(lambda a, t: jaxce.smooth_labels(t, a, where=where).sum())(0.1, jnp.array([1.0, 0.0, bad])) == 0

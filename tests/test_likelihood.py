@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import mpmath
 import numpy as np
@@ -1100,3 +1101,18 @@ def test_where_of_vectors() -> None:
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # sums of numbers up to 100, in another order
     with pytest.raises(ValueError, match=r"multivariate_normal_nll: where must have .* \(2, 5\), got bool\[5\]"):
         jaxce.multivariate_normal_nll(m, scale, x, where=keep[0])
+
+
+def test_large_log_weights_cost_a_mixture_no_digits() -> None:
+    for weights, nll in (([20.0, 0.0], [0.0, 30.0]), ([10.0, 0.0], [0.0, 1.0]), ([-300.0, -290.0], [2.0, 0.0])):
+        w, c = (np.asarray(x, np.longdouble) for x in (weights, nll))
+        exact = -np.log1p((np.exp(w - w.max()) * np.expm1(-c)).sum() / np.exp(w - w.max()).sum())
+        # Two sums of at least 1/2 of it, each rounded to 2 ulp.
+        np.testing.assert_allclose(jaxce.mixture_nll(jnp.array(weights), jnp.array(nll)), float(exact), rtol=5e-7)
+
+
+def test_mixtures_of_any_number_of_rows_are_exported() -> None:
+    rows, classes = jax.export.symbolic_shape("b, c")
+    shapes = (jax.ShapeDtypeStruct(s, "float32") for s in ((1, classes), (rows, classes)))
+    exported = jax.export.export(jax.jit(jaxce.mixture_nll))(*shapes)
+    np.testing.assert_allclose(exported.call(jnp.zeros((1, 2)), jnp.ones((3, 2))), np.ones(3))

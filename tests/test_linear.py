@@ -223,6 +223,21 @@ def test_zero_tiny_huge_and_very_negative_logits(scale: float, offset: float) ->
         np.testing.assert_allclose(losses, math.log(V), rtol=2e-7)
 
 
+@pytest.mark.parametrize("name", ["integer", "js"])
+def test_passes_that_round_huge_logits_differently(name: str) -> None:
+    """A block of another size may be summed in another order, so that a logit is above the maximum of another pass."""
+    losses = {
+        "integer": lambda z: jaxce.softmax_cross_entropy_with_integer_labels(z, jnp.arange(5)),
+        "js": lambda z: jaxce.jensen_shannon_divergence_with_logits(z, jnp.zeros((5, 5000))),
+    }
+    for seed in range(6):
+        r = np.random.default_rng(seed)
+        hidden = jnp.asarray(r.normal(size=(5, 64)), "float32")
+        kernel = jnp.asarray(r.normal(size=(64, 5000)) * 1e9, "float32")
+        slopes = jax.grad(lambda h, k: losses[name](jaxce.LinearLogits(h, k)).sum(), (0, 1))(hidden, kernel)
+        assert all(np.isfinite(x).all() for x in slopes)
+
+
 @pytest.mark.parametrize("offset", [-1000.0, 0.0, 500.0])
 @pytest.mark.parametrize("step", [0.5, -0.5])
 def test_a_maximum_that_moves_from_block_to_block(step: float, offset: float) -> None:

@@ -711,3 +711,9 @@ def test_trees_of_different_metrics_are_different() -> None:
     ]
     assert len(trees) > 10
     assert all(a != b for i, a in enumerate(trees) for b in trees[:i])
+
+
+def test_psum_under_x64() -> None:
+    with jax.enable_x64(True):
+        means = jax.vmap(lambda x: Mean.from_batch(x).psum("i").compute(), axis_name="i")(jnp.ones((2, 3)))
+    np.testing.assert_array_equal(means, [1, 1])

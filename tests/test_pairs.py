@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -143,6 +144,43 @@ def test_derivatives_in_all_modes_and_orders(monkeypatch: pytest.MonkeyPatch) ->
             return hessian, jax.grad(along)(e), jax.jvp(along, (e,), (direction,))
 
         close(quick(lambda: orders(linear))(), quick(lambda: orders(whole))(), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [30.0, 45.0, 55.0, 70.0, 80.0])
+@pytest.mark.parametrize("kind", ["array", "linear"])
+def test_second_derivatives_of_pairs_far_apart(size: float, kind: str) -> None:
+    """Where squares of the sums of exponentials, or of their inverses, would over- or underflow in float32."""
+    noise, groups = np.random.default_rng(3).normal(size=(5, 5)), np.array([0, 0, 1, 1, 1])
+
+    def second(x: np.ndarray) -> np.ndarray:  # -p q of two classes; those of a class add up to 0
+        p = np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+        h = -p[:, None] * p * (1 - np.eye(5))
+        return h - np.diag(h.sum(1))
+
+    for sign, grouped, side in itertools.product((1, -1), (False, True), (0, 1)):
+        positive = groups[:, None] == groups[None] if grouped else np.eye(5, dtype=bool)
+        options: Any = {"positives": "group", "groups": groups} if grouped else {}
+        x = np.float32(noise + sign * size * positive)
+
+        def loss(x: Any, options: Any = options, side: int = side) -> jax.Array:
+            logits = x if kind == "array" else jaxce.LinearLogits(x, jnp.eye(5, dtype=x.dtype), class_axis=0)
+            return jaxce.softmax_cross_entropy_of_pairs(logits, **options)[side].sum()
+
+        got = np.asarray(jax.hessian(loss)(jnp.asarray(x)), np.float64)
+        lines = x.astype(np.float64) if side == 0 else x.astype(np.float64).T
+        got = got if side == 0 else got.transpose(1, 0, 3, 2)
+        for i in range(5):
+            exact = second(lines[i])
+            # Of numbers of up to 80 nats, rounded to float32 before they are exponentials: 80 / 2 ulp.
+            np.testing.assert_allclose(got[i, :, i], exact, rtol=1e-5, atol=5e-6 * np.abs(exact).max())
+
+
+def test_a_masked_column_may_have_any_bias() -> None:
+    def loss(t: Any, bias: list[float]) -> Any:
+        logits = jaxce.LinearLogits(jnp.ones((2, 2)), jnp.ones((2, 3)), bias=jnp.array(bias), temperature=t)
+        return jaxce.softmax_cross_entropy_of_pairs(logits, class_where=jnp.array([True, True, False]))[0].sum()
+
+    assert jax.grad(loss)(1.0, [0.0, 1.0, jnp.nan]) == jax.grad(loss)(1.0, [0.0, 1.0, 0.0])
 
 
 def test_second_derivatives_beside_a_column_that_is_not_there() -> None:

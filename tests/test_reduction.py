@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,6 +59,12 @@ def test_what_has_no_weight_leaves_no_trace(bad: float) -> None:
         for argnum, expected in enumerate((by_loss, by_weight)):
             np.testing.assert_allclose(jax.jacfwd(weighted_mean, argnum)(losses, weights), expected, rtol=1e-6)
         np.testing.assert_array_equal(weighted_mean(losses, weights, axis=1), [1.75, 0])
+
+
+def test_any_number_of_losses_is_exported() -> None:
+    (size,) = jax.export.symbolic_shape("n")
+    exported = jax.export.export(jax.jit(weighted_mean))(jax.ShapeDtypeStruct((size,), "float32"))
+    assert exported.call(jnp.arange(5.0)) == 2
 
 
 def test_nothing_left_is_0() -> None:
