@@ -664,7 +664,7 @@ def test_calls_of_other_libraries(metric: Any) -> None:
             assert set(hints) <= set(inspect.signature(method).parameters)
     with pytest.raises(TypeError, match=rf"^{name}: unexpected keyword 'mask'; give where=, True for what takes part$"):
         metric.empty().update(X, Y, mask=Y)
-    with pytest.raises(TypeError, match=rf"^{name}: other must be a {name}, got ndarray"):
+    with pytest.raises(TypeError, match=rf"^{name}: other must be of the class {name}, got ndarray"):
         metric.empty().merge(np.zeros(3))
 
 
