@@ -150,7 +150,7 @@ def linear_sigmoid_binary_cross_entropy(
     """
     if not isinstance(logits, LinearLogits):
         raise _checks.ArgumentTypeError(f"logits must be LinearLogits, got {_checks.describe(logits)}")
-    w = jnp.ones(logits.shape[:-1], logits.dtype) if weights is None else _checks.real("weights", weights)
+    w = jnp.ones(logits.shape[:-1], logits.dtype) if weights is None else _checks.real("weights", weights, logits.dtype)
     _checks.same_shape("weights", w, logits.shape[:-1], "the shape of the logits without the classes")
     z = _read(
         logits, labels, label_weights, -1, None if weights is None else w.astype(bool), pos_weight, "label_weights"

@@ -350,3 +350,14 @@ def test_any_number_of_rows_is_exported() -> None:
 def test_wrong_arguments(wrong: dict[str, Any], error: type[Exception], argument: str) -> None:
     with pytest.raises(error, match=f"^sigmoid_binary_cross_entropy_with_sparse_labels: {argument} must "):
         loss(jnp.zeros((N, V)), LABELS, **wrong)
+
+
+def test_integer_weights_are_as_exact_as_the_logits() -> None:
+    with jax.enable_x64(True):
+        logits = jaxce.LinearLogits(jnp.ones((2, 3)), jnp.arange(12.0).reshape(3, 4))
+
+        def loss(weights: list[float], dtype: str) -> Any:
+            w, labels = jnp.array(weights, dtype), jnp.zeros((2, 1), int)
+            return jaxce.linear_sigmoid_binary_cross_entropy(logits, labels, w, normalizer=1.0)
+
+        assert loss([2**24 + 1, 1], "int32") == loss([2**24 + 1, 1], "float64")
