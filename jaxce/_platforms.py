@@ -155,6 +155,9 @@ def _choose(platform: str, *args: Any, avals: Any, **ways: Callable[..., Any]) -
 
 
 def _batch(axis: Any, args: Any, axes: Any, *, avals: Any, **ways: Callable[..., Any]) -> Any:
+    if all(a is None for a in axes):
+        found = _either_p.bind(*args, avals=avals, **ways)
+        return found, [None] * len(found)
     found = _either(*args, **{name: jax.vmap(way, axes, axis_size=axis.size) for name, way in ways.items()})
     return found, [0] * len(found)
 

@@ -46,13 +46,14 @@ class custom_jvp:  # named as JAX's, whose place it takes
     ) -> None:
         """Sets the derivative by each argument of an elementwise function; None by one that only says another more exactly.
 
-        They are multiplied with tangents by `product`, unless ``times`` says otherwise.
+        They are multiplied with tangents by `product`, unless ``times`` says otherwise. Static arguments come first.
         """
 
-        def rule(primals: Any, tangents: Any) -> Any:
-            pairs = zip(slopes(*primals), tangents, strict=True)
+        def rule(*args: Any) -> Any:
+            *static, primals, tangents = args
+            pairs = zip(slopes(*static, *primals), tangents, strict=True)
             terms = [(times or product)(c, t) for c, t in pairs if c is not None and not _is_zero(t)]
-            out = self(*primals)
+            out = self(*static, *primals)
             return out, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(out)
 
         self.defjvp(rule, symbolic_zeros=True)

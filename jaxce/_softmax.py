@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +16,8 @@ from jaxce._checks import FINITE, NOT_NEGATIVE, NUMBERS, SHARE, SHARES, ArrayLik
 from jaxce._inputs import Logits, read_logits
 from jaxce._logits import AnyLogits
 from jaxce._measures import GIVEN, LOG_NORMALIZER, NLL, UNIFORM, WEIGHT, Class, Measure, measure, replaced, sum_of
-from jaxce._rules import times, weigh
+from jaxce._rules import custom_jvp, times, weigh
+from jaxce._terms import log1p, polynomial
 
 
 @compiled("axis", label_smoothing=SHARES, z_loss=NUMBERS)
@@ -375,8 +378,38 @@ def _poly(nll: Array, epsilon: Array) -> Array:
 
 
 def _focal(nll: Array, gamma: Array) -> Array:
-    """(1 - exp(-nll))^gamma nll, with its limits at 0 and infinity selected so that the derivatives have theirs."""
+    """(1 - p)^gamma nll, with its limits at 0 and infinity selected so that the derivatives have theirs.
+
+    The derivatives are those of (1 - p)^(gamma + 1) nll / (1 - p), of which the third is the first to divide by (1 - p)^2.
+    """
     inside = (nll > 0) & (nll < jnp.inf)
     safe = jnp.where(inside, nll, 1)
-    value = _not_p(safe) ** jnp.broadcast_to(gamma, safe.shape) * safe
+    gamma = jnp.broadcast_to(gamma, safe.shape)
+    value = replaced(_not_p(safe) ** gamma * safe, _power_of_not_p(0, safe, gamma + 1) * _over_not_p(safe))
     return jnp.where(inside, value, jnp.where(nll == 0, 0, nll))
+
+
+@partial(custom_jvp, nondiff_argnums=(0,))
+def _power_of_not_p(order: int, nll: Array, exponent: Array) -> Array:
+    """(1 - p)^exponent, for 0 < nll < infinity; of an order above 0 its derivative by the exponent."""
+    log_not_p = jnp.where(nll < 1, jnp.log(-jnp.expm1(-nll)), log1p(-jnp.exp(-nll)))
+    return _not_p(nll) ** exponent * log_not_p**order
+
+
+def _power_slopes(order: int, nll: Array, exponent: Array) -> tuple[Array, Array]:
+    slope = exponent * _power_of_not_p(order, nll, exponent - 1)
+    if order:
+        slope += order * _power_of_not_p(order - 1, nll, exponent - 1)
+    return slope * jnp.exp(-nll), _power_of_not_p(order + 1, nll, exponent)
+
+
+_power_of_not_p.defslopes(_power_slopes, jnp.multiply)
+
+
+def _over_not_p(nll: Array) -> Array:
+    """nll / (1 - p), for 0 < nll < infinity; of a small one by the series of its inverse."""
+    near = nll < 1
+    count = 12 if nll.dtype.itemsize == 4 else 20
+    inverse = polynomial([(-1) ** k / math.factorial(k + 1) for k in range(count)], jnp.where(near, nll, 0))
+    far = jnp.where(near, 1, nll)
+    return jnp.where(near, 1 / inverse, far / _not_p(far))

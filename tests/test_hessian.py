@@ -113,10 +113,13 @@ def of_nll(row: Row, y: int, first: Any, second: Any) -> Matrix:
     ]
 
 
-def focal(row: Row, y: int) -> tuple[Any, Any]:
-    """Gamma 2: the derivatives of u^2 a, with u = 1 - p and a = -log p."""
+def focal(row: Row, y: int, gamma: float = 2) -> tuple[Any, Any]:
+    """The derivatives of u^gamma a, with u = 1 - p and a = -log p; of a class alone, any that are multiplied by 0."""
     a, u, p = row.nll(y), row.not_p(y), row.p(y)
-    return u * u + 2 * u * p * a, 4 * u * p + a * (2 * p * p - 2 * u * p)
+    if u == 0:
+        return u, u
+    first = u**gamma + gamma * u ** (gamma - 1) * p * a
+    return first, gamma * u ** (gamma - 2) * p * (2 * u + a * (gamma * p - 1))
 
 
 def poly(row: Row, y: int) -> tuple[Any, Any]:
@@ -201,6 +204,14 @@ SECOND = {
     "dense focal": Second(
         lambda x, y, t, o, where: jaxce.softmax_focal_loss(x, t, where=where),
         lambda row, y, t, o: of_dense(row, t, focal, 4),
+    ),
+    "focal, gamma 0.5": Second(
+        lambda x, y, t, o, where: jaxce.softmax_focal_loss(x, y, where=where, gamma=0.5),
+        lambda row, y, t, o: of_nll(row, y, *focal(row, y, 0.5)),
+    ),
+    "dense focal, gamma 0.5": Second(
+        lambda x, y, t, o, where: jaxce.softmax_focal_loss(x, t, where=where, gamma=0.5),
+        lambda row, y, t, o: of_dense(row, t, lambda row, y: focal(row, y, 0.5), 4),
     ),
     "sparse": Second(
         lambda x, y, t, o, where: jaxce.softmax_cross_entropy_with_sparse_labels(

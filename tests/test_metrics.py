@@ -11,6 +11,7 @@ import pickle
 import re
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -269,6 +270,17 @@ def test_derivatives() -> None:
     slopes = jax.jit(lambda x: (jax.jacobian(ours)(x), (jax.grad(brier)(x), jax.grad(gap)(x))))(logits)
     for got, right in zip(*slopes, strict=True):
         np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-8)
+
+
+def test_forward_mode() -> None:
+    """Derivatives by many directions at once, of metrics of which some have none."""
+    logits, labels, _, _ = data(12)
+
+    def metrics(x: Any) -> Any:
+        return Evaluation.from_batch(x, labels, k=2).compute(), TopKAccuracy.from_batch(x, labels, k=2).compute()
+
+    forward, reverse = (jax.jit(mode(metrics))(logits) for mode in (jax.jacfwd, jax.jacrev))
+    chex.assert_trees_all_close(forward, reverse, rtol=1e-5, atol=1e-8)
 
 
 # --- yes or no --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import chex
 import helpers
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 
@@ -239,6 +240,17 @@ def test_second_derivatives(name: str) -> None:
     option = OPTIONS[name]
     with jax.enable_x64(True):  # at 0.3, since the differences go to both sides
         chex.assert_numerical_grads(lambda v: jnp.sum(option.call(v)), (jnp.float64(0.3),), 2, atol=1e-5, rtol=1e-5)
+
+
+def test_gamma_of_certain_and_of_impossible_labels() -> None:
+    """The derivative of (1 - p)^gamma (-log p) by gamma, where 1 - p is nearly 1 or nearly 0."""
+    gaps = np.array([-80.0, -50, -20, -1, 0, 1, 20, 60, 80], np.float32)
+    x = np.stack([gaps, np.zeros_like(gaps)], -1)
+    got = jax.jacfwd(lambda gamma: jaxce.softmax_focal_loss(x, np.ones(len(x), int), gamma=gamma))(jnp.float32(0.5))
+    nll = [mpmath.log1p(mpmath.exp(float(gap))) for gap in gaps]
+    exact = [mpmath.sqrt(-mpmath.expm1(-a)) * a * mpmath.log(-mpmath.expm1(-a)) for a in nll]
+    # A power, a logarithm, a cross-entropy and 1 - p, each right to 2 ulp at least, of which the power's is halved.
+    assert np.max(helpers.ulp_error(got, exact)) <= 8
 
 
 def test_options_may_be_learnt_with_the_logits() -> None:
