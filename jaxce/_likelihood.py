@@ -27,7 +27,7 @@ from jax import Array, lax
 
 from jaxce import _checks, _platforms
 from jaxce._checks import ArrayLike, Axis, compiled
-from jaxce._rules import custom_jvp, product
+from jaxce._rules import custom_jvp, product, smallest
 from jaxce._sigmoid import sigmoid_binary_cross_entropy
 from jaxce._statistics import logsumexp
 from jaxce._terms import polynomial
@@ -173,7 +173,7 @@ def _log_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Arra
 @custom_jvp
 def _log_of(x: Array, sum_of_logs: Array) -> Array:
     """log x, given also as a sum of logarithms: its value where x is too large or small, and its derivatives everywhere."""
-    inside = (x >= float(jnp.finfo(x.dtype).tiny)) & (x < jnp.inf)
+    inside = (x >= smallest(x)) & (x < jnp.inf)
     return jnp.where(inside, jnp.log(jnp.where(inside, x, 1)), sum_of_logs)
 
 
@@ -956,7 +956,7 @@ def mixture_nll(
     weights -= jnp.where(jnp.isfinite(most), most, 0)
     joint = weights - jnp.where(weights != -jnp.inf, nll, 0)
     # Components whose posterior is 0 in this dtype are selected away, as their tangents may be infinite.
-    least = jnp.max(lax.stop_gradient(joint), axes, keepdims=True) + math.log(float(jnp.finfo(joint.dtype).tiny))
+    least = jnp.max(lax.stop_gradient(joint), axes, keepdims=True) + math.log(smallest(joint))
     joint = jnp.where(joint < least, -jnp.inf, joint)
     total = logsumexp(weights, axis)
     some = total != -jnp.inf

@@ -188,6 +188,11 @@ def largest(x: Array) -> float:
     return float(jnp.finfo(x.dtype).max)
 
 
+def smallest(x: Array) -> float:
+    """The smallest normal number of x's dtype, next to 0 to XLA."""
+    return float(jnp.finfo(x.dtype).tiny)
+
+
 _product = Primitive("product")
 
 

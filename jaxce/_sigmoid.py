@@ -17,21 +17,21 @@ from jax import Array
 
 from jaxce import _checks, _platforms
 from jaxce._checks import NOT_NEGATIVE, SHARE, SHARES, ArrayLike, compiled
-from jaxce._rules import custom_jvp, largest, product
+from jaxce._rules import custom_jvp, largest, product, smallest
 from jaxce._terms import neg_log, ratio
 
 
 def _atanh_coefficients(count: int) -> list[float]:
-    """Of the polynomial in u = s^2 that is closest to (atanh(s)/s - 1)/u = 1/3 + u/5 + u^2/7 + ... for |s| <= 1/3."""
+    """Of the polynomial in u = s^2 that is closest to 2 (atanh(s)/s - 1)/u = 2 (1/3 + u/5 + ...) for |s| <= 1/3."""
 
     def series(u: np.ndarray) -> np.ndarray:
-        return np.sum([u**k / (2 * k + 3) for k in reversed(range(20))], axis=0)
+        return 2 * np.sum([u**k / (2 * k + 3) for k in reversed(range(20))], axis=0)
 
     fit = np.polynomial.Chebyshev.interpolate(series, count - 1, domain=[0, 1 / 9])
     return fit.convert(kind=np.polynomial.Polynomial).coef.tolist()
 
 
-_ATANH = {4: _atanh_coefficients(5), 8: _atanh_coefficients(11)}  # by the size of the numbers
+_ATANH = {4: _atanh_coefficients(4), 8: _atanh_coefficients(10)}  # by the size of the numbers
 
 
 def _log1p_exp(x: Array) -> Array:
@@ -44,16 +44,19 @@ def _log1p_exp(x: Array) -> Array:
     series = last * u
     for c in reversed(others):
         series = (series + c) * u
-    return e - s * (e - 2 * series)
+    return e - s * (e - series)
+
+
+def _limit(weight: Array) -> Array:
+    """Infinity; but the largest number where the weight is 0, with which it makes 0."""
+    most = largest(weight)
+    return jnp.abs(weight * (1 / smallest(weight))) * most + most  # at least the sum of two largest numbers
 
 
 @custom_jvp
 def _times(weight: Array, cost: Array) -> Array:
     """weight * cost for cost >= 0, and 0 * inf is 0."""
-    most = jnp.abs(jnp.sign(weight)) * largest(cost)
-    part = jnp.minimum(cost, most)
-    # Infinity is the sum of two largest numbers. A factor of 2 XLA would multiply with the weight, before it overflows.
-    return weight * (part + jnp.minimum(cost - part, most))
+    return weight * jnp.minimum(cost, _limit(weight))
 
 
 _times.defslopes(lambda weight, cost: (cost, weight))
@@ -78,9 +81,10 @@ def _sigmoids_jvp(primals: tuple[Array], tangents: tuple[Array]) -> Any:
 
 @custom_jvp
 def _slope(x: Array, t: Array) -> Array:
-    """sigma(x) - t."""
-    p, not_p = _sigmoids(x)
-    return (1 - t) * p - t * not_p
+    """sigma(x) - t, from that of a large |x|."""
+    # By halves of e, as XLA:CPU would keep an array of a 1 that the loss has, too.
+    positive, e = x == jnp.abs(x), jnp.exp(-jnp.abs(x)) / 2
+    return (positive.astype(x.dtype) - t) + jnp.where(positive, -e, e) / (0.5 + e)
 
 
 @_slope.defjvp
@@ -93,8 +97,9 @@ def _slope_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> t
 def _binary_cross_entropy(x: Array, t: Array) -> Array:
     """-t log sigma(x) - (1 - t) log sigma(-x)."""
     x, t = _checks.upcast(x, t)
-    wrong = _times(t, jnp.maximum(-x, 0)) - _times(t - 1, jnp.maximum(x, 0))  # XLA:CPU would keep 1 - t
-    return wrong + _log1p_exp(-jnp.abs(x))
+    slope = jnp.minimum(jnp.maximum(x, 0) * (1 / smallest(x)), 1) - t  # 1 or 0, less t
+    limit = _limit(slope)
+    return jnp.minimum(jnp.maximum(x, -limit), limit) * slope + _log1p_exp(-jnp.abs(x))
 
 
 @_binary_cross_entropy.defjvp

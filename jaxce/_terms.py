@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxce._rules import custom_jvp, largest, product
+from jaxce._rules import custom_jvp, largest, product, smallest
 
 
 @custom_jvp
@@ -46,20 +46,15 @@ def polynomial(coefficients: Sequence[float], x: Array) -> Array:
 # 0 log 0 is 0. A selection would say so, but XLA:CPU can't have one inside of a sum: it writes out what it selects from.
 
 
-def _tiny(x: Array) -> float:
-    """The smallest normal number of x's dtype, next to 0 to XLA."""
-    return float(jnp.finfo(x.dtype).tiny)
-
-
 def log_weighed(weight: Array, x: Array) -> Array:
     """log x, but some finite number where weight and x are 0."""
-    return jnp.log(x + jnp.maximum(_tiny(x) - jnp.abs(weight), 0))
+    return jnp.log(x + jnp.maximum(smallest(x) - jnp.abs(weight), 0))
 
 
 def weighed(weight: Array, log_x: Array) -> Array:
     """log x, but some finite number where weight and x are 0."""
     most = largest(log_x)
-    least = -most - jnp.minimum(jnp.abs(weight) * (1 / _tiny(weight)), 1) * most  # -inf where there is a weight
+    least = -most - jnp.minimum(jnp.abs(weight) * (1 / smallest(weight)), 1) * most  # -inf where there is a weight
     return jnp.maximum(least, log_x)
 
 
@@ -145,7 +140,7 @@ neg_x_log_not_y.defslopes(lambda w, q: (-log1p(-jnp.where((w == 0) & (q == 1), 0
 
 def _spread(p: Array, q: Array) -> Array:
     """s = (p - q) / (p + q), 0 where both are 0; formed from their ratio, as p + q may overflow."""
-    larger = jnp.maximum(jnp.maximum(p, q), _tiny(p))
+    larger = jnp.maximum(jnp.maximum(p, q), smallest(p))
     return (p - q) / larger * (1 / (1 + jnp.minimum(p, q) / larger))
 
 
@@ -202,7 +197,7 @@ def _parts_of_product(p: Array, x: Array, y: Array, total: Array) -> tuple[Array
     """p - q and (p - q) / (p + q) with q = x y / total, which may underflow; and log(p / q) where they aren't near."""
     share = ratio(x, total)
     difference = _less_product(p, share, y)
-    s = difference / jnp.maximum(p + share * y, _tiny(p))
+    s = difference / jnp.maximum(p + share * y, smallest(p))
     return difference, s, jnp.log(ratio(p, x) * ratio(total, y))
 
 
@@ -336,7 +331,7 @@ def _in_mixture(delta: Array, w: Array, not_w: Array) -> tuple[Array, Array, Arr
     size = jnp.where(p_larger, delta, -delta)  # jnp.abs has no derivative at 0
     smaller, less = jnp.exp(-size), jnp.expm1(-size)  # the smaller over the larger, and less 1
     of_larger, of_smaller = jnp.where(p_larger, w, not_w), jnp.where(p_larger, not_w, w) * smaller
-    m = jnp.maximum(of_larger + of_smaller, _tiny(delta))
+    m = jnp.maximum(of_larger + of_smaller, smallest(delta))
     in_p, in_q = jnp.where(p_larger, of_larger, of_smaller), jnp.where(p_larger, of_smaller, of_larger)
     return in_p / m, in_q / m, jnp.where(p_larger, -less, less) / m
 
