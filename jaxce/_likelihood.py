@@ -661,7 +661,8 @@ def gamma_nll(
     log_few = jnp.where(log_a >= 0, 0, log_a)
     a, y = _exp(log_few), _times_exp(positive, log_rate)
     few = (y - product(a, _log_of(y, log_rate + log_x))) + (log_x - log_few) + _log_gamma_1p(a)
-    at_zero = jnp.where(log_a == 0, -log_rate, jnp.where(log_a > 0, jnp.inf, -jnp.inf) + log_a)
+    of_one = _times_exp(jnp.where(x == 0, x, 0), log_rate) - log_rate  # the exponential distribution's
+    at_zero = jnp.where(log_a == 0, of_one, jnp.where(log_a > 0, jnp.inf, -jnp.inf) + log_a)
     value = jnp.where(x == 0, at_zero, jnp.where(log_a >= 0, many, few))
     return _checks.only(keep, jnp.where(x >= 0, value, jnp.nan), 0)
 
@@ -949,6 +950,8 @@ def mixture_nll(
     nll = _checks.floating("component_nll", component_nll)
     weights, nll = _broadcast(log_weights=weights, component_nll=nll)
     axes = _checks.axes(axis, nll.ndim)
+    if math.prod(nll.shape[a] for a in axes) == 0:
+        raise _checks.ArgumentValueError(f"component_nll must have at least one component, got shape {nll.shape}")
     if where is not None:
         weights = jnp.where(_checks.where_entries(where, nll.shape, axes), weights, -jnp.inf)
     # Weights that aren't normalised may be large: both sums would be, too, and their difference have lost its digits.

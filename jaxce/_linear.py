@@ -161,7 +161,8 @@ def linear_cross_entropy(
     options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
     z = z.having(**{name: z.of_rows(name, value) for name, value in options.items() if value is not None})
     total, aux = on_each_device(partial(_total, chunk_size, has_aux), (z,), results=("total", "rows"))
-    mean = weighted_mean(total, normalizer=jnp.sum(w) if normalizer is None else normalizer)
+    weight = jnp.sum(w) if normalizer is None else _checks.real("normalizer", normalizer, z.dtype).astype(z.dtype)
+    mean = weighted_mean(total, normalizer=weight)
     return (mean, aux) if has_aux else mean
 
 

@@ -203,7 +203,7 @@ class LinearLogits:
                 "else use materialize()"
             )
         if self.temperature is not None:  # by which the bias of the product is divided
-            more = more * jnp.asarray(self.temperature).astype(more.dtype)
+            more = more.astype(self.dtype) * jnp.asarray(self.temperature).astype(self.dtype)
         if self.bias is not None:
             more, before = _checks.upcast(more, self.bias)
             more = more + before

@@ -79,7 +79,7 @@ def sigmoid_binary_cross_entropy_with_sparse_labels(
       class_groups: an integer for each class; by default that of the row, if there are as many rows as classes.
 
     Returns:
-      Losses of the batch shape, float32 for half-precision logits and the logits' dtype otherwise.
+      Losses of the batch shape, float32 for half precision, else the wider of the dtypes of logits and weights.
 
     Examples:
       >>> import jax.numpy as jnp, jaxce

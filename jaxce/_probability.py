@@ -16,8 +16,8 @@ from jaxce import _checks, _mesh, _platforms
 from jaxce._checks import ArrayLike, Axis, compiled
 from jaxce._rules import alike, custom_jvp, product
 from jaxce._terms import (
-    bregman_from,
-    log1p,
+    bregman_to_log,
+    log_ratio_to_log,
     log_weighed,
     neg_log,
     neg_x_log_not_y,
@@ -38,12 +38,7 @@ def _there(log_q: Array, t: Array) -> Array:
 @custom_jvp
 def _log_ratio(log_q: Array, t: Array) -> Array:
     """log(t / q), 0 where both are 0. d/dlog q = -1, d/dt = 1 / t."""
-    there = _there(log_q, t)
-    log_q, t = jnp.where(there == 0, 0, log_q), t + (1 - there)
-    difference = jnp.log(t) - log_q
-    near = jnp.abs(difference) < 1
-    # t / q - 1, of a t and a q near 1 as well: t (1 / q - 1) + (t - 1).
-    return jnp.where(near, log1p(t * jnp.expm1(jnp.where(near, -log_q, 0)) + (t - 1)), difference)
+    return jnp.where(_there(log_q, t) == 0, 0, log_ratio_to_log(t, log_q))
 
 
 _log_ratio.defslopes(lambda log_q, t: (-jnp.ones_like(log_q), ratio(_there(log_q, t), t)))
@@ -78,7 +73,7 @@ def _(primals: Any, tangents: Any) -> Any:
 @custom_jvp
 def _generalized_kl_term(log_q: Array, t: Array) -> Array:
     """t log(t / q) - t + q >= 0, q at t = 0. d/dlog q = q - t, d/dt = log(t / q)."""
-    return bregman_from(_log_ratio(log_q, t), t, t - jnp.exp(log_q))
+    return bregman_to_log(t, log_q)
 
 
 @_generalized_kl_term.defjvp

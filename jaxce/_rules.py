@@ -240,10 +240,17 @@ def _batch_product(args: Any, axes: Any) -> tuple[Array, int]:
     return product(x, y), 0
 
 
+def _jet_product(primals: Any, series: Any) -> tuple[Array, list[Array]]:
+    x, y = ([v, *terms] for v, terms in zip(primals, series, strict=True))
+    first, *others = (sum(map(product, x[: k + 1], y[k::-1])) for k in range(len(x)))
+    return first, others
+
+
 _product.def_impl(jax.jit(_evaluate_product))
 _product.def_abstract_eval(lambda x, y: x)
 ad.defbilinear(_product, lambda ct, x, y: product(ct, y), lambda ct, x, y: product(x, ct))
 batching.primitive_batchers[_product] = _batch_product
+jet_rules[_product] = _jet_product
 mlir.register_lowering(_product, mlir.lower_fun(_evaluate_product, multiple_results=False))
 
 

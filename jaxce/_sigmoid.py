@@ -12,26 +12,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from jaxce import _checks, _platforms
 from jaxce._checks import NOT_NEGATIVE, SHARE, SHARES, ArrayLike, compiled
 from jaxce._rules import custom_jvp, largest, product, smallest
-from jaxce._terms import neg_log, ratio
+from jaxce._terms import atanh_coefficients, log1p, neg_log, polynomial, ratio
 
-
-def _atanh_coefficients(count: int) -> list[float]:
-    """Of the polynomial in u = s^2 that is closest to 2 (atanh(s)/s - 1)/u = 2 (1/3 + u/5 + ...) for |s| <= 1/3."""
-
-    def series(u: np.ndarray) -> np.ndarray:
-        return 2 * np.sum([u**k / (2 * k + 3) for k in reversed(range(20))], axis=0)
-
-    fit = np.polynomial.Chebyshev.interpolate(series, count - 1, domain=[0, 1 / 9])
-    return fit.convert(kind=np.polynomial.Polynomial).coef.tolist()
-
-
-_ATANH = {4: _atanh_coefficients(4), 8: _atanh_coefficients(10)}  # by the size of the numbers
+_ATANH = {4: atanh_coefficients(4, 1 / 3), 8: atanh_coefficients(10, 1 / 3)}  # by the size of the numbers
 
 
 def _log1p_exp(x: Array) -> Array:
@@ -40,10 +28,7 @@ def _log1p_exp(x: Array) -> Array:
     # log(1 + e) = 2 atanh(s) with s = e / (2 + e) <= 1/3, and 2 s = e - s e: e, the larger part, has no error to add.
     s = e / (2 + e)
     u = s * s
-    *others, last = _ATANH[x.dtype.itemsize]
-    series = last * u
-    for c in reversed(others):
-        series = (series + c) * u
+    series = u * polynomial([2 * c for c in _ATANH[x.dtype.itemsize]], u)
     return e - s * (e - series)
 
 
@@ -63,7 +48,7 @@ _times.defslopes(lambda weight, cost: (cost, weight))
 
 
 @custom_jvp
-def _sigmoids(x: Array) -> tuple[Array, Array]:
+def sigmoids(x: Array) -> tuple[Array, Array]:
     """sigma(x) and sigma(-x) = 1 - sigma(x)."""
     e = jnp.exp(-jnp.abs(x))
     large = 1 / (1 + e)
@@ -72,9 +57,9 @@ def _sigmoids(x: Array) -> tuple[Array, Array]:
     return jnp.where(positive, large, small), jnp.where(positive, small, large)
 
 
-@_sigmoids.defjvp
-def _sigmoids_jvp(primals: tuple[Array], tangents: tuple[Array]) -> Any:
-    p, not_p = _sigmoids(*primals)
+@sigmoids.defjvp
+def sigmoids_jvp(primals: tuple[Array], tangents: tuple[Array]) -> Any:
+    p, not_p = sigmoids(*primals)
     slope = p * not_p * tangents[0]
     return (p, not_p), (slope, -slope)
 
@@ -89,7 +74,7 @@ def _slope(x: Array, t: Array) -> Array:
 
 @_slope.defjvp
 def _slope_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    p, not_p = _sigmoids(primals[0])
+    p, not_p = sigmoids(primals[0])
     return _slope(*primals), p * not_p * tangents[0] - tangents[1]
 
 
@@ -121,7 +106,7 @@ def softplus(x: Array) -> Array:
 
 @softplus.defjvp
 def _softplus_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return softplus(*primals), _sigmoids(*primals)[0] * tangents[0]
+    return softplus(*primals), sigmoids(*primals)[0] * tangents[0]
 
 
 def _smoothed(t: Array, a: Array) -> tuple[Array, Array]:
@@ -140,9 +125,9 @@ def _weighted(x: Array, t: Array, w: Array, a: Array) -> Array:
 def _weighted_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
     (x, t), (_, _, w, a) = _platforms.reread(primals[:2]), primals  # as in _binary_cross_entropy
     dx, dt, dw, da = tangents
-    (yes, no), (p, not_p) = _smoothed(t, a), _sigmoids(x)
+    (yes, no), (p, not_p) = _smoothed(t, a), sigmoids(x)
     by_label = product(_times(w, softplus(-x)) - softplus(x), (1 - a) * dt + (0.5 - t) * da)
-    return _weighted(*primals), (no * p - w * yes * not_p) * dx + by_label + product(softplus(-x), yes * dw)
+    return _weighted(*primals), (no * p - w * yes * not_p) * dx + by_label + product(product(softplus(-x), yes), dw)
 
 
 def binary_loss(x: Array, t: Array, weight: Array | None) -> Array:
@@ -177,21 +162,25 @@ class _Parts(NamedTuple):
     """dc/dx / m, between -1 and 1."""
     c_to_m: Array
     """c / m, at least 1."""
+    log_m: Array
+    """log m, 0 where m is."""
 
 
 def _miss(x: Array, t: Array) -> Array:
     """1 - p_t, without subtracting anything from 1 that is close to it."""
-    p, not_p = _sigmoids(x)
+    p, not_p = sigmoids(x)
     return (1 - t) * p + t * not_p
 
 
 def _parts(x: Array, t: Array) -> _Parts:
-    (p, not_p), m, c = _sigmoids(x), _miss(x, t), _binary_cross_entropy(x, t)
+    (p, not_p), m, c = sigmoids(x), _miss(x, t), _binary_cross_entropy(x, t)
     x, c = (jnp.where(jnp.isinf(a), 0, a) for a in (x, c))
     spread, slope, side = p * not_p, (1 - t) * p - t * not_p, 1 - 2 * t
     to_m = (jnp.where(m == 0, limit, ratio(a, m)) for a, limit in ((spread, 1), (slope, side), (c, 1)))
     spread_to_m, slope_to_m, c_to_m = to_m
-    return _Parts(m, c, x, not_p - p, spread, slope, side * spread_to_m, slope_to_m, c_to_m)
+    right = t * p + (1 - t) * not_p
+    log_m = jnp.where(m > 0.5, log1p(-right), -neg_log(jnp.where(m == 0, 1, m)))
+    return _Parts(m, c, x, not_p - p, spread, slope, side * spread_to_m, slope_to_m, c_to_m, log_m)
 
 
 def _times_power(x: Array, t: Array, exponent: Array, rest: Array) -> Array:
@@ -225,12 +214,8 @@ def _focal_by_t(x: Array, t: Array, gamma: Array) -> Array:
 def _focal_by_gamma(x: Array, t: Array, gamma: Array) -> Array:
     """m^gamma c log m, 0 also where m or log m is, if c is infinite."""
     z = _parts(x, t)
-    factor = z.m**gamma * _log_miss(z)
+    factor = z.m**gamma * z.log_m
     return factor * jnp.where(factor == 0, z.c, _binary_cross_entropy(x, t))
-
-
-def _log_miss(z: _Parts) -> Array:
-    return -neg_log(jnp.where(z.m == 0, 1, z.m))
 
 
 def _focal_by_x_slopes(x: Array, t: Array, gamma: Array) -> tuple[Array, Array, Array]:
@@ -239,21 +224,21 @@ def _focal_by_x_slopes(x: Array, t: Array, gamma: Array) -> tuple[Array, Array, 
     of_c = 2 * z.slope + z.c * ((gamma - 1) * z.log_slope + z.turn)
     of_c_to_m = (gamma - 1) * z.log_slope * z.turn - 2 * z.spread
     by_t = gamma * (z.turn * z.slope_to_m + z.c_to_m * of_c_to_m) - 1 - g * z.x
-    by_gamma = z.c * z.log_slope + _log_miss(z) * (z.slope + g * z.c)
+    by_gamma = z.c * z.log_slope + z.log_m * (z.slope + g * z.c)
     return z.m**gamma * (z.spread + g * of_c), _times_power(x, t, gamma, by_t), z.m**gamma * by_gamma
 
 
 def _focal_by_t_slopes(x: Array, t: Array, gamma: Array) -> tuple[Array, Array, Array]:
     z = _parts(x, t)
     twice = gamma * z.turn * ((gamma - 1) * z.turn * z.c_to_m - 2 * z.x)
-    by_gamma = (1 + _log_miss(z) * gamma) * z.turn * z.c_to_m - _log_miss(z) * z.x
+    by_gamma = (1 + z.log_m * gamma) * z.turn * z.c_to_m - z.log_m * z.x
     by_x, by_t = _focal_by_x_slopes(x, t, gamma)[1], _times_power(x, t, gamma - 1, twice)
     # It may be infinite where the slope isn't, and would be NaN of a loss without weight.
     return by_x, jnp.where(jnp.isinf(by_t), 0, by_t), _times_power(x, t, gamma, by_gamma)
 
 
 def _focal_by_gamma_slopes(x: Array, t: Array, gamma: Array) -> tuple[Array, Array, Array]:
-    twice = _log_miss(_parts(x, t)) * _focal_by_gamma(x, t, gamma)
+    twice = _parts(x, t).log_m * _focal_by_gamma(x, t, gamma)
     return _focal_by_x_slopes(x, t, gamma)[2], _focal_by_t_slopes(x, t, gamma)[2], twice
 
 

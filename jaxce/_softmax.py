@@ -168,7 +168,7 @@ def softmax_cross_entropy_with_sparse_labels(
       z_loss: the factor of the squared log-normalizer; a number, or one for each row.
 
     Returns:
-      Losses of the batch shape, float32 for half-precision logits and the logits' dtype otherwise.
+      Losses of the batch shape, float32 for half precision, else the wider of the dtypes of logits and weights.
 
     Examples:
       >>> import jax.numpy as jnp, jaxce

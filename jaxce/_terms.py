@@ -138,20 +138,42 @@ neg_x_log_not_y.defslopes(lambda w, q: (-log1p(-jnp.where((w == 0) & (q == 1), 0
 # ------------------------------------------------------------------------------------------ of two, from probabilities
 
 
+def atanh_coefficients(count: int, most: float) -> list[float]:
+    """Of the polynomial in u = s^2 that is closest to (atanh(s)/s - 1)/u = 1/3 + u/5 + u^2/7 + ... for |s| <= most."""
+
+    def series(u: np.ndarray) -> np.ndarray:
+        return np.sum([u**k / (2 * k + 3) for k in reversed(range(50))], axis=0)
+
+    fit = np.polynomial.Chebyshev.interpolate(series, count - 1, domain=[0, most**2])
+    return fit.convert(kind=np.polynomial.Polynomial).coef.tolist()
+
+
+_NEAR = math.tanh(0.5)
+"""(p - q) / (p + q) of numbers whose logarithms differ by 1."""
+
+_ATANH = {4: atanh_coefficients(5, _NEAR), 8: atanh_coefficients(12, _NEAR)}  # by the size of the numbers
+
+
+def _in_range(p: Array, q: Array) -> tuple[Array, Array]:
+    """p and q times a power of two with which their sum doesn't overflow, nor their difference underflow."""
+    scale = jnp.where(p + q > 1, 2.0**-60, 2.0**60)
+    return p * scale, q * scale
+
+
 def _spread(p: Array, q: Array) -> Array:
-    """s = (p - q) / (p + q), 0 where both are 0; formed from their ratio, as p + q may overflow."""
-    larger = jnp.maximum(jnp.maximum(p, q), smallest(p))
-    return (p - q) / larger * (1 / (1 + jnp.minimum(p, q) / larger))
+    """s = (p - q) / (p + q), 0 where both are 0."""
+    p, q = _in_range(p, q)
+    return (p - q) / jnp.maximum(p + q, smallest(p))
 
 
 def _is_near(s: Array) -> Array:
     """Whether |log p - log q| < 1."""
-    return jnp.abs(s) < math.tanh(0.5)
+    return jnp.abs(s) < _NEAR
 
 
 def _atanh_rest(s: Array) -> Array:
     """r = (atanh(s) / s - 1) / s, where p and q are near."""
-    return s * polynomial([1 / (2 * k + 3) for k in range(10 if s.dtype.itemsize == 4 else 22)], s * s)
+    return s * polynomial(_ATANH[s.dtype.itemsize], s * s)
 
 
 def _log_of_near(s: Array) -> Array:
@@ -159,27 +181,36 @@ def _log_of_near(s: Array) -> Array:
     return 2 * s * (1 + s * _atanh_rest(s))
 
 
-def _log_of_ratio(p: Array, q: Array) -> Array:
-    """log(p / q) where they aren't near: twice a quotient of roots neither overflows nor underflows."""
-    return 2 * (jnp.log(2 * jnp.sqrt(p) / jnp.sqrt(q)) - math.log(2))
+def _near_or_far(p: Array, q: Array) -> tuple[Array, Array, Array]:
+    """Whether p and q are near; s = (p - q) / (p + q), 0 where both are 0; and log(p / q) where they aren't near."""
+    a, b = _in_range(p, q)
+    near = jnp.abs(a - b) <= _NEAR * (a + b)
+    # One division for both. Twice a quotient of roots neither overflows nor underflows.
+    s = jnp.where(near, a - b, 2 * jnp.sqrt(p)) / jnp.where(near, jnp.maximum(a + b, smallest(p)), jnp.sqrt(q))
+    return near, s, 2 * (jnp.log(jnp.abs(s)) - math.log(2))
 
 
 @custom_jvp
 def log_ratio(p: Array, q: Array) -> Array:
     """log(p / q), 0 where both are 0. d/dp = 1 / p, d/dq = -1 / q."""
-    s = _spread(p, q)
-    return jnp.where(_is_near(s), _log_of_near(s), _log_of_ratio(p, q))
+    near, s, far = _near_or_far(p, q)
+    return jnp.where(near, _log_of_near(s), far)
 
 
 log_ratio.defslopes(lambda p, q: (ratio(there(p, q), p), -ratio(there(p, q), q)))
 
 
+def _bregman(p: Array, difference: Array, near: Array, s: Array, far: Array) -> Array:
+    """p log(p/q) - p + q from p - q, (p - q) / (p + q) where they are near, and log(p/q) where they aren't."""
+    of_near = difference * s * (1 + (1 + s) * _atanh_rest(s))
+    return jnp.where(near, of_near, p * jnp.maximum(far, -largest(p)) - difference)
+
+
 @custom_jvp
 def bregman(p: Array, q: Array) -> Array:
     """p log(p/q) - p + q >= 0: q at p = 0, and +inf at q = 0 < p. d/dp = log(p/q), d/dq = 1 - p/q."""
-    s = _spread(p, q)
-    far = p * jnp.maximum(_log_of_ratio(p, q), -largest(p)) - (p - q)
-    return jnp.where(_is_near(s), (p - q) * s * (1 + (1 + s) * _atanh_rest(s)), far)
+    near, s, far = _near_or_far(p, q)
+    return _bregman(p, p - q, near, s, far)
 
 
 # The other way round, or XLA on a GPU would keep what the value and its derivative have in common.
@@ -198,7 +229,8 @@ def _parts_of_product(p: Array, x: Array, y: Array, total: Array) -> tuple[Array
     share = ratio(x, total)
     difference = _less_product(p, share, y)
     s = difference / jnp.maximum(p + share * y, smallest(p))
-    return difference, s, jnp.log(ratio(p, x) * ratio(total, y))
+    p, x, y, total = map(jnp.sqrt, (p, x, y, total))  # quotients of roots neither overflow nor underflow
+    return difference, s, 2 * jnp.log(ratio(p, x) * ratio(total, y))
 
 
 @custom_jvp
@@ -220,8 +252,20 @@ log_ratio_to_product.defslopes(_log_ratio_to_product_slopes)
 def bregman_to_product(p: Array, x: Array, y: Array, total: Array) -> Array:
     """p log(p/q) - p + q >= 0 with q = x y / total."""
     difference, s, far = _parts_of_product(p, x, y, total)
-    near = difference * s * (1 + (1 + s) * _atanh_rest(s))
-    return jnp.where(_is_near(s), near, p * jnp.maximum(far, -largest(p)) - difference)
+    return _bregman(p, difference, _is_near(s), s, far)
+
+
+def log_ratio_to_log(p: Array, log_q: Array) -> Array:
+    """log(p/q), right to an ulp of the logarithms; where they are near, of 1 or the logarithms if those are less."""
+    s, difference = _spread(p, jnp.exp(log_q)), jnp.log(p) - log_q
+    return jnp.where((jnp.abs(difference) < 1) & (jnp.abs(log_q) > 1), _log_of_near(s), difference)
+
+
+def bregman_to_log(p: Array, log_q: Array) -> Array:
+    """p log(p/q) - p + q >= 0: q at p = 0, and +inf at q = 0 < p."""
+    q = jnp.exp(log_q)
+    s = _spread(p, q)
+    return _bregman(p, p - q, _is_near(s), s, jnp.log(p) - log_q)
 
 
 def bregman_from(delta: Array, p: Array, difference: Array) -> Array:
@@ -241,7 +285,8 @@ def _entropy_gap(s: Array) -> Array:
 def log_to_mean(p: Array, q: Array) -> Array:
     """log(p/m) with m = (p + q) / 2, 0 where both are 0. d/dp = q / (p (p + q)), d/dq = -1 / (p + q)."""
     s = _spread(p, q)
-    return jnp.where(s < -0.5, _log_of_ratio(p, q) + jnp.log(1 - s), log1p(jnp.maximum(s, -0.5)))
+    far = 2 * (jnp.log(2 * jnp.sqrt(p) / jnp.sqrt(q)) - math.log(2))
+    return jnp.where(s < -0.5, far + jnp.log(1 - s), log1p(jnp.maximum(s, -0.5)))
 
 
 def _log_to_mean_slopes(p: Array, q: Array) -> tuple[Array, Array]:

@@ -53,7 +53,7 @@ from jaxce._inputs import Inputs, Spec, on_each_device, read_logits
 from jaxce._logits import AnyLogits
 from jaxce._measures import NLL, measure_part, replaced, sum_of
 from jaxce._passes import add_up, by_rows, reading
-from jaxce._sigmoid import sigmoid_binary_cross_entropy
+from jaxce._sigmoid import sigmoid_binary_cross_entropy, sigmoids
 from jaxce._state import Ask, State, there
 
 __all__ = [
@@ -837,11 +837,11 @@ def _answers(logits: Any, labels: Any, weights: Any, where: Any, threshold: floa
         w = jnp.broadcast_to(w, x.shape)
     keep = _checks.where_elements(where, x.shape)
     x, y, w = (_checks.only(keep, a, 0) for a in (x, y, w))
-    sign = 1 - 2 * y
-    miss = jax.nn.sigmoid(sign * x)  # the probability of the other answer, which isn't formed as 1 - p
+    p, not_p = sigmoids(x)
+    miss = jnp.where(y == 1, not_p, p)  # the probability of the other answer
     yes = x > math.log(threshold) - math.log1p(-threshold)
     nll = jnp.where((y == 0) | (y == 1), sigmoid_binary_cross_entropy(x, y), jnp.nan)
-    return _Answers(nll, (yes == (y == 1)).astype(x.dtype), jax.nn.sigmoid(x), miss * miss, y), w
+    return _Answers(nll, (yes == (y == 1)).astype(x.dtype), p, miss * miss, y), w
 
 
 def _reshape_hint(name: str, given: Array, wanted: Array) -> str:

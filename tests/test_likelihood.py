@@ -822,6 +822,8 @@ def test_mixture_of_nothing() -> None:
     assert jnp.array_equal(jaxce.mixture_nll(nan, nan, where=where), jnp.zeros(2))
     gradient = jax.grad(lambda *a: jaxce.mixture_nll(*a, where=where).sum(), (0, 1))(nan, nan)
     assert all(jnp.all(g == 0) for g in gradient)
+    with pytest.raises(ValueError, match="mixture_nll: component_nll must have at least one component"):
+        jaxce.mixture_nll(jnp.zeros((2, 0)), jnp.zeros((2, 0)))
     # a density of 0 everywhere
     assert jaxce.mixture_nll(jnp.zeros(3), jnp.full(3, jnp.inf)) == jnp.inf
 
@@ -879,6 +881,10 @@ def test_edges(name: str) -> None:
         if gradient is not None:
             np.testing.assert_allclose(slopes[: len(gradient)], gradient, rtol=1e-6, atol=1e-7, err_msg=str(row))
         assert value in (INF, -INF) or not np.isnan(slopes[0]), row
+
+
+def test_gamma_of_shape_1_is_exponential_at_0() -> None:
+    np.testing.assert_allclose(jax.grad(jaxce.gamma_nll, 2)(0.0, 1.0, 0.0), math.e, rtol=1e-6)
 
 
 CURVATURES = [

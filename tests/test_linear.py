@@ -632,6 +632,9 @@ def test_temperatures_and_biases_by_operators() -> None:
         ]:
             assert isinstance(got, jaxce.LinearLogits)
             close(got.materialize(), right, rtol=1e-5, atol=1e-6)  # a temperature divides after the bias is added
+    half = jaxce.LinearLogits(jnp.zeros((1, 2), "bfloat16"), jnp.zeros((2, 3), "bfloat16")) / 0.07
+    bias = jnp.array([9.8125, 1, -3], "bfloat16")  # by how much the temperature multiplies it isn't rounded to 16 bits
+    close((half + bias).materialize()[0], bias.astype("float32"), rtol=2.0**-22, atol=0)
 
 
 def test_what_operators_refuse() -> None:

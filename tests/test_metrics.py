@@ -338,6 +338,10 @@ def test_binary_digits_and_edges() -> None:
     """A sure answer's Brier score isn't formed as 1 - p; invalid labels and NaN that count are seen; nothing is 0."""
     score = BinaryBrier.from_batch(jnp.array([30.0, -30.0]), jnp.array([True, False])).compute()
     np.testing.assert_allclose(score, scipy.special.expit(-30.0) ** 2, rtol=1e-6)
+    slope = jax.vmap(jax.grad(lambda x: BinaryBrier.from_batch(x[None], jnp.array([1])).compute()))
+    wrong = np.array([-18.0, -15, -12, -1], "float32")
+    p, not_p = scipy.special.expit(wrong.astype(float)), scipy.special.expit(-wrong.astype(float))
+    np.testing.assert_allclose(slope(jnp.asarray(wrong)), -2 * not_p**2 * p, rtol=1e-6)
     for logits, labels in (([0.0, NAN], [0, 1]), ([0.0, 1.0], [0, 2]), ([0.0, 1.0], [0, -1])):
         result = BinaryEvaluation.from_batch(jnp.array(logits), jnp.array(labels)).compute()
         assert all(jnp.isnan(x) for x in (result.nll, result.accuracy, result.brier, result.calibration_error))

@@ -130,6 +130,7 @@ def numbers(dtype: str, logs: bool) -> np.ndarray:
     if logs:
         low = float(np.log(tiny))
         values = [-INF, 8 * low, 1.2 * low, 1.1 * low, 0.99 * low, low / 2, low / 5, -1, -0.7, -0.1, -1e-3, -1e-5, 0]
+        values += [1e-3, 0.7, 7, -low / 5, -low / 2]
     else:
         values = [0, 1.9 * tiny, 9 * tiny, tiny**0.8, tiny**0.52, tiny**0.49, tiny**0.3, 1e-6, 0.2, 0.3, 0.5, 1]
         values += [1e3, most**0.4, most * 0.6, most * 0.9]
@@ -140,8 +141,6 @@ def pairs(name: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """[rows, 3] of either argument: all pairs of numbers, and nearly equal ones in all distances."""
     logs = TERMS[name].logs
     first, second = (numbers(dtype, is_log) for is_log in logs)
-    if logs[0] and not logs[1]:
-        second = second[second <= 1]  # probabilities; logarithms don't reach the largest numbers
     made = list(itertools.product(first.tolist(), second.tolist()))
     rng = np.random.default_rng(0)
     eps = float(np.finfo(dtype).eps)

@@ -64,6 +64,13 @@ def test_taylor_series() -> None:
         np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-6)  # sums of a few terms of both signs
 
 
+def test_taylor_series_of_products() -> None:
+    """The same of a function whose value is made with a product in which 0 takes away anything."""
+    mean, slope, zero = jnp.float32(0.7), jnp.float32(2), jnp.float32(0)
+    _, terms = jet.jet(lambda m: jaxce.gaussian_nll(m, 0.0, 2.0), (mean,), ((slope, zero, zero),))
+    np.testing.assert_allclose(terms, [-2.6, 4, 0], rtol=1e-6)  # of (2 - m)^2 / 2 at m = 0.7 + 2 t
+
+
 def test_checkify_sees_derivatives() -> None:
     """It has no public way to be told of a primitive, so it can't see the inside of a value; CONTRIBUTING.md says so."""
     x = jnp.full((2, 3), jnp.nan)

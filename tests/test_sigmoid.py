@@ -272,6 +272,32 @@ def test_focal_derivatives_in_the_tails(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
+def test_focal_by_gamma_in_the_tails(gamma: float) -> None:
+    """Where 1 - p_t is close to 0, or to 1 with a small logarithm; and how that changes with the logit."""
+    grid = list(itertools.product([*np.linspace(-40, 40, 33)], (0, 1, 0.25)))
+    x, t = (np.array(column, np.float32) for column in zip(*grid, strict=True))
+
+    def by_gamma(x: Any) -> Any:
+        one, g = jnp.ones_like(x), jnp.full_like(x, gamma)
+        return jax.jvp(lambda g: sigmoid_focal_loss(x, t, gamma=g), (g,), (one,))[1]
+
+    got, mixed = jax.jit(lambda x: jax.jvp(by_gamma, (x,), (jnp.ones_like(x),)))(x)
+    exact, slopes = [], []
+    for a, b in zip(x.tolist(), t.tolist(), strict=True):
+        a, g = mpmath.mpf(a), mpmath.mpf(gamma)
+        p, not_p = 1 / (1 + mpmath.exp(-a)), 1 / (1 + mpmath.exp(a))
+        m, c = (1 - b) * p + b * not_p, b * mpmath.log1p(mpmath.exp(-a)) + (1 - b) * mpmath.log1p(mpmath.exp(a))
+        log_m = mpmath.log(m) if m < 0.5 else mpmath.log1p(-(b * p + (1 - b) * not_p))
+        log_slope = (1 - 2 * b) * p * not_p / m
+        exact.append(m**g * c * log_m)
+        parts = m**g * ((1 - b) * p - b * not_p) * log_m, m**g * c * log_slope, g * m**g * c * log_m * log_slope
+        slopes.append((mpmath.fsum(parts), sum(map(abs, parts))))
+    limit = 12 + 6 * gamma  # as of the derivatives by the logit
+    assert ulp_error(got, exact).max() <= limit
+    assert ulp_error(mixed, *zip(*slopes, strict=True)).max() <= limit
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
 def test_focal_tails(gamma: float) -> None:
     x = jnp.array([INF, -INF, INF, -INF, INF, 95, 88, 60, 40, -95, -60, 3e38, -3e38, 95, -3e38])
     t = jnp.array([1.0, 0, 0, 1, 0.5, 1, 1, 1, 1, 0, 0, 1, 0, 0, 1])
@@ -458,6 +484,10 @@ def test_weighted_infinite_logits() -> None:
     np.testing.assert_allclose(slope, slopes, rtol=1e-7)  # products rounded once
     np.testing.assert_array_equal(curvature, 0)
     np.testing.assert_array_equal(smoothed, INF)
+    for mode in (jax.grad, jax.jacfwd):  # by one weight for all
+        pair = jnp.array([-INF, 0.0]), jnp.array([0.0, 1.0])
+        by_weight = mode(lambda w, pair=pair: sigmoid_binary_cross_entropy(*pair, pos_weight=w).sum())(2.0)
+        np.testing.assert_allclose(by_weight, np.log(2), rtol=1e-7)
     for label in (0.3, jnp.full((), 0.3)):  # whose factor XLA joins to others
         np.testing.assert_array_equal(sigmoid_binary_cross_entropy(jnp.array([INF, -INF, INF]), label), INF)
 
