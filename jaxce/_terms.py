@@ -181,36 +181,31 @@ def _log_of_near(s: Array) -> Array:
     return 2 * s * (1 + s * _atanh_rest(s))
 
 
-def _near_or_far(p: Array, q: Array) -> tuple[Array, Array, Array]:
-    """Whether p and q are near; s = (p - q) / (p + q), 0 where both are 0; and log(p / q) where they aren't near."""
-    a, b = _in_range(p, q)
-    near = jnp.abs(a - b) <= _NEAR * (a + b)
-    # One division for both. Twice a quotient of roots neither overflows nor underflows.
-    s = jnp.where(near, a - b, 2 * jnp.sqrt(p)) / jnp.where(near, jnp.maximum(a + b, smallest(p)), jnp.sqrt(q))
-    return near, s, 2 * (jnp.log(jnp.abs(s)) - math.log(2))
+def _log_of_far(p: Array, q: Array) -> Array:
+    """log(p / q) where they aren't near: twice a quotient of roots neither overflows nor underflows."""
+    return 2 * (jnp.log(2 * jnp.sqrt(p) / jnp.sqrt(q)) - math.log(2))
 
 
 @custom_jvp
 def log_ratio(p: Array, q: Array) -> Array:
     """log(p / q), 0 where both are 0. d/dp = 1 / p, d/dq = -1 / q."""
-    near, s, far = _near_or_far(p, q)
-    return jnp.where(near, _log_of_near(s), far)
+    s = _spread(p, q)
+    return jnp.where(_is_near(s), _log_of_near(s), _log_of_far(p, q))
 
 
 log_ratio.defslopes(lambda p, q: (ratio(there(p, q), p), -ratio(there(p, q), q)))
 
 
-def _bregman(p: Array, difference: Array, near: Array, s: Array, far: Array) -> Array:
-    """p log(p/q) - p + q from p - q, (p - q) / (p + q) where they are near, and log(p/q) where they aren't."""
-    of_near = difference * s * (1 + (1 + s) * _atanh_rest(s))
-    return jnp.where(near, of_near, p * jnp.maximum(far, -largest(p)) - difference)
+def _bregman(p: Array, difference: Array, s: Array, far: Array) -> Array:
+    """p log(p/q) - p + q from p - q, s = (p - q) / (p + q), and log(p/q) where they aren't near."""
+    near = difference * s * (1 + (1 + s) * _atanh_rest(s))
+    return jnp.where(_is_near(s), near, p * jnp.maximum(far, -largest(p)) - difference)
 
 
 @custom_jvp
 def bregman(p: Array, q: Array) -> Array:
     """p log(p/q) - p + q >= 0: q at p = 0, and +inf at q = 0 < p. d/dp = log(p/q), d/dq = 1 - p/q."""
-    near, s, far = _near_or_far(p, q)
-    return _bregman(p, p - q, near, s, far)
+    return _bregman(p, p - q, _spread(p, q), _log_of_far(p, q))
 
 
 # The other way round, or XLA on a GPU would keep what the value and its derivative have in common.
@@ -252,7 +247,7 @@ log_ratio_to_product.defslopes(_log_ratio_to_product_slopes)
 def bregman_to_product(p: Array, x: Array, y: Array, total: Array) -> Array:
     """p log(p/q) - p + q >= 0 with q = x y / total."""
     difference, s, far = _parts_of_product(p, x, y, total)
-    return _bregman(p, difference, _is_near(s), s, far)
+    return _bregman(p, difference, s, far)
 
 
 def log_ratio_to_log(p: Array, log_q: Array) -> Array:
@@ -264,8 +259,7 @@ def log_ratio_to_log(p: Array, log_q: Array) -> Array:
 def bregman_to_log(p: Array, log_q: Array) -> Array:
     """p log(p/q) - p + q >= 0: q at p = 0, and +inf at q = 0 < p."""
     q = jnp.exp(log_q)
-    s = _spread(p, q)
-    return _bregman(p, p - q, _is_near(s), s, jnp.log(p) - log_q)
+    return _bregman(p, p - q, _spread(p, q), jnp.log(p) - log_q)
 
 
 def bregman_from(delta: Array, p: Array, difference: Array) -> Array:
@@ -282,19 +276,23 @@ def _entropy_gap(s: Array) -> Array:
 
 
 @custom_jvp
-def log_to_mean(p: Array, q: Array) -> Array:
-    """log(p/m) with m = (p + q) / 2, 0 where both are 0. d/dp = q / (p (p + q)), d/dq = -1 / (p + q)."""
-    s = _spread(p, q)
-    far = 2 * (jnp.log(2 * jnp.sqrt(p) / jnp.sqrt(q)) - math.log(2))
-    return jnp.where(s < -0.5, far + jnp.log(1 - s), log1p(jnp.maximum(s, -0.5)))
+def log_ratios_to_mean(p: Array, q: Array) -> tuple[Array, Array]:
+    """log(p/m) and log(q/m) with m = (p + q) / 2, 0 where both are 0: log(1 + s) and log(1 - s)."""
+    s, ratio = _spread(p, q), _log_of_far(p, q)
+    of_p, of_q = (log1p(jnp.maximum(x, -0.5)) for x in (s, -s))
+    return jnp.where(s < -0.5, of_q + ratio, of_p), jnp.where(s > 0.5, of_p - ratio, of_q)
 
 
-def _log_to_mean_slopes(p: Array, q: Array) -> tuple[Array, Array]:
-    one = there(p, q)
-    return product(ratio(q, p + q), ratio(one, p)), -ratio(one, p + q)
+@log_ratios_to_mean.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    """d log(p/m) = q / (p (p + q)) dp - dq / (p + q), and as much for q."""
 
+    def along(p: Array, q: Array, dp: Array, dq: Array) -> Array:
+        one = there(p, q)
+        return product(product(ratio(q, p + q), ratio(one, p)), dp) - product(ratio(one, p + q), dq)
 
-log_to_mean.defslopes(_log_to_mean_slopes)
+    (p, q), (dp, dq) = primals, tangents
+    return log_ratios_to_mean(p, q), (along(p, q, dp, dq), along(q, p, dq, dp))
 
 
 @custom_jvp
@@ -307,7 +305,7 @@ def jensen_shannon(p: Array, q: Array) -> Array:
     return jnp.where(jnp.abs(s) < 0.5, (p / 2 + q / 2) * _entropy_gap(s), far / 2)
 
 
-jensen_shannon.defslopes(lambda p, q: (log_to_mean(p, q) / 2, log_to_mean(q, p) / 2))
+jensen_shannon.defslopes(lambda p, q: tuple(x / 2 for x in log_ratios_to_mean(p, q)))
 
 
 # -------------------------------------------------------------------------------------- of two, from log-probabilities
