@@ -242,7 +242,7 @@ def _batch_product(args: Any, axes: Any) -> tuple[Array, int]:
 
 def _jet_product(primals: Any, series: Any) -> tuple[Array, list[Array]]:
     x, y = ([v, *terms] for v, terms in zip(primals, series, strict=True))
-    first, *others = (sum(map(product, x[: k + 1], y[k::-1])) for k in range(len(x)))
+    first, *others = (functools.reduce(jnp.add, map(product, x[: k + 1], y[k::-1])) for k in range(len(x)))
     return first, others
 
 
