@@ -17,9 +17,9 @@ from jax import Array
 from jaxce import _checks, _platforms
 from jaxce._checks import NOT_NEGATIVE, SHARE, SHARES, ArrayLike, compiled
 from jaxce._rules import custom_jvp, largest, product, smallest
-from jaxce._terms import atanh_coefficients, log1p, neg_log, polynomial, ratio
+from jaxce._terms import ATANH, fitted, log1p, neg_log, polynomial, ratio
 
-_ATANH = {4: atanh_coefficients(4, 1 / 3), 8: atanh_coefficients(10, 1 / 3)}  # by the size of the numbers
+_ATANH = {4: fitted(ATANH, 4, 0, 1 / 9), 8: fitted(ATANH, 10, 0, 1 / 9)}
 
 
 def _log1p_exp(x: Array) -> Array:
@@ -58,7 +58,7 @@ def sigmoids(x: Array) -> tuple[Array, Array]:
 
 
 @sigmoids.defjvp
-def sigmoids_jvp(primals: tuple[Array], tangents: tuple[Array]) -> Any:
+def _sigmoids_jvp(primals: tuple[Array], tangents: tuple[Array]) -> Any:
     p, not_p = sigmoids(*primals)
     slope = p * not_p * tangents[0]
     return (p, not_p), (slope, -slope)

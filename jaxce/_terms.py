@@ -43,6 +43,30 @@ def polynomial(coefficients: Sequence[float], x: Array) -> Array:
     return total
 
 
+def fitted(series: list[float], count: int, low: float, high: float) -> list[float]:
+    """The coefficients of a shorter polynomial that is close to a power series for low <= x <= high."""
+    fit = np.polynomial.Chebyshev.interpolate(np.polynomial.Polynomial(series), count - 1, domain=[low, high])
+    return fit.convert(kind=np.polynomial.Polynomial).coef.tolist()
+
+
+ATANH = [1 / (2 * k + 3) for k in range(50)]
+"""The power series of (atanh(s) / s - 1) / u in u = s^2."""
+
+_EXP = [(-1) ** k / math.factorial(k + 2) for k in range(17)]
+"""That of (exp(-x) - 1 + x) / x^2."""
+
+_ENTROPY = [1 / (2 * k * (2 * k - 1)) for k in range(1, 26)]
+"""That of ((1 + s) log(1 + s) + (1 - s) log(1 - s)) / (2 u) in u = s^2."""
+
+_NEAR = math.tanh(0.5)
+"""(p - q) / (p + q) of numbers whose logarithms differ by 1."""
+
+# What is taken of these, by the bytes of a number.
+_ATANH_OF = {4: fitted(ATANH, 5, 0, _NEAR**2), 8: fitted(ATANH, 12, 0, _NEAR**2)}
+_EXP_OF = {4: fitted(_EXP, 8, -1, 1), 8: _EXP}
+_ENTROPY_OF = {4: fitted(_ENTROPY, 7, 0, 0.25), 8: _ENTROPY}
+
+
 # 0 log 0 is 0. A selection would say so, but XLA:CPU can't have one inside of a sum: it writes out what it selects from.
 
 
@@ -138,22 +162,6 @@ neg_x_log_not_y.defslopes(lambda w, q: (-log1p(-jnp.where((w == 0) & (q == 1), 0
 # ------------------------------------------------------------------------------------------ of two, from probabilities
 
 
-def atanh_coefficients(count: int, most: float) -> list[float]:
-    """Of the polynomial in u = s^2 that is closest to (atanh(s)/s - 1)/u = 1/3 + u/5 + u^2/7 + ... for |s| <= most."""
-
-    def series(u: np.ndarray) -> np.ndarray:
-        return np.sum([u**k / (2 * k + 3) for k in reversed(range(50))], axis=0)
-
-    fit = np.polynomial.Chebyshev.interpolate(series, count - 1, domain=[0, most**2])
-    return fit.convert(kind=np.polynomial.Polynomial).coef.tolist()
-
-
-_NEAR = math.tanh(0.5)
-"""(p - q) / (p + q) of numbers whose logarithms differ by 1."""
-
-_ATANH = {4: atanh_coefficients(5, _NEAR), 8: atanh_coefficients(12, _NEAR)}  # by the size of the numbers
-
-
 def _in_range(p: Array, q: Array) -> tuple[Array, Array]:
     """p and q times a power of two with which their sum doesn't overflow, nor their difference underflow."""
     scale = jnp.where(p + q > 1, 2.0**-60, 2.0**60)
@@ -173,7 +181,7 @@ def _is_near(s: Array) -> Array:
 
 def _atanh_rest(s: Array) -> Array:
     """r = (atanh(s) / s - 1) / s, where p and q are near."""
-    return s * polynomial(_ATANH[s.dtype.itemsize], s * s)
+    return s * polynomial(_ATANH_OF[s.dtype.itemsize], s * s)
 
 
 def _log_of_near(s: Array) -> Array:
@@ -262,17 +270,19 @@ def bregman_to_log(p: Array, log_q: Array) -> Array:
     return _bregman(p, p - q, _spread(p, q), jnp.log(p) - log_q)
 
 
+def _exp_gap(x: Array) -> Array:
+    """exp(-x) - 1 + x, for |x| <= 1."""
+    return x * x * polynomial(_EXP_OF[x.dtype.itemsize], x)
+
+
 def bregman_from(delta: Array, p: Array, difference: Array) -> Array:
     """p log(p/q) - p + q >= 0 from delta = log p - log q and p - q, which may be more exact than p and q."""
-    count = 10 if p.dtype.itemsize == 4 else 17
-    gap = delta * delta * polynomial([(-1) ** k / math.factorial(k + 2) for k in range(count)], delta)
-    return jnp.where(jnp.abs(delta) < 1, p * gap, p * jnp.maximum(delta, -largest(p)) - difference)
+    return jnp.where(jnp.abs(delta) < 1, p * _exp_gap(delta), p * jnp.maximum(delta, -largest(p)) - difference)
 
 
 def _entropy_gap(s: Array) -> Array:
-    """((1 + s) log(1 + s) + (1 - s) log(1 - s)) / 2 = s^2/2 + s^4/12 + s^6/30 + ..., for |s| <= 1/2."""
-    count = 11 if s.dtype.itemsize == 4 else 25
-    return s * s * polynomial([1 / (2 * k * (2 * k - 1)) for k in range(1, count + 1)], s * s)
+    """((1 + s) log(1 + s) + (1 - s) log(1 - s)) / 2, for |s| <= 1/2."""
+    return s * s * polynomial(_ENTROPY_OF[s.dtype.itemsize], s * s)
 
 
 @custom_jvp
@@ -316,9 +326,7 @@ jensen_shannon.defslopes(lambda p, q: tuple(x / 2 for x in log_ratios_to_mean(p,
 @custom_jvp
 def bregman_of_logs(log_p: Array, p: Array, log_q: Array, q: Array, delta: Array) -> Array:
     """p log(p/q) - p + q >= 0: q where p isn't there, +inf where q alone isn't. d/dlog p = p log(p/q), d/dlog q = q - p."""
-    count = 10 if p.dtype.itemsize == 4 else 17
-    gap = delta * delta * polynomial([(-1) ** k / math.factorial(k + 2) for k in range(count)], delta)
-    term = jnp.where(jnp.abs(delta) < 1, p * gap, p * delta - (p - q))
+    term = jnp.where(jnp.abs(delta) < 1, p * _exp_gap(delta), p * delta - (p - q))
     return jnp.where((log_q == -np.inf) & (log_p != -np.inf), jnp.inf, term)
 
 
