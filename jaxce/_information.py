@@ -329,7 +329,7 @@ def _log_spacings(x: Array, m: int, method: str) -> tuple[Array, float]:
     """The logarithms of whose mean, with a constant, an estimator is made, of sorted samples."""
     n = x.shape[-1]
     # x_i is the first sample for i < 1 and the last for i > n
-    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(m, m)], mode="edge")
+    padded = jnp.concatenate([*[x[..., :1]] * m, x, *[x[..., -1:]] * m], -1)
     spacings = padded[..., 2 * m :] - padded[..., : -2 * m]
     i = np.arange(1, n + 1)
     if method == "vasicek":

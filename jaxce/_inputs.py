@@ -195,6 +195,8 @@ def read_logits(
             raise _checks.ArgumentValueError(
                 f"axis must be the last one where {argument} is computed by blocks, got {axis!r}"
             )
+        if not isinstance(logits.classes, int):
+            raise _checks.ArgumentValueError(f"{argument} must have a known number of classes, got {logits.classes}")
         given = {name: getattr(logits, name) for name in LOGITS if name != "array"}
         inputs = {name: jnp.asarray(value) for name, value in given.items() if value is not None}
         spec = Spec(dtype, logits.classes, logits.class_axis, logits.half, logits.block_size)

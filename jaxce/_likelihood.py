@@ -27,7 +27,7 @@ from jax import Array, lax
 
 from jaxce import _checks, _platforms
 from jaxce._checks import ArrayLike, Axis, compiled
-from jaxce._rules import custom_jvp, product, smallest
+from jaxce._rules import alike, custom_jvp, product, smallest
 from jaxce._sigmoid import sigmoid_binary_cross_entropy
 from jaxce._statistics import logsumexp
 from jaxce._terms import polynomial
@@ -54,7 +54,7 @@ def _arguments(where: ArrayLike | None, observed: str | None, **given: ArrayLike
 def _broadcast(**arrays: Array) -> list[Array]:
     """The arrays in their common dtype and shape, which no array with fewer axes than others may enlarge."""
     shape = _common_shape({name: (a, a.shape) for name, a in arrays.items()})
-    return [jnp.broadcast_to(a, shape) for a in _upcast(*arrays.values())]
+    return list(alike(*(jnp.broadcast_to(a, shape) for a in _upcast(*arrays.values()))))
 
 
 def _upcast(*arrays: Array) -> tuple[Array, ...]:
@@ -661,8 +661,8 @@ def gamma_nll(
     log_few = jnp.where(log_a >= 0, 0, log_a)
     a, y = _exp(log_few), _times_exp(positive, log_rate)
     few = (y - product(a, _log_of(y, log_rate + log_x))) + (log_x - log_few) + _log_gamma_1p(a)
-    of_one = _times_exp(jnp.where(x == 0, x, 0), log_rate) - log_rate  # the exponential distribution's
-    at_zero = jnp.where(log_a == 0, of_one, jnp.where(log_a > 0, jnp.inf, -jnp.inf) + log_a)
+    at_zero = jnp.where(log_a == 0, -log_rate, jnp.where(log_a > 0, jnp.inf, -jnp.inf) + log_a)
+    at_zero += _times_exp(jnp.where(x == 0, x, 0), log_rate)  # the slope
     value = jnp.where(x == 0, at_zero, jnp.where(log_a >= 0, many, few))
     return _checks.only(keep, jnp.where(x >= 0, value, jnp.nan), 0)
 

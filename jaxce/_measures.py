@@ -46,7 +46,7 @@ from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jaxce import _mesh, _platforms
 from jaxce._inputs import LOGITS, Inputs, Logits, Spec, on_each_device
 from jaxce._passes import add_up, along, block_of, by_rows, logits_of, state_of
-from jaxce._rules import custom_jvp, largest, weigh
+from jaxce._rules import alike, custom_jvp, largest, weigh
 from jaxce._state import Ask, State, Targets, beside, targets_of, there
 
 LABELS = "labels", "targets", "chosen", "shares", "weights"
@@ -518,7 +518,8 @@ def _tangents(
         coefficient = p * (slope.f(c) - of_f) if slope.over_p else slope.f(c) - p * of_f
         if slope.cancels:
             rest = beside(rest, p) if slope.rest_at is None else slope.rest_at(c)
-            coefficient = jnp.where(p > MOST, (c.not_p, c.not_q)[side] * of_f - rest, coefficient)
+            top, coefficient = alike((c.not_p, c.not_q)[side] * of_f - rest, coefficient)
+            coefficient = jnp.where(alike(p, top)[0] > MOST, top, coefficient)
         total[m] += jnp.sum(coefficient * dxs[side].astype(p.dtype), -1)
     return tuple(total[m] for m in measures)
 

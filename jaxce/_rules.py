@@ -205,22 +205,21 @@ def product(x: Array, y: Array) -> Array:
     return _product.bind(*alike(*jnp.broadcast_arrays(x, y)))
 
 
-def alike(x: Array, y: Array) -> tuple[Array, Array]:
-    """Two arrays of a shape, which vary over the same axes of a mesh and are sharded alike."""
-    types = [jax.typeof(v) for v in (x, y)]
-    if types[0] == types[1]:
-        return x, y
-    varying = [t.manual_axis_type.varying for t in types]
-    x, y = (
-        lax.pcast(v, tuple(sorted(other - own)), to="varying") if other - own else v
-        for v, own, other in ((x, *varying), (y, *varying[::-1]))
-    )
-    shardings = [jax.typeof(v).sharding for v in (x, y)]
-    if shardings[0] != shardings[1]:
-        spec = [a or b for a, b in zip(*(_parts(s.spec, x.ndim) for s in shardings), strict=True)]
+def alike(*arrays: Array) -> tuple[Array, ...]:
+    """Arrays of a shape, which vary over the same axes of a mesh and are sharded alike."""
+    types = [jax.typeof(x) for x in arrays]
+    if all(t == types[0] for t in types):
+        return arrays
+    own = [t.manual_axis_type.varying for t in types]
+    others = [tuple(sorted(frozenset().union(*own) - axes)) for axes in own]
+    arrays = tuple(lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(arrays, others, strict=True))
+    shardings = [jax.typeof(x).sharding for x in arrays]
+    if any(s != shardings[0] for s in shardings):
+        parts = zip(*(_parts(s.spec, arrays[0].ndim) for s in shardings), strict=True)
         mesh = next(s.mesh for s in shardings if not s.mesh.empty)
-        x, y = (reshard(v, NamedSharding(mesh, PartitionSpec(*spec))) for v in (x, y))
-    return x, y
+        spec = PartitionSpec(*(next(filter(None, axes), None) for axes in parts))
+        arrays = tuple(reshard(x, NamedSharding(mesh, spec)) for x in arrays)
+    return arrays
 
 
 def _parts(spec: PartitionSpec, ndim: int) -> tuple[Any, ...]:

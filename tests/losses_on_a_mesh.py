@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chex
 import helpers
 import jax
 import jax.numpy as jnp
@@ -660,6 +661,47 @@ def test_labels_and_weights_that_are_sharded_otherwise() -> None:
             # Sums in another order: a few ulp.
             for a, b in zip(got, expected, strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+BESIDE_SHARDED = {
+    "integer": lambda x, put: integer(x, put(np.arange(8), "data")),
+    "dense": lambda x, put: jaxce.softmax_cross_entropy(x, put(np.eye(8, dtype="float32"), "data")),
+    "relative entropy of q": lambda x, put: jaxce.relative_entropy_with_logits(put(OTHERS, "data"), x),
+    "relative entropy of p": lambda x, put: jaxce.relative_entropy_with_logits(x, put(OTHERS, None, "model")),
+    "cross-entropy": lambda x, put: jaxce.cross_entropy_with_logits(put(OTHERS, None, "model"), x),
+    "Jensen-Shannon": lambda x, put: jaxce.jensen_shannon_divergence_with_logits(x, put(OTHERS, "data")),
+    "gamma": lambda x, put: jaxce.gamma_nll(x, 0.0, put(np.exp(OTHERS), "data")),
+    "gamma, one shape": lambda x, put: jaxce.gamma_nll(x[0, 0], 0.0, put(np.exp(OTHERS), "data")),
+}
+OTHERS = np.random.default_rng(1).normal(size=(8, 8)).astype("float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BESIDE_SHARDED)
+def test_whole_logits_beside_sharded_arrays(name: str) -> None:
+    """Value, gradient and Hessian product by an array that isn't sharded, of a loss of others that are, explicitly."""
+    m = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    x = np.random.default_rng(0).normal(size=(8, 8)).astype("float32")
+
+    def derivatives(put: Callable[..., Any]) -> Any:
+        slope = jax.value_and_grad(lambda x: BESIDE_SHARDED[name](x, put).sum())
+        here = put(x)
+        return slope(here), jax.jvp(lambda x: slope(x)[1], (here,), (here,))[1]
+
+    expected = derivatives(lambda array, *axes: array)
+    with jax.set_mesh(m):
+        got = derivatives(lambda array, *axes: jax.device_put(array, P(*axes)))
+    chex.assert_trees_all_close(got, expected, rtol=2e-6, atol=2e-6)  # sums in another order
+
+
+@pytest.mark.slow
+def test_differential_entropies_of_sharded_rows() -> None:
+    m = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    for method in ("vasicek", "van es", "ebrahimi", "correa"):
+        expected = jaxce.differential_entropy(OTHERS, method=method)
+        with jax.set_mesh(m):
+            got = jaxce.differential_entropy(jax.device_put(OTHERS, P("data")), method=method)
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -440,6 +440,9 @@ def test_export_linearize_cond_and_leaks() -> None:
 
     a = arguments()
     function = jax.jit(jax.value_and_grad(lambda h, w: jnp.sum(loss_of(h, w)), (0, 1)))
+    (classes,) = export.symbolic_shape("v")
+    with pytest.raises(ValueError, match="logits must have a known number of classes, got v"):
+        export.export(function)(a["hidden"], jax.ShapeDtypeStruct((D, classes), "float32"))
     exported = export.export(function)(a["hidden"], a["kernel"])
     close(exported.call(a["hidden"], a["kernel"]), function(a["hidden"], a["kernel"]), rtol=1e-6, atol=1e-6)
     value, push = jax.linearize(loss_of, a["hidden"], a["kernel"])
