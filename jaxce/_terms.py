@@ -288,9 +288,9 @@ def _entropy_gap(s: Array) -> Array:
 @custom_jvp
 def log_ratios_to_mean(p: Array, q: Array) -> tuple[Array, Array]:
     """log(p/m) and log(q/m) with m = (p + q) / 2, 0 where both are 0: log(1 + s) and log(1 - s)."""
-    s, ratio = _spread(p, q), _log_of_far(p, q)
+    s, far = _spread(p, q), _log_of_far(p, q)
     of_p, of_q = (log1p(jnp.maximum(x, -0.5)) for x in (s, -s))
-    return jnp.where(s < -0.5, of_q + ratio, of_p), jnp.where(s > 0.5, of_p - ratio, of_q)
+    return jnp.where(s < -0.5, of_q + far, of_p), jnp.where(s > 0.5, of_p - far, of_q)
 
 
 @log_ratios_to_mean.defjvp
