@@ -662,7 +662,7 @@ def gamma_nll(
     a, y = _exp(log_few), _times_exp(positive, log_rate)
     few = (y - product(a, _log_of(y, log_rate + log_x))) + (log_x - log_few) + _log_gamma_1p(a)
     at_zero = jnp.where(log_a == 0, -log_rate, jnp.where(log_a > 0, jnp.inf, -jnp.inf) + log_a)
-    at_zero += _times_exp(jnp.where(x == 0, x, 0), log_rate)  # the slope
+    at_zero += _times_exp(jnp.where(x == 0, x, 0), log_rate)  # adds 0, and the rate to the derivative by x
     value = jnp.where(x == 0, at_zero, jnp.where(log_a >= 0, many, few))
     return _checks.only(keep, jnp.where(x >= 0, value, jnp.nan), 0)
 

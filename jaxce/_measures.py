@@ -518,8 +518,9 @@ def _tangents(
         coefficient = p * (slope.f(c) - of_f) if slope.over_p else slope.f(c) - p * of_f
         if slope.cancels:
             rest = beside(rest, p) if slope.rest_at is None else slope.rest_at(c)
-            top, coefficient = alike((c.not_p, c.not_q)[side] * of_f - rest, coefficient)
-            coefficient = jnp.where(alike(p, top)[0] > MOST, top, coefficient)
+            top = (c.not_p, c.not_q)[side] * of_f - rest
+            likely, top, coefficient = alike(p, top, coefficient)
+            coefficient = jnp.where(likely > MOST, top, coefficient)
         total[m] += jnp.sum(coefficient * dxs[side].astype(p.dtype), -1)
     return tuple(total[m] for m in measures)
 

@@ -35,7 +35,7 @@ def _log1p_exp(x: Array) -> Array:
 def _limit(weight: Array) -> Array:
     """Infinity; but the largest number where the weight is 0, with which it makes 0."""
     most = largest(weight)
-    return jnp.abs(weight * (1 / smallest(weight))) * most + most  # at least the sum of two largest numbers
+    return jnp.abs(weight * (1 / smallest(weight))) * most + most  # of any other at least the sum of two such numbers
 
 
 @custom_jvp

@@ -643,7 +643,7 @@ def test_masks_of_entries_with_sharded_classes() -> None:
 
 @pytest.mark.slow
 def test_labels_and_weights_that_are_sharded_otherwise() -> None:
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    m = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     x, labels = jax.nn.log_softmax(np.random.default_rng(0).normal(size=(8, 6)).astype("float32")), np.arange(8) % 6
     where, weights = np.arange(6)[None] < 5, np.arange(8.0, dtype="float32")
     losses = {
@@ -655,14 +655,15 @@ def test_labels_and_weights_that_are_sharded_otherwise() -> None:
         slope = jax.value_and_grad(lambda x, *more, loss=loss: jnp.nan_to_num(loss(x, *more), posinf=0).sum())
         expected = slope(x, labels, where, weights)
         for axes in (("data",), ("data", "model"), (None, "model")):
-            with jax.set_mesh(mesh):
-                put = jax.device_put(x, jax.sharding.NamedSharding(mesh, P(*axes)))
+            with jax.set_mesh(m):
+                put = jax.device_put(x, P(*axes))
                 got = slope(put, labels, jax.device_put(where, P()), jax.device_put(weights, P("data")))
             # Sums in another order: a few ulp.
             for a, b in zip(got, expected, strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
+OTHERS = np.random.default_rng(1).normal(size=(8, 8)).astype("float32")
 BESIDE_SHARDED = {
     "integer": lambda x, put: integer(x, put(np.arange(8), "data")),
     "dense": lambda x, put: jaxce.softmax_cross_entropy(x, put(np.eye(8, dtype="float32"), "data")),
@@ -673,14 +674,13 @@ BESIDE_SHARDED = {
     "gamma": lambda x, put: jaxce.gamma_nll(x, 0.0, put(np.exp(OTHERS), "data")),
     "gamma, one shape": lambda x, put: jaxce.gamma_nll(x[0, 0], 0.0, put(np.exp(OTHERS), "data")),
 }
-OTHERS = np.random.default_rng(1).normal(size=(8, 8)).astype("float32")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BESIDE_SHARDED)
 def test_whole_logits_beside_sharded_arrays(name: str) -> None:
     """Value, gradient and Hessian product by an array that isn't sharded, of a loss of others that are, explicitly."""
-    m = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    m = mesh(AxisType.Explicit)
     x = np.random.default_rng(0).normal(size=(8, 8)).astype("float32")
 
     def derivatives(put: Callable[..., Any]) -> Any:
@@ -696,7 +696,7 @@ def test_whole_logits_beside_sharded_arrays(name: str) -> None:
 
 @pytest.mark.slow
 def test_differential_entropies_of_sharded_rows() -> None:
-    m = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    m = mesh(AxisType.Explicit)
     for method in ("vasicek", "van es", "ebrahimi", "correa"):
         expected = jaxce.differential_entropy(OTHERS, method=method)
         with jax.set_mesh(m):

@@ -177,3 +177,17 @@ def test_a_masked_label_does_not_reach_the_derivative_by_alpha() -> None:
     where = jnp.array([True, True, False])
     for bad in (jnp.nan, jnp.inf):
         assert jax.grad(lambda a, t: jaxce.smooth_labels(t, a, where=where).sum())(0.1, jnp.array([1.0, 0.0, bad])) == 0
+
+
+def test_dtypes_of_results_of_wider_numbers() -> None:
+    """Weights of labels may widen a loss of logits, as dense labels may; what a mean is divided by doesn't."""
+    x, y, wide = jnp.ones((3, 5)), jnp.array([[0], [2], [4]]), np.ones((3, 1))
+    with jax.enable_x64(True):
+        for loss in (
+            jaxce.softmax_cross_entropy_with_sparse_labels,
+            jaxce.sigmoid_binary_cross_entropy_with_sparse_labels,
+        ):
+            assert loss(x, y, wide).dtype == np.float64
+        z, three = jaxce.LinearLogits(x, jnp.ones((5, 5), "float32")), np.float64(3)
+        assert jaxce.linear_cross_entropy(z, y[:, 0], normalizer=three).dtype == np.float32
+        assert jaxce.linear_sigmoid_binary_cross_entropy(z, y, normalizer=three).dtype == np.float32
