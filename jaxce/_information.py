@@ -390,8 +390,8 @@ def _of(term: Callable[..., Array]) -> Callable[[Class], Array]:
 
 
 def _finite(x: Array) -> Array:
-    """x, but for infinity a large number, as of log p - log q: in a row that doesn't count it is multiplied by 0."""
-    return jnp.minimum(x, largest(x) / 8)
+    """x, but for infinity the largest number, as of log p - log q: in a row that doesn't count it is multiplied by 0."""
+    return jnp.minimum(x, largest(x))
 
 
 # The log-normalizers are rounded, so that all log p - log q may be off by a number c. Then the sum of p - q, which is 0,

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxce import _checks, _platforms
+from jaxce import _checks, _mesh, _platforms
 from jaxce._checks import ArrayLike, Axis, compiled
 from jaxce._rules import alike, custom_jvp, product, smallest
 from jaxce._sigmoid import sigmoid_binary_cross_entropy
@@ -890,12 +890,21 @@ def multivariate_normal_nll(
     batch = _common_shape(vectors)[:-1]
     m, scale, x = _upcast(m, scale, x)
     m, scale, x = (jnp.expand_dims(v, range(len(batch) + core - v.ndim)) for v, core in ((m, 1), (scale, 2), (x, 1)))
+    keep = _checks.where_elements(where, batch)
+    given = [m, scale, x] if keep is None else [m, scale, x, keep]
+    constant = n * _HALF_LOG_2PI if full else 0
+    return _mesh.by_parts(functools.partial(_multivariate_normal_nll, constant), given, len(batch))
+
+
+def _multivariate_normal_nll(constant: float, m: Array, scale: Array, x: Array, keep: Array | None = None) -> Array:
+    """The same of arrays that have all axes of the batch."""
     d = x - m
-    if (keep := _checks.where_elements(where, batch)) is not None:
+    batch = jnp.broadcast_shapes(d.shape[:-1], scale.shape[:-2])
+    if keep is not None:
         d = jnp.where(keep[..., None], d, 0)
         # A scale that several vectors share takes part if one of them does.
         shared = tuple(a for a in range(len(batch)) if scale.shape[a] == 1)
-        identity = jnp.broadcast_to(jnp.eye(n, dtype=scale.dtype), scale.shape)
+        identity = jnp.broadcast_to(jnp.eye(scale.shape[-1], dtype=scale.dtype), scale.shape)
         scale = jnp.where(keep.any(shared, keepdims=True)[..., None, None], scale, identity)
     # Of z L^T = d, so that a scale that all vectors share is one solution with a right-hand side in every row.
     solve = jnp.vectorize(
@@ -904,7 +913,6 @@ def multivariate_normal_nll(
     z = solve(jnp.tril(scale), d)
     diagonal = jnp.diagonal(scale, axis1=-2, axis2=-1)
     log_scale = jnp.sum(_log(jnp.where(diagonal > 0, diagonal, jnp.nan)), axis=-1)
-    constant = n * _HALF_LOG_2PI if full else 0
     value = 0.5 * jnp.sum(product(z, z), axis=-1) + (jnp.broadcast_to(log_scale, batch) + constant)
     return _checks.only(keep, value, 0)
 

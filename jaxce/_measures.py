@@ -47,7 +47,7 @@ from jaxce import _mesh, _platforms
 from jaxce._inputs import LOGITS, Inputs, Logits, Spec, on_each_device
 from jaxce._passes import add_up, along, block_of, by_rows, logits_of, state_of
 from jaxce._rules import alike, custom_jvp, largest, weigh
-from jaxce._state import Ask, State, Targets, beside, targets_of, there
+from jaxce._state import FAR, Ask, State, Targets, beside, targets_of, there
 
 LABELS = "labels", "targets", "chosen", "shares", "weights"
 
@@ -123,21 +123,21 @@ def _(primals: Any, tangents: Any) -> Any:
 
 @custom_jvp
 def log_ratio(x: Array, row: Row, y: Array, other: Row) -> Array:
-    """log p - log q: large but finite where only one is there, anything finite where neither is.
+    """log p - log q: the largest number where only p is there, anything finite where p is 0.
 
     It is the difference of the logits, not rounded where they are nearly equal, less that of the log-normalizers; or, where
     the maxima lie apart, and the logits with them, the difference of the gaps. Eighths, so that none overflows.
     """
-    most = largest(x) / 8
+    most = largest(x)
 
     def eighth(x: Array) -> Array:
-        return jnp.clip(x / 8, -most, most)
+        return jnp.clip(x / 8, -most / 8, most / 8)
 
     m, n = eighth(row.m), eighth(other.m)
     apart = jnp.abs(m - n) > 1 / 8
     a, b = (beside(jnp.where(apart, v, 0), x) for v in (m, n))
     shift = jnp.where(apart, 0, 8 * (m - n)) + (row.log_sum - other.log_sum)
-    return jnp.clip(8 * ((eighth(x) - a) - (eighth(y) - b)) - beside(shift, x), -most, most)
+    return jnp.clip(8 * ((eighth(x) - a) - (eighth(y) - b)) - beside(shift, x), -FAR, most)
 
 
 @log_ratio.defjvp

@@ -165,6 +165,18 @@ def parts(arrays: list[Array], places: list[tuple[Any, ...]]) -> dict[Any, Any]:
     return found
 
 
+def by_parts(function: Callable[..., Any], arrays: list[Array], rows: int) -> Any:
+    """function(*arrays) of each device's part of the rows, the first axes; arrays of which one has length 1 share it."""
+    if not is_explicit(arrays):
+        return function(*arrays)
+    places = [
+        (*(a if n > 1 else None for a, n in enumerate(x.shape[:rows])), *[None] * (x.ndim - rows)) for x in arrays
+    ]
+    found = parts(arrays, places)
+    specs = [PartitionSpec(*map(found.get, place)) for place in places]
+    return spread(function, arrays, specs, PartitionSpec(*map(found.get, range(rows))))
+
+
 def spread(function: Callable[..., Any], arrays: list[Array], specs: list[PartitionSpec], results: Any) -> Any:
     """function(*arrays) of each device's part of them."""
     mesh = next(jax.typeof(x).sharding.mesh for x in arrays if any(_spec(x)))

@@ -27,7 +27,7 @@ SHARE = 2.0**-24
 """A uniform target: so small that gaps of huge logits add up to a finite number, and exact."""
 
 
-_FAR = 1000.0
+FAR = 1000.0
 """A gap g whose exp(-g) is 0 in every dtype."""
 
 
@@ -86,7 +86,7 @@ def lift(part: State, m: Array) -> State:
         s=weight * e,
         # One factor after the other: XLA makes an exponential of its own of the product of two.
         squares=None if part.squares is None else (part.squares + 1) * e * e,
-        h=None if part.h is None else (part.h + weight * jnp.minimum(rise, _FAR)) * e,
+        h=None if part.h is None else (part.h + weight * jnp.minimum(rise, FAR)) * e,
         given=lifted(part.given),
         uniform=lifted(part.uniform),
     )

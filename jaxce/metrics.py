@@ -131,8 +131,9 @@ class Sum:
         return _sums(terms, axes=terms.ndim - (bins is not None))[0]
 
     def plus(self, other: Sum) -> Sum:
-        """The sum of both."""
-        return _settled(_plus(self, other))
+        """The sum of both, in the wider dtype."""
+        hi, lo, more_hi, more_lo = _checks.upcast(self.hi, self.lo, other.hi, other.lo)
+        return _settled(_plus(Sum(hi, lo), Sum(more_hi, more_lo)))
 
     def psum(self, axis_name: AxisName) -> Sum:
         """The sum over mapped axes. Every device's pair is sent to all, in a place of its own, so that none is rounded."""

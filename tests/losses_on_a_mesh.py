@@ -673,6 +673,18 @@ BESIDE_SHARDED = {
     "Jensen-Shannon": lambda x, put: jaxce.jensen_shannon_divergence_with_logits(x, put(OTHERS, "data")),
     "gamma": lambda x, put: jaxce.gamma_nll(x, 0.0, put(np.exp(OTHERS), "data")),
     "gamma, one shape": lambda x, put: jaxce.gamma_nll(x[0, 0], 0.0, put(np.exp(OTHERS), "data")),
+    "multivariate normal": lambda x, put: jaxce.multivariate_normal_nll(
+        x, np.eye(8, dtype="float32"), put(OTHERS, "data")
+    ),
+    "multivariate normal, scale": lambda x, put: jaxce.multivariate_normal_nll(
+        put(OTHERS, "data"), jnp.tril(x) + 3 * jnp.eye(8), put(np.stack([OTHERS] * 4), "model", "data")
+    ),
+    "multivariate normal, scales": lambda x, put: jaxce.multivariate_normal_nll(
+        x,
+        put(np.stack([np.tril(OTHERS) + 3 * np.eye(8, dtype="float32")] * 8), "data"),
+        put(OTHERS, "model"),
+        where=put(np.arange(8) % 3 > 0, "model"),
+    ),
 }
 
 

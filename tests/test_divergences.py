@@ -195,6 +195,23 @@ def test_rows_that_lie_apart(name: str, kind: str) -> None:
                 )
 
 
+@every_function
+@pytest.mark.parametrize("kind", ["array", "linear", "sharded"])
+def test_gaps_up_to_the_largest_number(name: str, kind: str) -> None:
+    """Classes that q masks with a large negative logit, up to the lowest there is, count as much as it says."""
+    for low in (-1e30, -1e37, -1e38, -2e38, np.finfo(np.float32).min):
+        x, y = (np.array([v], np.float32) for v in ([0.5, 0, -3, -1, low], [1, low, low, 0.25, 0]))
+        with mpmath.workdps(120):
+            exact = Exact(*(v[0].astype(np.float64) - v.max() for v in (x, y)))
+            value, gradients = float(exact.value(name)), exact.gradients(name)
+        (_, got), slopes = both(name, kind)(x, y)
+        np.testing.assert_allclose(got[0], value, rtol=32 * 2.0**-23, err_msg=f"{low}")
+        for slope, right in zip(slopes, gradients, strict=True):
+            right = np.array([float(r) for r in right])
+            # An entry is a difference of numbers of at most the value.
+            np.testing.assert_allclose(slope[0], right, rtol=1e-5, atol=1e-6 * max(1, value), err_msg=f"{low}")
+
+
 def masks() -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Which of 7 classes are there in p and in q: each class in one of the four ways, at random, and all of one kind."""
     rng = np.random.default_rng(1)

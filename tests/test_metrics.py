@@ -588,6 +588,8 @@ def test_shard_map(check_vma: bool) -> None:
 def test_float64_and_half() -> None:
     logits, labels, *_ = data()
     with jax.enable_x64(True):
+        both = Mean.empty().update(jnp.array([1.0, 2.5], "float64"))  # of two dtypes: the wider
+        assert both.compute() == 1.75 and both.compute().dtype == "float64"
         metric = Evaluation.empty(dtype=jnp.float64).update(logits.astype("float64"), labels)
         assert all(leaf.dtype == "float64" for leaf in jax.tree.leaves(metric))
         expected = exact(logits, labels, np.ones(N), 1)
