@@ -3,7 +3,7 @@
     pip install '.[programs]'                        # the compilers: neither TPU nor GPU has to be here
     python benchmarks/mesh.py tpu v5e:4x4            # or tpu v5e:16x16, gpu 1x1x8, cpu
     python benchmarks/mesh.py tpu v5e:4x4 --programs LinearLogits --layouts rows both --ways explicit --value
-    python benchmarks/mesh.py tpu v5e:4x4 --programs CLIP --layouts rows --rows 1024 --features 512
+    python benchmarks/mesh.py tpu v5e:4x4 --programs CLIP SigLIP --layouts rows --rows 1024 --features 512
 
 A step is the mean loss of hidden states [rows, features] and a kernel, in bfloat16, with the gradients of both, compiled
 for a mesh of the axes "data" and "model", and not run. Each data shard has as many rows as are given. The layouts:
@@ -16,7 +16,7 @@ both       as classes, and the features over "data"
 And the ways: `jax.jit` alone on a mesh with automatic or with explicit axis types, or a `jax.shard_map`, which gathers
 features by itself. The peer is Optax' loss of the product, with automatic axes. Of the functions of arrays, `integer
 labels`, `softmax_statistics` and `Evaluation`, only the first two layouts are of use, and the peer is that of programs.py.
-`CLIP` has rows on both sides, each of as many features, and no classes: the layout is rows.
+`CLIP` and `SigLIP` have rows on both sides, each of as many features, and no classes: the layout is rows.
 
 All figures are of one device, and of a step as compiled; in brackets, the peer's are 1:
 
@@ -113,10 +113,23 @@ def clip(logits: Any, temperature: Any, rows: Any) -> Any:
     return mean(losses)(logits, temperature, rows)
 
 
+def siglip(logits: Any, temperature: Any, rows: Any) -> Any:
+    """The mean over the rows, of which each device has all columns."""
+    columns, own = logits.kernel, jnp.arange(logits.shape[0])
+    if rows is not None:
+        columns = jax.lax.all_gather(columns, rows, tiled=True)
+        own += jax.lax.axis_index(rows) * logits.shape[0]
+    elif not jax.typeof(columns).sharding.spec[0]:  # with automatic axes
+        columns = jax.lax.with_sharding_constraint(columns, P())
+    logits = jaxce.LinearLogits(logits.hidden, columns, class_axis=0, temperature=temperature)
+    return mean(jaxce.linear_sigmoid_binary_cross_entropy)(logits, own[:, None], rows)
+
+
 PROGRAMS = {
     "LinearLogits": Program(mean(jaxce.softmax_cross_entropy_with_integer_labels), "LinearLogits [V, D]", linear=True),
     "linear_cross_entropy": Program(mean(jaxce.linear_cross_entropy), "LinearLogits [V, D]", linear=True),
     "CLIP": Program(clip, "CLIP, all pairs", linear=True, pairs=True),
+    "SigLIP": Program(siglip, "SigLIP, mean", linear=True, pairs=True),
     "integer labels": Program(mean(jaxce.softmax_cross_entropy_with_integer_labels), "integer labels"),
     "softmax_statistics": Program(mean(jaxce.softmax_statistics), "softmax_statistics"),
     "Evaluation": Program(evaluation, "Evaluation.update"),

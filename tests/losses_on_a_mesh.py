@@ -956,7 +956,8 @@ def test_pairs() -> None:
 
 
 @pytest.mark.parametrize("way", ["Auto", pytest.param("Explicit", marks=pytest.mark.slow), "shard_map"])
-def test_pairs_cross_the_network_once(way: str) -> None:
+@pytest.mark.parametrize("program", ["CLIP", "SigLIP"])
+def test_pairs_cross_the_network_once(program: str, way: str) -> None:
     """The columns are gathered and their gradient is summed, once each, and beside these a few numbers of each column."""
     n, features, axes = 512, 64, ("data", "model")
     m = mesh(AxisType.Explicit if way == "Explicit" else AxisType.Auto)
@@ -964,22 +965,56 @@ def test_pairs_cross_the_network_once(way: str) -> None:
     structs = [jax.ShapeDtypeStruct((n, features), "float32", sharding=rows)] * 2
     structs.append(jax.ShapeDtypeStruct((n,), "int32", sharding=rows))
 
-    def loss(a: jax.Array, b: jax.Array, groups: jax.Array, axis_name: Any = None) -> jax.Array:
+    def clip(a: jax.Array, b: jax.Array, groups: jax.Array, axis_name: Any = None) -> jax.Array:
         logits = jaxce.LinearLogits(a, b, class_axis=0, temperature=0.1)
         means = map(jnp.mean, jaxce.softmax_cross_entropy_of_pairs(logits, groups=groups, axis_name=axis_name))
         total = sum(means, jnp.zeros(()))
         return total if axis_name is None else jax.lax.pmean(total, axis_name)
 
+    def siglip(a: jax.Array, b: jax.Array, groups: jax.Array, axis_name: Any = None) -> jax.Array:
+        first, all_groups = jnp.zeros((), jnp.int32), groups
+        if axis_name is not None:
+            first = jax.lax.axis_index(axis_name) * len(a)
+            b, all_groups = (jax.lax.all_gather(x, axis_name, tiled=True) for x in (b, groups))
+        elif way == "Auto":
+            b = jax.lax.with_sharding_constraint(b, P())
+        logits = jaxce.LinearLogits(a, b, class_axis=0, temperature=0.1)
+        own = first + jnp.arange(len(a))[:, None]
+        options = {"groups": groups, "class_groups": all_groups}
+        total = jaxce.linear_sigmoid_binary_cross_entropy(logits, own, **options)
+        return total if axis_name is None else jax.lax.pmean(total, axis_name)
+
+    loss: Callable[..., Any] = {"CLIP": clip, "SigLIP": siglip}[program]
     if way == "shard_map":
         part = functools.partial(loss, axis_name=axes)
         loss = jax.shard_map(part, mesh=m, in_specs=(P(axes),) * 3, out_specs=P())
     gradient = quick(jax.value_and_grad(loss, (0, 1)), out_shardings=(everywhere, (rows, rows)))
+    rng = np.random.default_rng(0)
+    inputs = [*(rng.normal(size=(2, n, features)).astype("float32") / 8), np.arange(n, dtype="int32") // 2]
     with jax.set_mesh(m):
-        found = programs.collectives(gradient.lower(*structs).compile().as_text())
+        step = gradient.lower(*structs).compile()
+        got = step(*(jax.device_put(x, rows) for x in inputs))
+    found = programs.collectives(step.as_text())
     assert all(c.times == 1 for c in found), found
     column, side = 4 * n, 4 * n * features
     large = sorted((c.kind, c.bytes / side) for c in found if c.bytes > 4 * column)
     total = ("reduce-scatter", 1 / 8) if way == "shard_map" else ("all-reduce", 1)
-    assert large == [("all-gather", 1), total], found
+    assert [kind for kind, _ in large] == ["all-gather", total[0]], found
+    # XLA may put the sums of a few numbers into that of the gradient.
+    np.testing.assert_allclose([size for _, size in large], [1, total[1]], rtol=12 * column / side)
     # Numbers of the columns: of the positive, its shift, groups, sums for each direction and again at another shift.
     assert sum(c.bytes for c in found) <= 2 * side + 12 * column, found
+
+    def plain(a: jax.Array, b: jax.Array) -> jax.Array:
+        """The formulas, of which an item's duplicate is left out."""
+        x, own = a @ b.T / 0.1, jnp.eye(n, dtype=bool)
+        there = own | (inputs[2][:, None] != inputs[2])
+        if program == "SigLIP":
+            return jnp.sum(jnp.where(there, jax.nn.softplus(jnp.where(own, -x, x)), 0)) / n
+        means = (jax.nn.logsumexp(x, axis, where=there) - jnp.diagonal(x) for axis in (0, 1))
+        return sum(map(jnp.mean, means), jnp.zeros(()))
+
+    expected = quick(jax.value_and_grad(plain, (0, 1)))(*inputs[:2])
+    # Sums of 512 terms in other orders; a gradient's entries are differences of numbers up to its largest.
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5 * np.abs(y).max())
