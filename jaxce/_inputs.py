@@ -130,7 +130,7 @@ class Logits(NamedTuple):
         classes = self.spec.classes * (1 if name is None else lax.axis_size(name))
         beyond = isinstance(classes, int) and classes > jnp.iinfo(labels.dtype).max  # no label is
         valid = labels >= 0 if beyond else (labels >= 0) & (labels < classes)
-        return jnp.where(valid, labels, -1).astype(jnp.int32)
+        return jnp.where(valid, labels.astype(jnp.int32), -1)  # of unsigned ones -1 would be a number of its own
 
     def with_weights(self, class_weights: ArrayLike | None) -> Logits:
         """With weights of the classes, unless these are None."""

@@ -56,6 +56,7 @@ EVERYTHING = {
 }
 
 
+INTEGERS = "int8", "uint8", "int16", "uint16", "int32", "uint32"
 QUICK = "integer, label_smoothing", "dense, plain", "entropy"
 
 
@@ -117,6 +118,50 @@ def test_a_label_on_a_class_that_is_not_there_has_infinite_loss(name: str, how: 
     assert value[1] == INF
     assert np.all(np.isfinite(value[[0, 2]])) and np.all(np.isfinite(gradient[[0, 2]]))
     assert not np.any(np.isnan(value))
+
+
+def linear(x: jax.Array) -> jaxce.LinearLogits:
+    return jaxce.LinearLogits(x, jnp.eye(4, dtype=x.dtype))
+
+
+def each(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What takes a batch, of each row by itself."""
+    return lambda x, y: jnp.stack([function(x[i : i + 1], y[i : i + 1]) for i in range(len(y))])
+
+
+OF_LABELS: dict[str, Callable[..., Any]] = {
+    **{n: LABELLED[n] for n in ("integer, plain", "integer, label_smoothing", "focal", "poly", "statistics")},
+    "linear": lambda x, y: integer(linear(x), y),
+    "nll": lambda x, y: jaxce.nll(jax.nn.log_softmax(x), y),
+    "categorical": lambda x, y: jaxce.categorical_cross_entropy_with_integer_labels(jax.nn.softmax(x), y),
+    "sparse": lambda x, y: jaxce.softmax_cross_entropy_with_sparse_labels(
+        x, y[:, None], np.ones((len(y), 1), "float32")
+    ),
+    "binary, sparse": lambda x, y: jaxce.sigmoid_binary_cross_entropy_with_sparse_labels(x, y[:, None]),
+    "binary mean": each(lambda x, y: jaxce.linear_sigmoid_binary_cross_entropy(linear(x), y[:, None])),
+    "mean": each(lambda x, y: jaxce.linear_cross_entropy(linear(x), y)),
+    "smoothed mean": each(lambda x, y: jaxce.linear_cross_entropy(linear(x), y, label_smoothing=0.1)),
+    "pairs": lambda x, y: jaxce.softmax_cross_entropy_of_pairs(x, y)[0],
+    "accuracy": each(lambda x, y: jaxce.metrics.Accuracy.from_batch(x, y).compute()),
+    "evaluation": each(lambda x, y: jaxce.metrics.Evaluation.from_batch(x, y).compute().nll),
+}
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(d, marks=() if d == "uint8" else pytest.mark.slow) for d in INTEGERS])
+def test_no_dtype_makes_a_class_of_a_label_that_is_none(dtype: str) -> None:
+    """Also the mask of a picture, whose unlabelled places are 255."""
+    labels = np.array([3, 4, np.iinfo(dtype).max], dtype)
+    bad = labels > 3
+    x = jnp.asarray(RNG.normal(size=(3, 4)), "float32")
+
+    @helpers.quick
+    def found(x: jax.Array) -> Any:
+        return {n: (f(x, labels), jax.grad(lambda x, f=f: f(x, labels).sum())(x)) for n, f in OF_LABELS.items()}
+
+    for name, (value, slope) in found(x).items():
+        np.testing.assert_array_equal(np.isnan(value), bad, err_msg=name)
+        if name != "accuracy":
+            np.testing.assert_array_equal(np.isnan(slope), np.broadcast_to(bad[:, None], slope.shape), err_msg=name)
 
 
 @pytest.mark.slow
