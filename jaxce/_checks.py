@@ -148,7 +148,7 @@ class named:
 
 def named_class(cls: _C) -> _C:
     """A decorator of a class: errors about the arguments of its constructor and of its operators get its name."""
-    for name in {"__init__", "__truediv__", "__add__", "__radd__"} & {*vars(cls)}:
+    for name in {"__init__", "__truediv__", "__add__", "__radd__", "__sub__", "__array__"} & {*vars(cls)}:
         setattr(cls, name, _naming_class(vars(cls)[name]))
     return cls
 
@@ -224,7 +224,11 @@ _ELSEWHERE = {
     ),
     "keepdims": ("write jnp.expand_dims(result, {axis})",),
     "keepdim": ("write jnp.expand_dims(result, {axis})",),
-    "axis_name": ("inside of jax.shard_map give jaxce.ShardedLogits(logits, axis_name){LinearLogits:.0}{axis:.0}",),
+    "axis_name": (
+        "inside of jax.shard_map give jaxce.ShardedLogits(logits, axis_name){LinearLogits:.0}{axis:.0}",
+        "for the mean of all devices write jax.lax.psum of {call} with "
+        "{normalizer}=jax.lax.psum(weights.sum(), axis_name)",
+    ),
     "smoothing": ("give {label_smoothing}=",),
     "label_smoothing": ("smooth the labels first: jaxce.smooth_labels(labels, alpha){integer_function:.0}",),
     "z_loss_weight": ("give {z_loss}=",),
@@ -235,7 +239,12 @@ _ELSEWHERE = {
         "divide the logits by it{logits:.0}",
         "divide the logits by it, or give it to {LinearLogits}{p_logits:.0}",
     ),
+    "gamma": ("it is an argument of softmax_focal_loss and sigmoid_focal_loss{labels:.0}",),
+    "normalizer": ("give it to {weighted_mean}",),
+    "num_classes": ("the logits say how many classes there are{logits:.0}",),
+    "transpose": ("give {class_axis}=0 for a kernel of shape [classes, features]{kernel:.0}",),
     "soft_cap": _SOFT_CAP,
+    "logit_cap": _SOFT_CAP,
     "softcap": _SOFT_CAP,
     "logit_soft_cap": _SOFT_CAP,
     "logits_soft_cap": _SOFT_CAP,
@@ -253,7 +262,7 @@ _ELSEWHERE = {
     "qk": _ORDER,
     "loc": ("give {location}=", "give {log_mean}=, its logarithm"),
     "mean": ("give {location}=", "give {log_mean}=, its logarithm"),
-    "scale": ("give {log_scale}=, its logarithm",),
+    "scale": ("give {log_scale}=, its logarithm", "give {temperature}=1 / scale"),
     "std": ("give {log_scale}=, its logarithm{full:.0}",),  # only of a normal distribution it is the scale
     "var": ("give {log_scale}=jnp.log(var) / 2{full:.0}",),
     "variance": ("give {log_scale}=jnp.log(variance) / 2{full:.0}",),
@@ -409,7 +418,8 @@ def _array(argument: str, value: ArrayLike, kind: Any, expected: str, *hints: st
         array: Any = value if isinstance(value, jax.ShapeDtypeStruct | Array) else jnp.asarray(value)
     except (TypeError, ValueError):
         got = "None" if value is None else type(value).__name__
-        raise ArgumentTypeError(f"{argument} must be {expected}, got {got}") from None
+        hint = f"give {{{argument}}}.materialize()" if hasattr(value, "materialize") else ""
+        raise ArgumentTypeError(f"{argument} must be {expected}, got {got}", hint) from None
     if not jnp.issubdtype(array.dtype, kind):
         raise ArgumentTypeError(f"{argument} must be {expected}, got {describe(array)}", *hints)
     return array
@@ -426,7 +436,8 @@ def floating(argument: str, value: ArrayLike) -> Array:
     if array.ndim == 0 and jnp.issubdtype(array.dtype, jnp.integer):
         array = array * 1.0 if array.weak_type else array.astype(np.float32)  # a Python number decides no dtype
     order = f"{{{argument}}} come first, {{labels}} second"
-    array = _array(argument, array, jnp.floating, "a floating-point array", order)
+    other = "logits with integer labels are for softmax_cross_entropy_with_integer_labels{p:.0}{q:.0}"
+    array = _array(argument, array, jnp.floating, "a floating-point array", order, other)
     if array.dtype.itemsize == 1:  # neither the range nor, on every device, an exact path to float32
         expected = "float16, bfloat16, float32 or float64"
         raise ArgumentTypeError(f"{argument} must be {expected}, got {describe(array)}")
@@ -518,25 +529,25 @@ def labels_of_rows(
 ) -> Array:
     """One integer label for each row of something of ``shape``."""
     batch, given = batch_shape(shape, class_axes), np.shape(cast(Any, labels))
-    hint = labels_hint(given, shape, class_axes)
-    y = integer("labels", labels, "give {labels}.astype(int)" if given == batch else hint)
-    same_shape("labels", y, batch, f"the shape of {of} without their class axes", hint)
+    hints = labels_hints(given, shape, class_axes)
+    y = integer("labels", labels, *(("give {labels}.astype(int)",) if given == batch else hints))
+    same_shape("labels", y, batch, f"the shape of {of} without their class axes", *hints)
     return y
 
 
-def labels_hint(labels: tuple[int, ...], shape: tuple[int, ...], class_axes: tuple[int, ...]) -> str:
+def labels_hints(labels: tuple[int, ...], shape: tuple[int, ...], class_axes: tuple[int, ...]) -> tuple[str, ...]:
     """What to write for labels of a shape that doesn't fit logits of ``shape``, if that is likely enough."""
     batch = batch_shape(shape, class_axes)
     others = [a for a in range(len(shape)) if a not in class_axes and batch_shape(shape, (a,)) == labels]
     if labels == batch:
-        return "one class for each row is for {integer_function}"
+        return ("one class for each row is for {integer_function}",)
     if labels == shape:
-        return "one number for each class is for {dense_function}"
+        return "one number for each class is for {dense_function}", f"give {{labels}}.argmax({class_axes[0]})"
     if others:
-        return f"if the classes are on that axis, give {{axis}}={others[0]}"
+        return (f"if the classes are on that axis, give {{axis}}={others[0]}",)
     if labels == (*batch, 1):
-        return "give {labels}[..., 0]"
-    return ""
+        return ("give {labels}[..., 0]",)
+    return ()
 
 
 def option(argument: str, value: Any, kind: Number) -> Any:

@@ -105,8 +105,8 @@ class Logits(NamedTuple):
         of = "the logits" + ("" if self.spec.axis_name is None else " on each device")
         t = jnp.asarray(labels)
         if not jnp.issubdtype(t.dtype, jnp.floating):  # integers might have been meant as classes
-            hint = _checks.labels_hint(t.shape, self.shape, self.axes)
-            _checks.same_shape("labels", t, self.shape, f"the shape of {of}", hint)
+            hints = _checks.labels_hints(t.shape, self.shape, self.axes)
+            _checks.same_shape("labels", t, self.shape, f"the shape of {of}", *hints)
         whole = _checks.dense("labels", t, self.shape, self.dtype, of)
         # Axes of rows stay of length 1 where they are: a block of the logits may be all that is ever there.
         given = (1,) * (len(self.shape) - t.ndim) + t.shape

@@ -147,7 +147,10 @@ def linear_cross_entropy(
       Hsu et al., Liger Kernel, https://arxiv.org/abs/2410.10989, section 3.2.
     """
     if not isinstance(logits, LinearLogits):
-        raise _checks.ArgumentTypeError(f"logits must be LinearLogits, got {_checks.describe(logits)}")
+        got = _checks.describe(logits)
+        raise _checks.ArgumentTypeError(
+            f"logits must be LinearLogits, got {got}", "give {LinearLogits}(hidden, kernel)"
+        )
     z = read_logits("logits", logits).with_labels(labels).with_weights(class_weights)
     y = z.inputs["labels"]
     w = jnp.ones(y.shape, z.dtype) if weights is None else _checks.real("weights", weights, z.dtype).astype(z.dtype)

@@ -34,7 +34,7 @@ class LinearLogits:
     kernel in half precision its gradient is accumulated in float32, in an array of the kernel's shape). The classes
     are the last axis. It is a pytree: it passes through `jax.jit`, `jax.vmap`, `jax.lax.scan` and their like.
     ``logits[:, :-1]`` has some of the rows, ``logits / t`` another temperature, ``logits / t[..., None]`` one for each row,
-    and ``logits + b`` another bias.
+    and ``logits + b`` another bias, a number or one for each class.
 
     float16 and bfloat16 are multiplied as they are and summed in float32; in float32 JAX's own matmul precision holds.
     Where hidden and kernel are both bfloat16, cotangents of logits are rounded to bfloat16 before they are multiplied, and
@@ -90,9 +90,11 @@ class LinearLogits:
             )
         class_axis = 0 if self.class_axis in (0, -2) else -1
         if kernel.shape[-1 - class_axis] != hidden.shape[-1]:
+            other = kernel.shape[class_axis] == hidden.shape[-1]
             raise _checks.ArgumentValueError(
                 f"kernel must have as many features as hidden, {hidden.shape[-1]}, on axis {-1 - class_axis}, "
-                f"got shape {kernel.shape}"
+                f"got shape {kernel.shape}",
+                f"if its classes are on axis {-1 - class_axis}, give class_axis={-1 - class_axis}" if other else "",
             )
         if kernel.shape[class_axis] == 0:
             raise _checks.ArgumentValueError(f"kernel must have at least one class, got shape {kernel.shape}")
@@ -162,6 +164,10 @@ class LinearLogits:
         return shape_logits(x, self.temperature, self.soft_cap)
 
     __array_ufunc__ = None  # of NumPy's arrays: that they leave sums to this class
+    __iter__ = None  # else Python would take logits[0], logits[1] and so on, and JAX's indices never end
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise _checks.ArgumentTypeError("logits must be made an array by materialize(), with all the memory that takes")
 
     def __getitem__(self, index: Any) -> LinearLogits:
         """The logits of some rows; all classes of them."""
@@ -193,10 +199,11 @@ class LinearLogits:
         return dataclasses.replace(self, temperature=t)
 
     def __add__(self, bias: ArrayLike) -> LinearLogits:
-        """The logits with one more bias."""
+        """The logits with one more bias: a number, or one for each class."""
         self._demand_no_soft_cap("add a bias before it is applied, give bias=")
         more = _checks.floating("bias", bias)
-        _checks.same_shape("bias", more, (self.classes,), "one number per class")
+        _checks.scalar_or("bias", more, (self.classes,), "one number per class")
+        more = jnp.broadcast_to(more, self.classes)
         if self._temperatures is not None:
             raise _checks.ArgumentTypeError(
                 "what has a temperature for each row must stay as it is; to add a bias before it divides, give bias=, "
@@ -210,6 +217,10 @@ class LinearLogits:
         return dataclasses.replace(self, bias=more)
 
     __radd__ = __add__
+
+    def __sub__(self, bias: ArrayLike) -> LinearLogits:
+        """The logits with one bias less."""
+        return self + (-_checks.floating("bias", bias))
 
     def _demand_no_soft_cap(self, hint: str) -> None:
         if self.soft_cap is not None:

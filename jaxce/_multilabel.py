@@ -149,7 +149,10 @@ def linear_sigmoid_binary_cross_entropy(
       Zhai et al., Sigmoid Loss for Language Image Pre-Training, https://arxiv.org/abs/2303.15343.
     """
     if not isinstance(logits, LinearLogits):
-        raise _checks.ArgumentTypeError(f"logits must be LinearLogits, got {_checks.describe(logits)}")
+        got = _checks.describe(logits)
+        raise _checks.ArgumentTypeError(
+            f"logits must be LinearLogits, got {got}", "give {LinearLogits}(hidden, kernel)"
+        )
     w = jnp.ones(logits.shape[:-1], logits.dtype) if weights is None else _checks.real("weights", weights, logits.dtype)
     _checks.same_shape("weights", w, logits.shape[:-1], "the shape of the logits without the classes")
     z = _read(

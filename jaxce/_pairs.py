@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +117,9 @@ def softmax_cross_entropy_of_pairs(
         raise _checks.ArgumentValueError(f"positives must be 'label' or 'group', got {positives!r}")
     if not isinstance(exclude_self, bool):
         raise _checks.ArgumentTypeError(f"exclude_self must be True or False, got {exclude_self!r}")
+    if labels is not None and np.ndim(cast(Any, labels)) == 2:
+        of_both = "for the embeddings of both sides give {LinearLogits}({logits}, {labels}.T)"
+        _checks.integer("labels", labels, of_both)
     pairs = _read(logits, axis_name)
     rows, columns = pairs.shape
     grouped = positives == "group"

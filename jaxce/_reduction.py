@@ -20,7 +20,8 @@ def _weights(losses: Array, weights: ArrayLike) -> Array:
         return jnp.broadcast_to(w, losses.shape)
     except ValueError:
         raise _checks.ArgumentValueError(
-            f"weights must have the shape of losses, {losses.shape}, or broadcast to it, got {_checks.describe(w)}"
+            f"weights must have the shape of losses, {losses.shape}, or broadcast to it, got {_checks.describe(w)}",
+            f"give {{weights}}.reshape({losses.shape})" if w.size == losses.size else "",
         ) from None
 
 

@@ -53,6 +53,7 @@ from jaxce._inputs import Inputs, Spec, on_each_device, read_logits
 from jaxce._logits import AnyLogits
 from jaxce._measures import NLL, measure_part, replaced, sum_of
 from jaxce._passes import add_up, by_rows, reading
+from jaxce._reduction import bits_per
 from jaxce._sigmoid import sigmoid_binary_cross_entropy, sigmoids
 from jaxce._state import Ask, State, there
 
@@ -343,7 +344,9 @@ def _per_unit(nll: ArrayLike, units: ArrayLike, weights: ArrayLike | None, where
 
 @_ratio
 class BitsPer(_Ratio):
-    """Bits per byte, per character, or per whatever is counted: sum(nll) / (log 2 sum(units)); 0 without data.
+    """Bits per byte, per character, or per whatever is counted: sum(nll) / (log 2 sum(units)).
+
+    It is 0 without data, and infinite where nats are of no units.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -367,8 +370,8 @@ class BitsPer(_Ratio):
 
     @compiled()
     def compute(self) -> Array:
-        """The bits per unit."""
-        return super().compute() / math.log(2)
+        """The bits per unit, by `jaxce.bits_per`."""
+        return bits_per(self.total._rounded, self.weight._rounded)
 
 
 # ---------------------------------------------------------------------------------------------------- classification

@@ -252,6 +252,7 @@ def test_bad_call(
 
 
 IMAGES = jnp.zeros((2, 3, 4, 5))
+LINEAR = jaxce.LinearLogits(X, jnp.ones((3, 3)))
 CLASSES = [
     "softmax_cross_entropy_with_integer_labels",
     "softmax_focal_loss",
@@ -273,7 +274,40 @@ MISTAKES: list[tuple[list[str], tuple[Any, ...], dict[str, Any], str]] = [  # fu
     (CLASSES[:2], (X, Y[:, None]), {}, "labels[..., 0]"),
     (CLASSES[:1], (X, Y.astype(float)), {}, "labels.astype(int)"),
     (CLASSES[:1], (X, T), {}, "; one number for each class is for softmax_cross_entropy"),
-    (["nll", "softmax_statistics"], (X, T), {}, "got float32[2,3]"),
+    (["nll", "softmax_statistics"], (X, T), {}, "got float32[2,3]; give labels.argmax(1)"),
+    (["linear_cross_entropy"], (LINEAR, T), {}, "got float32[2,3]; give labels.argmax(1)"),
+    (
+        ["linear_cross_entropy", "linear_sigmoid_binary_cross_entropy"],
+        (X, Y),
+        {},
+        "; give jaxce.LinearLogits(hidden, kernel)",
+    ),
+    (["linear_cross_entropy"], (LINEAR, Y), {"axis_name": "data"}, "normalizer=jax.lax.psum(weights.sum(), axis_name)"),
+    (
+        ["sigmoid_binary_cross_entropy", "sigmoid_focal_loss"],
+        (LINEAR, T),
+        {},
+        "got LinearLogits; give logits.materialize()",
+    ),
+    (
+        ["softmax_cross_entropy_of_pairs"],
+        (X, X),
+        {},
+        "; for the embeddings of both sides give jaxce.LinearLogits(logits, labels.T)",
+    ),
+    (
+        ["cross_entropy", "relative_entropy"],
+        (X, Y),
+        {},
+        "; logits with integer labels are for softmax_cross_entropy_with",
+    ),
+    (["weighted_mean"], (Y.astype(float), jnp.ones((2, 1))), {}, "; give weights.reshape((2,))"),
+    (CLASSES[:1], (), {"gamma": 2.0}, "; it is an argument of softmax_focal_loss"),
+    (CLASSES[:1], (), {"normalizer": 2.0}, "; give it to jaxce.weighted_mean(losses, weights)"),
+    (["LinearLogits"], (X, T), {"logit_cap": 2.0}, "; give soft_cap="),
+    (["LinearLogits"], (X, T), {"scale": 2.0}, "; give temperature=1 / scale"),
+    (["LinearLogits"], (X, T), {"transpose": True}, "; give class_axis=0 for a kernel of shape [classes, features]"),
+    (["LinearLogits"], (X, jnp.ones((5, 3))), {}, "; if its classes are on axis 0, give class_axis=0"),
     (["softmax_cross_entropy"], (X, Y), {}, "softmax_cross_entropy_with_integer_labels"),
     (["entropy", "entropy_with_logits", "logsumexp"], (INTS,), {}, "must be a floating-point array, got int32[2,3]"),
     (["weighted_mean"], (X,), {"mask": BOOLS}, "; give weights=, True for what takes part"),

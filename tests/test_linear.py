@@ -631,6 +631,9 @@ def test_temperatures_and_biases_by_operators() -> None:
             (x / jnp.float32(3), whole / 3),
             (x + more, whole + more[None]),
             (more + x, whole + more[None]),
+            (x - more, whole - more[None]),
+            (x + 2, whole + 2),
+            (jnp.float32(2) + x, whole + 2),
             (np.asarray(more) + x / 2, whole / 2 + more[None]),
         ]:
             assert isinstance(got, jaxce.LinearLogits)
@@ -646,16 +649,22 @@ def test_what_operators_refuse() -> None:
         (lambda: x[..., 0], IndexError, "an index must leave the axis of classes whole, .* give LinearLogits a part"),
         (lambda: x[:, :2], IndexError, "an index must leave the axis of classes whole"),
         (lambda: x[0, 0, 0], IndexError, "an index must leave the axis of classes whole"),
-        (lambda: x + 1.0, ValueError, "bias must have one number per class"),
+        (lambda: x + W[:, 0], ValueError, "bias must be a scalar or have one number per class"),
+        (lambda: x - W[:, 0], ValueError, "bias must be a scalar or have one number per class"),
         (lambda: x / 0, ValueError, "temperature must be a positive number"),
         (lambda: x / x, TypeError, "temperature must be a positive number, got LinearLogits"),
         (lambda: x / W[0], ValueError, "temperature must be a scalar or have one number per row and an axis"),
         (lambda: capped / 2, TypeError, "give temperature="),
         (lambda: capped + W[0], TypeError, "give bias="),
         (lambda: W[0] + capped, TypeError, "give bias="),
+        (lambda: capped - 1, TypeError, "give bias="),
+        (lambda: np.asarray(x), TypeError, "made an array by materialize()"),
+        (lambda: jnp.asarray(x), TypeError, "made an array by materialize()"),
     ]:
         with pytest.raises(error, match=message if error is IndexError else f"^LinearLogits: .*{message}"):
             call()
+    with pytest.raises(TypeError, match="not iterable"):
+        list(x)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

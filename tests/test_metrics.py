@@ -475,6 +475,7 @@ def test_an_infinite_loss_is_infinite() -> None:
     one = Evaluation.from_batch(jnp.array([[-INF, 0.0], [0.0, 1.0]]), jnp.array([0, 0]))
     result = one.merge(one).merge(Evaluation.empty()).compute()
     assert result.nll == INF and result.perplexity == INF and result.bits_per_unit == INF
+    assert BitsPer.from_batch(jnp.ones(2), jnp.zeros(2)).compute() == INF and BitsPer.empty().compute() == 0
     assert result.accuracy == 0 and not jnp.isnan(result.calibration_error) and result.brier > 1
 
 
