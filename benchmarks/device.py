@@ -1,4 +1,4 @@
-"""What the library's functions take on the device that is here, a GPU or a TPU, beside Optax' or else the plain formula.
+"""What the library's functions take on the device that is here, a GPU or a TPU, beside Optax's or else the plain formula.
 
     python benchmarks/device.py [--only 'integer labels' entropy] [--rounds 9]
 

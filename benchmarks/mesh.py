@@ -14,7 +14,7 @@ features   the rows, and the kernel's features, over all devices, as FSDP has it
 both       as classes, and the features over "data"
 
 And the ways: `jax.jit` alone on a mesh with automatic or with explicit axis types, or a `jax.shard_map`, which gathers
-features by itself. The peer is Optax' loss of the product, with automatic axes. Of the functions of arrays, `integer
+features by itself. The peer is Optax's loss of the product, with automatic axes. Of the functions of arrays, `integer
 labels`, `softmax_statistics` and `Evaluation`, only the first two layouts are of use, and the peer is that of programs.py.
 `CLIP` and `SigLIP` have rows on both sides, each of as many features, and no classes: the layout is rows.
 

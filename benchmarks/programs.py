@@ -1,4 +1,4 @@
-"""What the compilers for a TPU and a GPU make of the library's functions, beside Optax' or else the plain formula.
+"""What the compilers for a TPU and a GPU make of the library's functions, beside Optax's or else the plain formula.
 
     pip install '.[programs]'                    # the compilers: neither TPU nor GPU nor CUDA has to be here
     python benchmarks/programs.py tpu            # all of the table, in some minutes; or gpu; or one chip, such as b200
@@ -476,7 +476,7 @@ def _of_linear(loss: Loss, class_axis: int) -> Loss:
 
 
 def _of_product(class_axis: int) -> Loss:
-    """Optax' loss of all logits, in the precision that ours has."""
+    """Optax's loss of all logits, in the precision that ours has."""
 
     def loss(h: jax.Array, w: jax.Array, labels: jax.Array) -> jax.Array:
         logits = jnp.matmul(h, w.T if class_axis == 0 else w, preferred_element_type=jnp.float32)

@@ -14,7 +14,7 @@ pairs of two sides      softmax_cross_entropy_of_pairs(logits): CLIP, InfoNCE   
 hard or rare classes    softmax_focal_loss(logits, labels), poly_loss_cross_entropy        [B, K], [B] -> [B]
 binary, multi-label     sigmoid_binary_cross_entropy(logits, labels), sigmoid_focal_loss   [B], [B] -> [B]
 few labels of many      sigmoid_binary_cross_entropy_with_sparse_labels(logits, labels)    [B, K], [B, k] -> [B]
-their mean, large       linear_sigmoid_binary_cross_entropy(LinearLogits(h, kernel), labels) [B, D], [D, K], [B, k] -> []
+their mean, large       linear_sigmoid_binary_cross_entropy(LinearLogits(h, W), labels)    [B, D], [D, K], [B, k] -> []
 label smoothing         label_smoothing= of these; smooth_labels(labels, alpha)            [B, K] -> [B, K]
 Optax's name            safe_softmax_cross_entropy is softmax_cross_entropy                [B, K], [B, K] -> [B]
 from probabilities      categorical_cross_entropy(probs, labels)                           [B, K], [B, K] -> [B]
@@ -46,12 +46,13 @@ counts                  poisson_nll(log_rate, counts)                           
 binary outcomes         bernoulli_nll(logits, x)                                           broadcast
 mean                    weighted_mean(losses, weights)                                     [B], [B] -> []
 report                  perplexity(nll), bits_per(nll, count)                              [B] -> [B]
-evaluate                metrics.Evaluation, metrics.BinaryEvaluation                     see jaxce.metrics
+evaluate                metrics.Evaluation, metrics.BinaryEvaluation                       see jaxce.metrics
 ======================  =================================================================  =========================
 
-Predictions come first. Losses are one per example, in nats; ``base=2`` makes information measures bits. ``where`` selects
-the valid examples or classes: for labels padded with -100 it is ``where=labels != -100``, and their mean is
-``weighted_mean(losses, labels != -100)``. Functions of logits take an array or `LinearLogits`, which are never stored.
+Losses take predictions first and labels second, entropies and divergences of p and q the true distribution p first. Results
+are in nats; with ``base=2`` information measures are in bits. ``where`` selects the valid examples or classes: for labels
+padded with -100 it is ``where=labels != -100``, and their mean is ``weighted_mean(losses, labels != -100)``. Functions of
+logits with classes take an array or `LinearLogits`, which are never stored.
 """
 
 from jaxce import _export as _export

@@ -224,7 +224,7 @@ def mean_loss(params: Params, tokens: Array, key: Array) -> Array:
 
 
 def mean_loss_of_optax(params: Params, tokens: Array, key: Array) -> Array:
-    """The same number from Optax' loss, which takes all logits as an array."""
+    """The same number from Optax's loss, which takes all logits as an array."""
     logits = logits_of(params, hidden_of(params, tokens[:, :-1], key)).materialize()
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
@@ -253,7 +253,7 @@ def memory(ours: Any, peer: Any) -> str:
     """The temporary memory of two compiled training steps, as the compiler reports it."""
     a, b = (step.memory_analysis().temp_size_in_bytes for step in (ours, peer))
     return (
-        f"temporary memory of a step: {a / 1e6:.1f} MB with jaxce.linear_cross_entropy, {b / 1e6:.1f} MB with Optax' loss "
+        f"temporary memory of a step: {a / 1e6:.1f} MB with jaxce.linear_cross_entropy, {b / 1e6:.1f} MB with Optax's loss "
         f"on all logits, so {abs(1 - a / b):.0%} {'less' if a <= b else 'more'}"
     )
 
@@ -464,7 +464,7 @@ def run(options: argparse.Namespace) -> None:
 
     counts = np.bincount(training, minlength=len(tokenizer.pieces)) + 1
     log_frequency = np.log(counts / counts.sum())
-    print("compiling the training step, and for comparison the same step with Optax' loss ...", flush=True)
+    print("compiling the training step, and for comparison the same step with Optax's loss ...", flush=True)
     params = jax.jit(init)(jax.random.key(options.seed), log_frequency)
     step = compile_step(mean_loss, params, options)
     print(memory(step, compile_step(mean_loss_of_optax, params, options)), flush=True)

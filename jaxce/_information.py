@@ -464,10 +464,10 @@ def entropy_with_logits(
 
     .. math:: H(p) = -\sum_k p_k \log p_k = \sum_k p_k g_k + L,
 
-    where both terms are at least 0, so that a nearly certain distribution has an entropy with all its digits. A class that
-    is masked, or whose logit is -inf, isn't there. A row with none left has entropy 0. The derivative by :math:`x_j` is
-    :math:`p_j (g_j - \sum_k p_k g_k)`. Right to 4 ulp, plus eps/2 per nat between
-    the maximum and the classes that dominate the result; the gradient as much, of its largest part.
+    where both terms are at least 0, so that a nearly certain distribution has an entropy with all its digits. A class
+    that is masked, or whose logit is -inf, has probability 0. A row of such classes alone has entropy 0. The derivative
+    by :math:`x_j` is :math:`p_j (g_j - \sum_k p_k g_k)`. Right to 4 ulp, plus eps/2 per nat between the maximum and the
+    classes that dominate the result; the gradient as much, of its largest part.
 
     Args:
       logits: scores, of shape [..., classes], an array, `LinearLogits` or `ShardedLogits`.
@@ -502,8 +502,9 @@ def cross_entropy_with_logits(
 ) -> Array:
     r"""Cross-entropy :math:`H(p, q) = -\sum_k p_k \log q_k` of p = softmax(p_logits) and q = softmax(q_logits).
 
-    It is the mean surprisal under q of a class drawn from p, and :math:`H(p, q) = H(p) + D(p \| q)`. A class that isn't
-    there in p adds nothing; one that isn't there in q alone makes the result +inf. A row with none left in p or in q is 0.
+    It is the mean surprisal under q of a class drawn from p, and :math:`H(p, q) = H(p) + D(p \| q)`. A class of
+    probability 0 in p adds nothing; one that is masked or -inf in q alone makes the result +inf. A row with no class
+    left in p or in q is 0.
 
     Args:
       p_logits: logits of the classes, which lie along ``axis``: an array, `LinearLogits` or `ShardedLogits`.
@@ -539,7 +540,7 @@ def relative_entropy_with_logits(
 ) -> Array:
     """Relative entropy (Kullback-Leibler divergence) D(p||q) of p = softmax(p_logits) from q = softmax(q_logits).
 
-    A logit of -inf is a class that isn't there: the term is 0 where p's is, and +inf where only q's is.
+    A class with the logit -inf has probability 0: its term is 0 if that is p's logit, and +inf if it is q's alone.
 
     Args:
       p_logits: logits of the classes, which lie along ``axis``: an array, `LinearLogits` or `ShardedLogits`.
@@ -550,8 +551,8 @@ def relative_entropy_with_logits(
 
     Returns:
       One value per example, p_logits' shape without ``axis``; never negative; 0 for a row with nothing left in p. Right
-      to 32 ulp, or of float32 to 1e-4 of results down to 1e-12, near-equal logits with a large offset included. The
-      gradient is p (log(p/q) - D) for p_logits and q - p for q_logits.
+      to 32 ulp, or in float32 to a relative error of 1e-4 for results down to 1e-12, near-equal logits with a large offset
+      included. The gradient is p (log(p/q) - D) for p_logits and q - p for q_logits.
 
     Examples:
       >>> import jax.numpy as jnp, jaxce
@@ -581,8 +582,8 @@ def jensen_shannon_divergence_with_logits(
 
     .. math:: w\, D(p \| m) + (1 - w)\, D(q \| m), \qquad m = w p + (1 - w) q,
 
-    with D the `relative_entropy` and w = 1/2, as in `jensen_shannon_divergence`, unless given. A logit of -inf is a class
-    that isn't there.
+    with D the `relative_entropy` and w = 1/2, as in `jensen_shannon_divergence`, unless given. A class with the
+    logit -inf has probability 0.
 
     For the ``beta`` of generalised knowledge distillation (GKD) give
     ``jensen_shannon_divergence_with_logits(teacher, student, weight=beta)``. For w = 0 and w = 1 the divergence is 0. TRL
@@ -599,8 +600,8 @@ def jensen_shannon_divergence_with_logits(
 
     Returns:
       One value per example, p_logits' shape without ``axis``; never negative; 0 for a row with nothing left in one of
-      the two. Right to 32 ulp, or of float32 to 1e-4 of results down to 1e-12, near-equal logits with a large offset
-      included.
+      the two. Right to 32 ulp, or in float32 to a relative error of 1e-4 for results down to 1e-12, near-equal logits with
+      a large offset included.
 
     Examples:
       >>> import jax.numpy as jnp, jaxce

@@ -98,22 +98,23 @@ def linear_cross_entropy(
     .. math:: \frac{\sum_i w_i \ell_i}{\sum_i w_i}, \qquad 0 \text{ where the denominator is } 0,
 
     with :math:`\ell_i` of `softmax_cross_entropy_with_integer_labels`. It is
-    ``weighted_mean(softmax_cross_entropy_with_integer_labels(logits, labels, where=weights != 0), weights)`` in value and
-    derivatives, to any order and in both modes. Where a gradient is asked for, the logits are computed once rather than
-    twice: three matrix products in place of four, for the memory of a chunk of examples with all their classes, in
-    bfloat16 where hidden and kernel are, in place of a block. Without a gradient it takes no more than the losses. With
-    ``label_smoothing`` it is those losses, with four products: what smoothing subtracts can be nearly all of a
-    derivative, which would lose its digits if it were subtracted afterwards.
+    ``weighted_mean(softmax_cross_entropy_with_integer_labels(logits, labels, where=weights != 0), weights)`` in value
+    and derivatives of any order, in forward and in reverse mode. Where a gradient is asked for, the logits are computed
+    once rather than twice: three matrix products in place of four, for the memory of a chunk of examples with all their
+    classes, in bfloat16 where hidden and kernel are, in place of a block. Without a gradient it takes no more than the
+    losses. With ``label_smoothing`` it is those losses, with four products: what smoothing subtracts can be nearly all
+    of a derivative, which would lose its digits if it were subtracted afterwards.
 
     A row of weight 0 takes no part, whatever it holds: its loss is 0, and so is the gradient of its hidden states. So for a
     padding label of -100 give ``weights=labels != -100``. Nor does it take time where a gradient is asked for: rows that
     count are moved to the front, and only as many chunks are computed as they fill.
 
-    On a mesh a chunk has examples of each device, and each sums its own part of the kernel's gradient; the devices' parts
-    meet once, after all chunks, on a mesh with explicit axis types and inside of `jax.shard_map`, where the classes may be
-    sharded too. With automatic axis types XLA does as much for TPU and GPU, and sums parts in float32; for a CPU it sums
-    after each chunk. Inside of a `jax.shard_map` over the batch a device's mean is its own; take that of all with their
-    normalizer. In half precision the kernel's gradient is summed in float32.
+    On a mesh a chunk has examples of each device, and each sums its own part of the kernel's gradient; the devices'
+    parts meet once, after all chunks, on a mesh with explicit axis types and inside of `jax.shard_map`, where the
+    classes may be sharded too. With automatic axis types XLA does as much for TPU and GPU, and sums parts in float32;
+    for a CPU it sums after each chunk. Inside `jax.shard_map` it is the mean of this device's examples. That of all
+    devices is ``lax.psum(linear_cross_entropy(logits, labels, w, normalizer=lax.psum(w.sum(), axis_name)), axis_name)``.
+    In half precision the kernel's gradient is summed in float32.
 
     Args:
       logits: `LinearLogits` of shape [..., classes].
@@ -130,8 +131,8 @@ def linear_cross_entropy(
     Returns:
       A number, in the dtype of the logits and at least float32. With ``has_aux`` a pair of it and of two arrays of the
       shape of the labels, as `jax.value_and_grad` takes it with its own ``has_aux``: each example's loss and its
-      log-normalizer :math:`\operatorname{logsumexp}(x)`, both 0 where the weight is 0, and without derivatives. Beside a
-      gradient from three products they cost nothing, else one more product.
+      log-normalizer :math:`\operatorname{logsumexp}(x)`, both 0 where the weight is 0, and without derivatives. They cost
+      nothing where the gradient takes three products, and one more product with ``label_smoothing``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxce

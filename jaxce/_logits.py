@@ -28,13 +28,14 @@ class LinearLogits:
 
     .. math:: x = s \tanh\!\left(\frac{h W + b}{T s}\right), \qquad x = \frac{h W + b}{T} \text{ without a soft cap } s .
 
-    Every function of jaxce that takes logits takes this in their place and gives the same value and the same derivatives,
-    for the hidden states, the kernel, the bias, the temperature and the soft cap, to any order and in both modes. Neither
-    the value nor a derivative needs memory for more than a block of logits, and the kernel is never copied whole (for a
-    kernel in half precision its gradient is accumulated in float32, in an array of the kernel's shape). The classes
-    are the last axis. It is a pytree: it passes through `jax.jit`, `jax.vmap`, `jax.lax.scan` and their like.
-    ``logits[:, :-1]`` has some of the rows, ``logits / t`` another temperature, ``logits / t[..., None]`` one for each row,
-    and ``logits + b`` another bias, a number or one for each class.
+    Every function of logits with classes takes this in their place (not those of single binary logits, such as
+    `sigmoid_binary_cross_entropy`) and gives the same value and the same derivatives, for the hidden states, the kernel,
+    the bias, the temperature and the soft cap, of any order, in forward and in reverse mode. Neither the value nor a
+    derivative needs memory for more than a block of logits, and the kernel is never copied whole (for a kernel in half
+    precision its gradient is accumulated in float32, in an array of the kernel's shape). The classes are the last axis.
+    It is a pytree: it passes through `jax.jit`, `jax.vmap`, `jax.lax.scan` and their like. ``logits[:, :-1]`` has some
+    of the rows, ``logits / t`` another temperature, ``logits / t[..., None]`` one for each row, and ``logits + b``
+    another bias, a number or one for each class.
 
     float16 and bfloat16 are multiplied as they are and summed in float32; in float32 JAX's own matmul precision holds.
     Where hidden and kernel are both bfloat16, cotangents of logits are rounded to bfloat16 before they are multiplied, and
@@ -48,8 +49,8 @@ class LinearLogits:
       soft_cap: a positive number that no logit's magnitude exceeds.
       temperature: a positive number by which hW + b is divided, or one for each row, of the shape of hidden without its
         features.
-      block_size: how many classes at a time. By default an eighth of them, between 2048 and 8192, or fewer where that
-        makes more than 2^26 logits with all rows of a device; more than 32768 rows come in chunks, one after the other.
+      block_size: how many classes at a time. By default an eighth of them, but at least 2048, at most 8192, and so few
+        that a block has at most 2^26 logits. More than 32768 rows are computed in chunks of rows, one after the other.
       axis_name: inside `jax.shard_map`, the mesh axis, or axes, over which the kernel's classes are sharded: kernel and
         bias are then this device's part, and hidden is the same on all devices of the axis. See `ShardedLogits`.
 
@@ -277,14 +278,15 @@ class ShardedLogits:
 
     .. math:: k = i\, n + j \quad \text{ for class } j \text{ of the } n \text{ classes of device } i .
 
-    Every function of jaxce that takes logits takes this in their place, and gives each device the numbers, and the
+    Every function of logits with classes takes this in their place, and gives each device the numbers, and the
     derivatives, that the whole logits have. What crosses the network is a few numbers per row. What has an axis of classes
     is this device's part too: dense labels, a mask of entries, class weights, the log-probabilities of `log_softmax`.
     Integer labels and predictions count the classes of all devices, and are the same on all devices of the axis, as is
     whatever has no axis of classes: losses, masks of rows.
 
-    Where the devices don't divide the classes, pad, and mask the padding with ``where``: it counts nowhere, also not in
-    label smoothing. (A label on it is a label on a masked class: its loss is +inf.)
+    If the number of classes is not a multiple of the number of devices, pad the classes and mask the padding with
+    ``where``: it is ignored everywhere, also in label smoothing. (The loss of a label on it is +inf, as on any masked
+    class.)
 
     Derivatives taken outside of the `jax.shard_map` are right, in all modes and orders. Those taken inside are too, with
     its default ``check_vma=True``. With ``check_vma=False`` JAX's transpose of a sum over devices is such a sum: a gradient

@@ -115,12 +115,13 @@ def linear_sigmoid_binary_cross_entropy(
 
     with :math:`\ell_i` of `sigmoid_binary_cross_entropy_with_sparse_labels`. It is ``weighted_mean(losses, weights)`` of
     ``losses = sigmoid_binary_cross_entropy_with_sparse_labels(logits, labels, label_weights, where=weights != 0)``, with
-    the other arguments as they are, in value and derivatives, to any order and in both modes. Where a gradient is asked
-    for, it is formed in the pass that forms the value: the logits are computed once rather than twice, a block of classes
-    at a time.
+    the other arguments as they are, in value and derivatives of any order, in forward and in reverse mode. Where a
+    gradient is asked for, it is formed in the pass that forms the value: the logits are computed once rather than twice,
+    a block of classes at a time.
 
-    A row of weight 0 takes no part, whatever it holds: its loss is 0, and so is the gradient of its hidden states. Inside
-    of a `jax.shard_map` over the batch a device's mean is its own; take that of all with their normalizer.
+    A row of weight 0 takes no part, whatever it holds: its loss is 0, and so is the gradient of its hidden states.
+    Inside `jax.shard_map` it is the mean of this device's examples; `linear_cross_entropy` says how to take that of all
+    devices.
 
     Args:
       logits: `LinearLogits` of shape [..., classes].
@@ -139,7 +140,7 @@ def linear_sigmoid_binary_cross_entropy(
     Examples:
       >>> import jax, jax.numpy as jnp, jaxce
       >>> def loss(images, texts, scale, bias):  # SigLIP: each image's own text is a yes, all others are a no
-      ...     logits = jaxce.LinearLogits(images, texts, class_axis=0, temperature=1 / scale) + jnp.full(len(texts), bias)
+      ...     logits = jaxce.LinearLogits(images, texts, class_axis=0, temperature=1 / scale) + bias
       ...     return jaxce.linear_sigmoid_binary_cross_entropy(logits, jnp.arange(len(images))[:, None])
       >>> value, gradient = jax.value_and_grad(loss, argnums=(2, 3))(jnp.eye(3), jnp.eye(3), 10.0, -10.0)
       >>> print(value, *gradient)

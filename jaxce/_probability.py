@@ -314,7 +314,7 @@ def kl_divergence_with_log_targets(
     .. math:: \sum_k e^{l_k} (l_k - \log q_k)
 
     with derivatives -t by log q and t (l - log q + 1) by the log-target l, t being exp(l); where l is -inf everything
-    is 0. A class with log q = -inf < l makes it +inf. It is the exact sum for the numbers given, as in `kl_divergence`.
+    is 0. A class with log q = -inf < l makes it +inf. The inputs are not normalised, as in `kl_divergence`.
     Entries that ``where`` masks, and rows without any entry left, add 0 and have gradient 0, whatever they hold. An
     empty batch gives an empty result.
 

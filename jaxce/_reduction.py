@@ -44,13 +44,13 @@ def weighted_mean(
     .. math:: \frac{\sum_i w_i l_i}{\sum_i w_i}, \qquad 0 \text{ where the denominator is } 0
 
     with derivatives w_i / sum(w) by a loss and (l_i - mean) / sum(w) by a weight, all 0 where the denominator is 0.
-    A loss of weight 0 may be NaN or infinite: it is selected away before anything is multiplied, and reaches neither the
+    A loss of weight 0 may be NaN or infinite: it is replaced by 0 before anything is multiplied, and reaches neither the
     mean nor the gradient by losses and weights (its own weight has derivative 0, too). Weights may be negative. No losses
     at all have the mean 0.
 
     But what a NaN was computed from gets a gradient of NaN all the same: 0 times the NaN that is the loss's own
     derivative. Labels of -100 and missing targets make such losses: the mean is right, and the gradient by the logits
-    NaN. So say it to the loss as well, which then leaves them out before it computes anything:
+    NaN. So pass the mask to the loss as well, which then leaves them out before it computes anything:
     ``weighted_mean(loss(logits, labels, where=counts), counts)`` with ``counts = labels != -100``.
 
     On many devices (inside ``shard_map``, ``pmap`` or a ``vmap`` with that ``axis_name``) both sums are taken over all
@@ -79,7 +79,7 @@ def weighted_mean(
       2.0
 
     References:
-      Cauchy's weighted mean; Hardy, Littlewood and Polya, "Inequalities" (1934), chapter 2.
+      Hardy, Littlewood and Polya, "Inequalities" (1934), chapter 2.
     """
     x = _checks.real("losses", losses)
     axes = tuple(range(x.ndim)) if axis is None else _checks.axes(axis, x.ndim)
@@ -109,7 +109,7 @@ def weighted_mean(
 
 @compiled("base")
 def perplexity(nll: ArrayLike, *, base: float | None = None) -> Array:
-    r"""Among how many equally likely classes a choice would be as hard: the exponential of the mean loss.
+    r"""Perplexity: the exponential of the mean loss, the number of equally likely classes with the same uncertainty.
 
     .. math:: e^{\mathrm{nll}} \quad\text{or}\quad b^{\mathrm{nll}}
 
@@ -139,7 +139,7 @@ def perplexity(nll: ArrayLike, *, base: float | None = None) -> Array:
 
 @compiled()
 def bits_per(nll: ArrayLike, count: ArrayLike) -> Array:
-    r"""A total of nats in bits per unit: per byte, per character, per token, whatever was counted.
+    r"""A total loss in nats as bits per unit: per byte, per character, per token, whatever was counted.
 
     .. math:: \frac{\mathrm{nll}}{\mathrm{count} \cdot \log 2}
 

@@ -316,7 +316,7 @@ def sigmoid_binary_cross_entropy(
       pos_weight: weight of the positive class, a number or an array that broadcasts to logits; negatives / positives
         of the data balances the two. PyTorch's meaning, soft labels included.
       label_smoothing: what share of each label is replaced by 1/2, in [0, 1]: a number or an array, as pos_weight.
-        Keras' meaning.
+        Keras's meaning.
 
     Returns:
       The loss of each entry, in the shape of logits: float32 for half precision, else the widest of the dtypes.
@@ -364,18 +364,20 @@ def sigmoid_focal_loss(
         \alpha_t (1 - p_t)^\gamma \cdot \text{binary cross-entropy}, \qquad
         p_t = t\, \sigma(x) + (1 - t)\, \sigma(-x), \quad \alpha_t = \alpha t + (1 - \alpha)(1 - t)
 
-    where 1 - p_t is formed without subtracting from 1, and without weights (:math:`\alpha_t = 1`) if alpha is None.
-    With gamma = 0 it is `sigmoid_binary_cross_entropy` exactly. No derivative by the logits is NaN, also for gamma
-    below 1 and where 1 - p_t is 0 or underflows. The values are right to 3 + 3 gamma ulp. Infinite logits, empty arrays
-    and dtypes: as there. Optax's formula and arguments, except that None and not a negative alpha means no weights.
+    where 1 - p_t is formed without subtracting from 1, and without weights (:math:`\alpha_t = 1`) if alpha is None. With
+    gamma = 0 it is `sigmoid_binary_cross_entropy` exactly. No derivative by the logits is NaN, also for gamma below 1
+    and where 1 - p_t is 0 or underflows. The values are right to 3 + 3 gamma ulp. Infinite logits, empty arrays and
+    dtypes are treated as in that function. Optax's formula and arguments, except that None and not a negative alpha
+    means no weights.
 
     Args:
       logits: floating point, of any shape.
       labels: probabilities of yes, floating point, integer or boolean, of the same shape or one that broadcasts to it.
       alpha: weight of yes, in [0, 1], against 1 - alpha for no: a number, or an array that broadcasts to logits, such as
         one number for each question.
-      gamma: how strongly to look away, at least 0; a number or an array, as alpha.
-      where: what takes part, as there.
+      gamma: the exponent, at least 0; the larger, the less examples count that are classified well. A number or an array,
+        as alpha.
+      where: what takes part, as in `sigmoid_binary_cross_entropy`.
 
     Returns:
       The loss of each entry, in the shape of logits.

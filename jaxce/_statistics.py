@@ -16,7 +16,7 @@ _Nll = TypeVar("_Nll", bound=Array | None)
 
 
 class SoftmaxStatistics(NamedTuple, Generic[_Nll]):
-    """What `softmax_statistics` knows of each example; a pytree."""
+    """The result of `softmax_statistics`: nll, log_normalizer, entropy and prediction, one number of each per example."""
 
     nll: _Nll
     """-log softmax(logits)[label] in nats; None where no labels were given."""
@@ -51,8 +51,8 @@ def softmax_statistics(
         \mathrm{nll} = g_y + L, \quad \mathrm{log\_normalizer} = m + L, \quad
         \mathrm{entropy} = \sum_k p_k g_k + L, \quad \mathrm{prediction} = \arg\max_k x_k .
 
-    All but the prediction are differentiable, to any order and in both modes. What isn't used isn't computed, under
-    ``jax.jit``. See `softmax_cross_entropy_with_integer_labels` for labels, masks and dtypes.
+    All but the prediction have derivatives of any order, in forward and in reverse mode. Under ``jax.jit`` results that you
+    don't use are not computed. See `softmax_cross_entropy_with_integer_labels` for labels, masks and dtypes.
 
     Args:
       logits: scores, of shape [..., classes], an array, `LinearLogits` or `ShardedLogits`.
@@ -85,9 +85,9 @@ def softmax_statistics(
 def logsumexp(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
     r"""The logarithm of a sum of exponentials, :math:`\log \sum_k e^{x_k} = m + L`.
 
-    Here :math:`m` is the maximum and :math:`L = \log(1 + \sum_{k \ne \text{top}} e^{x_k - m})`, so a result near a maximum
-    of 0 has all its digits; where a negative maximum nearly cancels L, it is right to some ulp of these two. A row with no
-    class, all masked or -inf, gives -inf, with gradient 0. The gradient is softmax(x).
+    Here :math:`m` is the maximum and :math:`L = \log(1 + \sum_{k \ne \text{top}} e^{x_k - m})`, so a result near a
+    maximum of 0 has all its digits; where a negative maximum nearly cancels L, it is accurate to a few ulp of the larger
+    of the two. A row with no class, all masked or -inf, gives -inf, with gradient 0. The gradient is softmax(x).
 
     Args:
       logits: an array of floating-point numbers, `LinearLogits` or `ShardedLogits`.
@@ -110,7 +110,7 @@ def logsumexp(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None
 
 @compiled("axis")
 def log_softmax(logits: AnyLogits, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
-    r"""Logarithms of the softmax probabilities, :math:`\log p_k = -(g_k + L)`, never positive.
+    r"""Logarithms of the softmax probabilities, :math:`\log p_k = x_k - \operatorname{logsumexp}(x)`, never positive.
 
     A class that is masked, or whose logit is -inf, has the log-probability -inf. The derivative of :math:`\log p_k` by
     :math:`x_j` is :math:`[j = k] - p_j` there too, and 0 by a masked logit, so that it is minus that of the loss with this

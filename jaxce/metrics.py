@@ -29,7 +29,7 @@ Evaluation.empty())`` and write ``metric.set_value(metric.get_value().update(log
 Logits of classes are an array with the classes on its last axis, `LinearLogits`, or inside ``shard_map`` `ShardedLogits`,
 whose metric is that of all classes. They are read once, and once more for a top-k accuracy. ``weights`` say how much an
 example counts; ``where`` says which examples take part or, with as many axes as the logits, which of their entries.
-Examples of weight 0, and rows without a class, are selected away, so NaN in padding does no harm; NaN, or an invalid label,
+Examples of weight 0, and rows without a class, are left out, so NaN in padding does no harm; NaN, or an invalid label,
 in a row that counts makes the result NaN. Without any data the mean is 0, the perplexity 1 and the calibration error 0.
 """
 

@@ -128,7 +128,7 @@ def test_memory(output: str) -> None:
     before, _, after = output.partition("temporary memory of a step: ")
     assert "compiling the training step" in before and "compiling" not in after
     found = re.match(
-        r"(.*) MB with jaxce.linear_cross_entropy, (.*) MB with Optax' loss .*, so (.*)% (less|more)", after
+        r"(.*) MB with jaxce.linear_cross_entropy, (.*) MB with Optax's loss .*, so (.*)% (less|more)", after
     )
     assert found is not None
     ours, peer, percent = map(float, found.groups()[:3])

@@ -1,6 +1,6 @@
-"""Optax' own tests with jaxce's functions in the place of Optax', and the differences that the page on migration lists.
+"""Optax's own tests with jaxce's functions in the place of Optax's, and the differences that the page on migration lists.
 
-Optax' wheel brings its tests along. They are run as they are, in a copy of their module in which the losses are ours, and
+Optax's wheel brings its tests along. They are run as they are, in a copy of their module in which the losses are ours, and
 all pass but those of functions that jaxce doesn't have. Its docstrings' examples are run alike.
 """
 
@@ -37,7 +37,7 @@ SHARED = sorted(name for name in jaxce.__all__ if hasattr(optax.losses, name))
 
 
 def optax_tests(module: str, losses: str) -> list[Any]:
-    """The tests of a module of Optax', in a copy of it in which the module ``losses`` is ours."""
+    """The tests of a module of Optax's, in a copy of it in which the module ``losses`` is ours."""
     spec = importlib.util.find_spec(f"optax.losses.{module}")
     if spec is None or spec.loader is None:
         return [pytest.param(None, id=module, marks=pytest.mark.skip(f"this Optax doesn't ship {module}"))]
@@ -67,7 +67,7 @@ TESTS = optax_tests("_classification_test", "_classification") + optax_tests("_s
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:mpmath")  # assertWarns touches what every module has
 @pytest.mark.parametrize("test", TESTS)
 def test_optax(test: unittest.TestCase) -> None:
-    np.random.seed(0)  # the global one, from which Optax' tests draw
+    np.random.seed(0)  # the global one, from which Optax's tests draw
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         test.debug()  # runs it without catching what it raises
 

@@ -164,7 +164,7 @@ def test_optax_poly_and_smoothing() -> None:
 
 
 def test_confident_rows_and_half_precision_by_numpy() -> None:
-    """Where Optax' loss is 0, and where it is rounded to bfloat16."""
+    """Where Optax's loss is 0, and where it is rounded to bfloat16."""
     integer, x = jaxce.softmax_cross_entropy_with_integer_labels, jnp.array([[0.0, -46.0]])
     close(integer(x, np.array([0])), np.log1p(np.exp(-46.0)), rtol=3e-7)
     assert jax.grad(lambda x: integer(x, np.array([0])).sum())(x)[0, 0] < 0

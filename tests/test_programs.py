@@ -176,7 +176,7 @@ ROWS, FEATURES, CLASSES = 1024, 256, 131072
 
 
 def broken_pairs(kind: str, places: Any, way: str) -> Iterator[str]:
-    """The columns are gathered once and their gradient is summed once; of Optax' cycles 0.43, and 0.55 to 0.90."""
+    """The columns are gathered once and their gradient is summed once; of Optax's cycles 0.43, and 0.55 to 0.90."""
     shape = ROWS, 512, 0
     rows = ROWS * places.size
     for name in "CLIP", "SigLIP":
