@@ -283,7 +283,7 @@ def smooth_labels(labels: ArrayLike, alpha: ArrayLike, *, axis: Axis = -1, where
     A masked class gets 0, and a row with no class left is 0. Optax gives masked classes a share that is then lost.
 
     Args:
-      labels: numbers of shape [..., classes], such as one-hot vectors.
+      labels: floating point or booleans of shape [..., classes], such as one-hot vectors.
       alpha: the share of the uniform distribution, in [0, 1].
       axis: the class axis, or several.
       where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as the labels).
@@ -299,7 +299,11 @@ def smooth_labels(labels: ArrayLike, alpha: ArrayLike, *, axis: Axis = -1, where
     References:
       Szegedy et al., Rethinking the Inception Architecture, https://arxiv.org/abs/1512.00567, section 7.
     """
-    (t,) = _checks.upcast(_checks.real("labels", labels))
+    given = _checks.array("labels", labels)
+    if jnp.issubdtype(given.dtype, jnp.integer):  # most likely one class for each row
+        got, hint = _checks.describe(given), "give jax.nn.one_hot({labels}, classes)"
+        raise _checks.ArgumentTypeError(f"labels must be floating-point or boolean, got {got}", hint)
+    (t,) = _checks.upcast(_checks.real("labels", given))
     class_axes = _checks.axes(axis, t.ndim)
     share = jnp.zeros((), t.dtype) if alpha is None else jnp.asarray(alpha).astype(t.dtype)
     keep = jnp.ones(t.shape, bool) if where is None else _checks.where_entries(where, t.shape, class_axes)

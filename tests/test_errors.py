@@ -302,6 +302,7 @@ MISTAKES: list[tuple[list[str], tuple[Any, ...], dict[str, Any], str]] = [  # fu
         "; logits with integer labels are for softmax_cross_entropy_with",
     ),
     (["weighted_mean"], (Y.astype(float), jnp.ones((2, 1))), {}, "; give weights.reshape((2,))"),
+    (["smooth_labels"], (Y, 0.1), {}, "got int32[2]; give jax.nn.one_hot(labels, classes)"),
     (CLASSES[:1], (), {"gamma": 2.0}, "; it is an argument of softmax_focal_loss"),
     (CLASSES[:1], (), {"normalizer": 2.0}, "; give it to jaxce.weighted_mean(losses, weights)"),
     (["LinearLogits"], (X, T), {"logit_cap": 2.0}, "; give soft_cap="),
