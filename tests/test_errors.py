@@ -239,7 +239,7 @@ def parameters_of(name: str) -> list[str]:
 
 
 JAX_OPTIONS = {"static_argnames"}
-FOREIGN_WORDS = {"shard_map", "expand_dims", "static_argnames"}
+FOREIGN_WORDS = {"shard_map", "expand_dims", "static_argnames", "one_hot"}
 
 
 @pytest.mark.parametrize(("name", "args", "options", "error", "argument"), bad_calls())
