@@ -116,7 +116,8 @@ def test_distillation(recipes: dict[str, Any], head: np.ndarray, rng: np.random.
         p, q = (scipy.special.log_softmax(h @ head / 2, -1) for h in (teacher, student))
         return 4 * (np.exp(p) * (p - q)).sum(-1).mean()
 
-    value, slope = jax.jit(jax.value_and_grad(recipes["distillation_loss"]))(*f32(student, head))
+    loss_and_slope = jax.jit(jax.value_and_grad(recipes["distillation_loss"]))
+    value, (slope, _) = loss_and_slope(tuple(f32(student, head)), tuple(f32(teacher, head)))
     close(value, loss(student))
     close(slope, gradient(loss, student))
 
@@ -136,7 +137,7 @@ def test_dpo(recipes: dict[str, Any], head: np.ndarray, rng: np.random.Generator
     policy, reference = f32(states[:2], states[2:])
     dpo = jax.jit(jax.value_and_grad(recipes["dpo_loss"]))
     for smoothing in (0.0, 0.2):
-        value, slope = dpo(policy, reference, *f32(chosen, rejected), label_smoothing=smoothing)
+        value, slope = dpo(policy, reference, *f32(head, chosen, rejected), label_smoothing=smoothing)
         close(value, loss(states[:2]))
         close(slope, gradient(loss, states[:2]))
 
@@ -147,7 +148,7 @@ def test_policy(recipes: dict[str, Any], head: np.ndarray, rng: np.random.Genera
     allowed[..., 0] = True
     actions = allowed.argmax(-1)
     log_q = scipy.special.log_softmax(np.where(allowed, states @ head / 0.5, -np.inf), -1)
-    got = recipes["act"](*f32(states, actions), jnp.asarray(allowed), temperature=0.5)
+    got = recipes["act"](*f32(states, head, actions), jnp.asarray(allowed), temperature=0.5)
     close(got[0], log_p(np.where(allowed, states @ head / 0.5, -np.inf), actions))
     close(got[1], scipy.special.entr(np.exp(log_q)).sum(-1))
 
@@ -170,7 +171,9 @@ def test_grpo(recipes: dict[str, Any], head: np.ndarray, rng: np.random.Generato
         return ((0.04 * (np.exp(far) - far - 1) - gain) * counts).sum() / counts.sum()
 
     assert (np.abs(np.exp(now - old)[counts] - 1) > 0.2).any() and (np.abs(np.exp(now - old)[counts] - 1) < 0.2).any()
-    value, slope = jax.jit(jax.value_and_grad(recipes["grpo_loss"]))(*f32(states, actions, old, reference, rewards))
+    value, slope = jax.jit(jax.value_and_grad(recipes["grpo_loss"]))(
+        *f32(states, head, actions, old, reference, rewards)
+    )
     close(value, loss(states))
     close(slope, gradient(loss, states))
 
