@@ -1000,8 +1000,8 @@ def test_pairs_cross_the_network_once(program: str, way: str) -> None:
     large = sorted((c.kind, c.bytes / side) for c in found if c.bytes > 4 * column)
     total = ("reduce-scatter", 1 / 8) if way == "shard_map" else ("all-reduce", 1)
     assert [kind for kind, _ in large] == ["all-gather", total[0]], found
-    # XLA may put the sums of a few numbers into that of the gradient.
-    np.testing.assert_allclose([size for _, size in large], [1, total[1]], rtol=12 * column / side)
+    few = 0 if program == "CLIP" else 12 * column / side  # of SigLIP XLA puts other sums into that of the gradient
+    np.testing.assert_allclose([size for _, size in large], [1, total[1]], rtol=few)
     # Numbers of the columns: of the positive, its shift, groups, sums for each direction and again at another shift.
     assert sum(c.bytes for c in found) <= 2 * side + 12 * column, found
 
