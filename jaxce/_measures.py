@@ -123,7 +123,7 @@ def _(primals: Any, tangents: Any) -> Any:
 
 @custom_jvp
 def log_ratio(x: Array, row: Row, y: Array, other: Row) -> Array:
-    """log p - log q: the largest number where only p is there, anything finite where p is 0.
+    """log p - log q: a large number where only p is there, anything finite where p is 0.
 
     It is the difference of the logits, not rounded where they are nearly equal, less that of the log-normalizers; or, where
     the maxima lie apart, and the logits with them, the difference of the gaps. Eighths, so that none overflows.
