@@ -166,7 +166,7 @@ def parts(arrays: list[Array], places: list[tuple[Any, ...]]) -> dict[Any, Any]:
 
 
 def by_parts(function: Callable[..., Any], arrays: list[Array], rows: int) -> Any:
-    """function(*arrays) on each device's part of the rows, the first axes of arrays and result; one of length 1 is whole."""
+    """function(*arrays) on each device's part of the rows, the first axes of all arrays; an axis of length 1 is whole."""
     if not is_explicit(arrays):
         return function(*arrays)
     places = [
