@@ -436,8 +436,8 @@ def floating(argument: str, value: ArrayLike) -> Array:
     if array.ndim == 0 and jnp.issubdtype(array.dtype, jnp.integer):
         array = array * 1.0 if array.weak_type else array.astype(np.float32)  # a Python number decides no dtype
     order = f"{{{argument}}} come first, {{labels}} second"
-    other = "logits with integer labels are for softmax_cross_entropy_with_integer_labels{p:.0}{q:.0}"
-    array = _array(argument, array, jnp.floating, "a floating-point array", order, other)
+    labels = "logits with integer labels are for softmax_cross_entropy_with_integer_labels{p:.0}"
+    array = _array(argument, array, jnp.floating, "a floating-point array", labels if argument == "q" else order)
     if array.dtype.itemsize == 1:  # neither the range nor, on every device, an exact path to float32
         expected = "float16, bfloat16, float32 or float64"
         raise ArgumentTypeError(f"{argument} must be {expected}, got {describe(array)}")

@@ -44,9 +44,9 @@ def softmax_cross_entropy_with_integer_labels(
 
     A class is absent if it is masked or its logit is -inf: a label there has loss +inf, and smoothing passes it over. A
     row with no class left, masked or not, has loss 0 and gradient 0, whatever else it holds. A label that is not a
-    class, in a row that counts, gives NaN in value and gradient: so for a padding label of -100 give ``where=labels !=
-    -100``. A logit of +inf has its limit: the loss is 0 if it is the label's and +inf if not, and several share the
-    probability.
+    class, in a row that counts, gives NaN in value and gradient: so for a padding label of -100 give
+    ``where=labels != -100``. A logit of +inf has its limit: the loss is 0 if it is the label's and +inf if not, and
+    several share the probability.
 
     Values are right to 4 ulp, plus eps/2 per nat between the maximum and the classes that dominate the result, which is
     what the last bit of the logits means; gradients as much, of :math:`p_k`, or of :math:`1 - p_y` at the label. Terms
