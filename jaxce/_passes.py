@@ -346,19 +346,21 @@ def along(function: Callable[[Inputs], Any], part: Inputs, dpart: Inputs, *names
 # ------------------------------------------------------------------------------------------------------- chunks of rows
 
 
-def split_rows(x: Array, chunks: int) -> Array:
-    """Rows [rows, ...] as [chunks, rows of a chunk, ...], the last filled up with zeros.
+def split_rows(x: Array, chunks: int, axis: int = 0, fill: float = 0) -> Array:
+    """Rows [..., rows, ...] as [chunks, ..., rows of a chunk, ...], the last filled up with a number.
 
     A chunk has every so many rows, a part of what each device holds of them.
     """
-    size = -(-x.shape[0] // chunks)
-    x = jnp.pad(x, [(0, size * chunks - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
-    return jnp.moveaxis(x.reshape(size, chunks, *x.shape[1:]), 1, 0)
+    size = -(-x.shape[axis] // chunks)
+    pads = [(0, size * chunks - n if a == axis else 0) for a, n in enumerate(x.shape)]
+    x = jnp.pad(x, pads, constant_values=fill)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], size, chunks, *x.shape[axis + 1 :]), axis + 1, 0)
 
 
-def join_rows(x: Array, rows: int) -> Array:
+def join_rows(x: Array, rows: int, axis: int = 0) -> Array:
     """What `split_rows` has split."""
-    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])[:rows]
+    x = lax.collapse(jnp.moveaxis(x, 0, axis + 1), axis, axis + 2)
+    return lax.slice_in_dim(x, 0, rows, axis=axis)
 
 
 def by_rows(chunks: int, inputs: tuple[Inputs, ...], function: Callable[..., Any]) -> Any:
@@ -368,31 +370,34 @@ def by_rows(chunks: int, inputs: tuple[Inputs, ...], function: Callable[..., Any
     features and 32768 classes blocks of 512 classes take 1.3 of the cycles (values) and 1.5 (gradients).
 
     Several axes of rows of hidden states are merged, for fewer copies: (4, 2048) rows of 2048 features, with a kernel
-    [features, 128256], take 0.6 rather than 0.86 GB on a TPU. Not where a mesh may shard them: devices might then have to
+    [features, 128256], take 0.6 rather than 0.86 GB on a TPU. Not where a mesh may shard them: devices would then have to
     exchange rows.
     """
     first = inputs[0]
     batch = (first["hidden"] if "hidden" in first else first["array"]).shape[:-1]
-    if chunks == 1 and ("array" in first or len(batch) < 2 or _mesh.devices() > 1):
-        return function(*inputs)
-    rows = math.prod(batch)
+    if len(batch) > 1 and _mesh.devices() == 1 and (chunks > 1 or "hidden" in first):
 
-    def flat(name: str, x: Array) -> Array:
-        trailing = x.shape[x.ndim - OF_ROWS[name] :]
-        if math.prod(x.shape[: x.ndim - OF_ROWS[name]]) == 1:  # the same for all rows
-            return x.reshape(1, *trailing)
-        return jnp.broadcast_to(x, (*batch, *trailing)).reshape(rows, *trailing)
+        def flat(name: str, x: Array) -> Array:
+            trailing = x.shape[x.ndim - OF_ROWS[name] :]
+            if math.prod(x.shape[: x.ndim - OF_ROWS[name]]) == 1:  # the same for all rows
+                return x.reshape(1, *trailing)
+            return jnp.broadcast_to(x, (*batch, *trailing)).reshape(-1, *trailing)
 
-    inputs = tuple({n: flat(n, x) if has_rows(n, x) else x for n, x in i.items()} for i in inputs)
+        inputs = tuple({n: flat(n, x) if has_rows(n, x) else x for n, x in i.items()} for i in inputs)
+        return jax.tree.map(lambda x: x.reshape(batch), by_rows(chunks, inputs, function))
     if chunks == 1:
-        return jax.tree.map(lambda x: x.reshape(batch), function(*inputs))
+        return function(*inputs)
+    axis = max(range(len(batch)), key=batch.__getitem__)
 
     def is_split(name: str, x: Array) -> bool:
-        return has_rows(name, x) and x.shape[0] == rows
+        return has_rows(name, x) and x.shape[axis] == batch[axis]
 
     axes = _mesh.varying(inputs)  # so that a gradient by the classes is summed over devices once, after all chunks
     inputs = tuple({n: _mesh.vary(x, axes) if n in ALONG_CLASSES else x for n, x in i.items()} for i in inputs)
-    chunked = tuple({n: split_rows(x, chunks) for n, x in i.items() if is_split(n, x)} for i in inputs)
+    fill = {"temperature": 1}  # by which logits are divided
+    chunked = tuple(
+        {n: split_rows(x, chunks, axis, fill.get(n, 0)) for n, x in i.items() if is_split(n, x)} for i in inputs
+    )
     whole = tuple({n: x for n, x in i.items() if not is_split(n, x)} for i in inputs)
     sums = tuple({n: _accumulator(x) for n, x in i.items() if x.dtype in (jnp.bfloat16, jnp.float16)} for i in whole)
 
@@ -400,7 +405,7 @@ def by_rows(chunks: int, inputs: tuple[Inputs, ...], function: Callable[..., Any
         read = (w | {n: _accumulated(w[n], total) for n, total in s.items()} for w, s in zip(whole, sums, strict=True))
         return function(*(c | w for c, w in zip(chunk, read, strict=True)))
 
-    return jax.tree.map(lambda x: join_rows(x, rows).reshape(batch), lax.map(of_chunk, chunked))
+    return jax.tree.map(lambda x: join_rows(x, batch[axis], axis), lax.map(of_chunk, chunked))
 
 
 # The gradient by what all chunks read is a sum over the chunks, which a transpose forms in the dtype of what they read. For

@@ -558,10 +558,13 @@ def test_indices_of_rows() -> None:
         np.testing.assert_allclose(logits, whole[rows], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("in_chunks", [False, True], ids=["all rows at once", "two chunks of rows"])
 @some("integer labels, modified", "relative entropy, from")
-def test_a_temperature_for_each_row(name: str) -> None:
-    """Against the formula of the logits, by everything that varies: with rows in chunks, two axes of them, and strips."""
+def test_a_temperature_for_each_row(name: str, in_chunks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the formula of the logits, by everything that varies: in blocks, and in chunks that aren't full."""
     function = FUNCTIONS[name]
+    if in_chunks:
+        monkeypatch.setattr("jaxce._inputs.BLOCK", 2 * V)  # of the three rows two, and one
     with jax.enable_x64(True):
         a = arguments("float64") | {"temperature": jnp.array([0.5, 1.5, 3.0])}
 
@@ -570,7 +573,9 @@ def test_a_temperature_for_each_row(name: str) -> None:
             return scalar(function, a["soft_cap"] * jnp.tanh(x / a["soft_cap"]))
 
         expected = quick(jax.value_and_grad(plain))(a)
-        close(quick(jax.value_and_grad(lambda a: scalar(function, linear(a, block_size=4))))(a), expected, 1e-12, 1e-13)
+        size = None if in_chunks else 4
+        got = quick(jax.value_and_grad(lambda a: scalar(function, linear(a, block_size=size))))(a)
+        close(got, expected, 1e-12, 1e-13)
 
 
 def test_rows_of_temperatures() -> None:
