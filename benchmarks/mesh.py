@@ -6,12 +6,14 @@
     python benchmarks/mesh.py tpu v5e:4x4 --programs CLIP SigLIP --layouts rows --rows 1024 --features 512
 
 A step is the mean loss of hidden states [rows, features] and a kernel, in bfloat16, with the gradients of both, compiled
-for a mesh of the axes "data" and "model", and not run. Each data shard has as many rows as are given. The layouts:
+for a mesh of the axes "data" and "model", and not run. Each shard of the rows has as many as are given. The layouts:
 
 rows       the rows over all devices, the kernel on each
 classes    the rows over "data", the classes over "model"
 features   the rows, and the kernel's features, over all devices, as FSDP has it
 both       as classes, and the features over "data"
+sequences  hidden states [sequences, positions, features], the sequences over "data" and the positions over "model", the
+           kernel on each: two sequences for each data shard
 
 And the ways: `jax.jit` alone on a mesh with automatic or with explicit axis types, or a `jax.shard_map`, which gathers
 features by itself. The peer is Optax's loss of the product, with automatic axes. Of the functions of arrays, `integer
@@ -65,6 +67,7 @@ class Layout(NamedTuple):
     rows: Any
     classes: Any = None
     features: Any = None
+    positions: Any = None
 
 
 LAYOUTS = {
@@ -72,6 +75,7 @@ LAYOUTS = {
     "classes": Layout("data", "model"),
     "features": Layout(AXES, None, AXES),
     "both": Layout("data", "model", "data"),
+    "sequences": Layout("data", positions="model"),
 }
 WAYS = "automatic", "explicit", "shard_map"
 
@@ -170,18 +174,22 @@ def measure(
     """A program's figures; ``shape`` is (rows of a data shard, features, classes), and the way "peer" is Optax'."""
     mesh = Mesh(places, AXES, axis_types=(AxisType.Explicit if way == "explicit" else AxisType.Auto,) * 2)
     rows, features, classes = shape
-    rows *= math.prod(mesh.shape[a] for a in AXES if a in layout.rows)
+    over = layout.rows if layout.positions is None else (layout.rows, layout.positions)
+    rows *= math.prod(mesh.shape[a] for a in AXES if a in over)
+    sequences = 2 * mesh.shape["data"]
+    batch, of_rows = ((rows,), [over]) if layout.positions is None else ((sequences, rows // sequences), [*over])
     program = PROGRAMS[name]
     flip = slice(None) if class_axis == 0 else slice(None, None, -1)
-    structs = [(rows, features), (classes, features)[flip], (rows,)]
-    specs = [P(layout.rows), P(*(layout.classes, layout.features)[flip]), P(layout.rows)]
+    structs = [(*batch, features), (classes, features)[flip], batch]
+    specs = [P(*of_rows), P(*(layout.classes, layout.features)[flip]), P(*of_rows)]
     if not program.linear:
-        structs, specs = [(rows, classes), (rows,)], [P(layout.rows, layout.classes), P(layout.rows)]
+        structs, specs = [(*batch, classes), batch], [P(*of_rows, layout.classes), P(*of_rows)]
     if program.pairs:
         structs, specs = [(rows, features), (rows, features), ()], [P(layout.rows), P(layout.rows), P()]
+    last = "float32" if program.pairs else "int32"
     args = [
-        programs.array(NamedSharding(mesh, spec), struct, ("float32", "int32", "bfloat16")[len(struct)])
-        for struct, spec in zip(structs, specs, strict=True)
+        programs.array(NamedSharding(mesh, spec), struct, dtype)
+        for struct, spec, dtype in zip(structs, specs, ["bfloat16"] * (len(structs) - 1) + [last], strict=True)
     ]
 
     def whole(*arrays: Any) -> Any:
@@ -197,7 +205,7 @@ def measure(
             logits = jaxce.LinearLogits(hidden, kernel, class_axis=class_axis, axis_name=name)
         elif name is not None:
             logits = jaxce.ShardedLogits(logits, name)
-        return program.ours(logits, arrays[-1], layout.rows)
+        return program.ours(logits, arrays[-1], over)
 
     function: Callable[..., Any] = whole
     if way == "peer":

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
@@ -176,17 +176,31 @@ def _total(chunk_size: int | None, has_aux: bool, specs: tuple[Spec], given: tup
     labels = jnp.where(own["rows"], own["labels"], 0) if "rows" in own else own["labels"]
     inputs = {name: x for name, x in own.items() if name not in ("labels", "rows")}
     inputs = {name: x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(spec.dtype) for name, x in inputs.items()}
+    options = _Options(chunk_size, spec.class_axis, spec.block_size, spec.axis_name, has_aux, "rows" not in own)
+    by_blocks = "label_smoothing" in inputs
+    rows = _axes_of_rows(labels.shape, options.all_count or by_blocks)
     for name, x in inputs.items():
         if name in OF_ROWS and x.ndim == labels.ndim + OF_ROWS[name]:
-            inputs[name] = x.reshape(labels.size, *x.shape[labels.ndim :])
+            inputs[name] = x.reshape(*rows, *x.shape[labels.ndim :])
     inputs = _mesh.vary(inputs, _mesh.varying(inputs, labels))
-    options = _Options(chunk_size, spec.class_axis, spec.block_size, spec.axis_name, has_aux, "rows" not in own)
-    weighted_sum = _sum_by_blocks if "label_smoothing" in inputs else _weighted_sum
-    total, aux = weighted_sum(options, labels.reshape(labels.size), inputs)
+    total, aux = (_sum_by_blocks if by_blocks else _weighted_sum)(options, labels.reshape(rows), inputs)
     if spec.axis_name is not None:
         first = lax.axis_index(spec.axis_name) == 0  # all devices know the same of an example
         total, aux = lax.psum((total, jax.tree.map(lambda x: jnp.where(first, x, 0), aux)), spec.axis_name)
     return total, jax.tree.map(lambda x: x.reshape(labels.shape), aux)
+
+
+def _axes_of_rows(batch: tuple[int, ...], in_order: bool) -> tuple[int, ...]:
+    """All axes of the batch as one, unless a mesh with automatic axis types may shard several: then they stay.
+
+    Merged, axes that are both sharded would be gathered. But rows that come in another order, those that count first, do so
+    within what a device has of the last axis, where whole sequences may have more to leave out. So axes are merged where
+    the devices can share the sequences.
+    """
+    devices = _mesh.devices(AxisType.Auto)
+    if len(batch) < 2 or devices == 1 or (batch[0] % devices == 0 and not in_order):
+        return (math.prod(batch),)
+    return batch
 
 
 class _Options(NamedTuple):
@@ -198,7 +212,7 @@ class _Options(NamedTuple):
     all_count: bool  # whether no weights were given
 
 
-# What the loss is differentiated by are `Inputs` with all examples on one axis.
+# What the loss is differentiated by are `Inputs` whose examples have the axes of `_axes_of_rows`.
 
 Aux = tuple[Array, Array]
 """The loss and the log-normalizer of each example, 0 where its weight is."""
@@ -261,7 +275,7 @@ def _sum_and_gradient(
     options: _Options, names: tuple[str, ...], labels: Array, inputs: Inputs
 ) -> tuple[Array, Inputs, Aux | None]:
     """The sum and its derivatives by the inputs with these names, in the dtype of the logits."""
-    rows, features = inputs["hidden"].shape
+    rows, features = labels.size, inputs["hidden"].shape[-1]
 
     known = rows if isinstance(rows, int) else 1  # unlike the symbolic sizes of jax.export
 
@@ -303,26 +317,29 @@ def _by_chunks(
 ) -> tuple[Array, Inputs, Aux | None]:
     """The sum, a chunk of rows at a time. Rows that count come first, and the loop turns as often as they fill chunks.
 
-    Rows are seen as groups, as many as there may be devices of a mesh with automatic axis types: a chunk has as many rows
-    of each, so that no device needs another's.
+    The last axis of rows is seen as groups, as many as there may be devices of a mesh with automatic axis types: a chunk
+    has as many rows of each, so that no device needs another's.
     """
     if chunks == 1:
         return _chunk(options, names, labels, inputs)
-    rows, dtype = labels.size, inputs["example_weights"].dtype
+    (*outer, rows), dtype = labels.shape, inputs["example_weights"].dtype
     groups = math.gcd(rows, _mesh.devices(AxisType.Auto))
     length = rows // groups
     size = -(-length // chunks)
+    axis = len(outer) + 1  # of the length
     given = {"labels": labels} | inputs
-    of_rows = {n: x.reshape(groups, length, *x.shape[1:]) for n, x in given.items() if has_rows(n, x)}
+    of_rows = {n: x.reshape(*outer, groups, length, *x.shape[axis:]) for n, x in given.items() if has_rows(n, x)}
     counts = None if options.all_count else of_rows["example_weights"] != 0
-    turns, ordered_of, restored = _order(counts, length, size, chunks)
+    turns, ordered_of, restored = _order(counts, axis, length, size, chunks)
     ordered = {name: ordered_of(x) for name, x in of_rows.items()}
 
     def cut(i: Array, x: Array) -> Array:
-        return lax.dynamic_slice_in_dim(x, i * size, size, 1).reshape(groups * size, *x.shape[2:])
+        part = lax.dynamic_slice_in_dim(x, i * size, size, axis)
+        return part.reshape(*outer, groups * size, *x.shape[axis + 1 :])
 
     def put(i: Array, whole: Array, x: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(whole, x.reshape(groups, size, *x.shape[1:]), i * size, 1)
+        part = x.reshape(*outer, groups, size, *x.shape[axis:])
+        return lax.dynamic_update_slice_in_dim(whole, part, i * size, axis)
 
     def turn(i: Array, state: Any) -> Any:
         total, sums, found = state
@@ -338,11 +355,11 @@ def _by_chunks(
     found: dict[str, Any] = {name: zeros(*ordered[name].shape) for name in names if name in ordered}
     sums = {name: zeros(*inputs[name].shape) for name in names if name not in found}
     if options.has_aux:
-        found["aux"] = (zeros(groups, size * chunks),) * 2
+        found["aux"] = (zeros(*outer, groups, size * chunks),) * 2
     varying = _mesh.varying(labels, inputs)
     start = _mesh.vary((zeros(), sums, found), varying)
     total, sums, found = lax.fori_loop(0, turns, turn, start)
-    found = jax.tree.map(lambda x: restored(x).reshape(rows, *x.shape[2:]), found)
+    found = jax.tree.map(lambda x: restored(x).reshape(*labels.shape, *x.shape[axis + 1 :]), found)
     aux = found.pop("aux", None)
     return total, sums | found, aux
 
@@ -350,22 +367,30 @@ def _by_chunks(
 Reorder = Callable[[Array], Array]
 
 
-def _order(counts: Array | None, length: int, size: int, chunks: int) -> tuple[Any, Reorder, Reorder]:
-    """How often the loop turns; and how rows of groups, [groups, length, ...], come into its chunks, and back."""
+def _order(counts: Array | None, axis: int, length: int, size: int, chunks: int) -> tuple[Any, Reorder, Reorder]:
+    """How often the loop turns; and how rows of groups, [..., groups, length, ...], come into its chunks, and back."""
     if counts is None:
-        there = [(0, 0), (0, size * chunks - length)]
-        return chunks, lambda x: jnp.pad(x, there + [(0, 0)] * (x.ndim - 2)), lambda x: x[:, :length]
+        more = [(0, size * chunks - length)]
+        return (
+            chunks,
+            lambda x: jnp.pad(x, [(0, 0)] * axis + more + [(0, 0)] * (x.ndim - axis - 1)),
+            lambda x: lax.slice_in_dim(x, 0, length, axis=axis),
+        )
     # By sums and a scatter of integers: a sort takes a TPU's compiler a minute.
     index = jnp.arange(length, dtype=jnp.int32)
-    rank = jnp.cumsum(counts, 1, dtype=jnp.int32)
-    places = jnp.where(counts, rank - 1, rank[:, -1:] + index[None] - rank)
+    rank = jnp.cumsum(counts, axis, dtype=jnp.int32)
+    places = jnp.where(counts, rank - 1, rank[..., -1:] + lax.broadcasted_iota(jnp.int32, rank.shape, axis) - rank)
     nowhere = jnp.full(size * chunks, length, jnp.int32)
-    order = jax.vmap(lambda p: nowhere.at[p].set(index, unique_indices=True))(places)
+
+    def of_groups(function: Callable[..., Array]) -> Callable[..., Array]:
+        return reduce(lambda f, _: jax.vmap(f), range(axis), function)
+
+    order = of_groups(lambda p: nowhere.at[p].set(index, unique_indices=True))(places)
 
     def take(places: Array, x: Array) -> Array:
-        return jax.vmap(lambda x, p: jnp.take(x, p, axis=0, mode="fill", fill_value=0))(x, places)
+        return of_groups(lambda x, p: jnp.take(x, p, axis=0, mode="fill", fill_value=0))(x, places)
 
-    return _most(jnp.max(-(-rank[:, -1] // size))), partial(take, order), partial(take, places)
+    return _most(jnp.max(-(-rank[..., -1] // size))), partial(take, order), partial(take, places)
 
 
 @jax.custom_batching.custom_vmap
@@ -528,21 +553,22 @@ def _gradient(
         entry = (rows.entry * _slope(inputs, found.label, "products")).astype(found.kept.dtype)
         g = _platforms.with_entries(found.kept, at.place, entry)
 
-        def multiply(a: Array, a_axis: int, b: Array, b_axis: int) -> Array:
+        def multiply(a: Array, b: Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...]) -> Array:
             a, b = a.astype(g.dtype), b.astype(g.dtype)
-            return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=dtype)
+            return lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=dtype)
 
+        axes = tuple(range(at.place.ndim))
         if "hidden" in names:
-            gradient["hidden"] = multiply(g, 1, kernel, class_axis) * rows.coefficient[:, None]
+            gradient["hidden"] = multiply(g, kernel, (g.ndim - 1,), (class_axis,)) * rows.coefficient[..., None]
         if "kernel" in names:
             # Without the barrier a TPU would make it again for each part of the product.
-            h = lax.optimization_barrier((inputs["hidden"].astype(dtype) * rows.coefficient[:, None]).astype(g.dtype))
-            gradient["kernel"] = multiply(h, 0, g, 0) if class_axis == 1 else multiply(g, 0, h, 0)
+            h = lax.optimization_barrier((inputs["hidden"].astype(dtype) * rows.coefficient[..., None]).astype(g.dtype))
+            gradient["kernel"] = multiply(*((h, g) if class_axis == 1 else (g, h)), axes, axes)
         if "bias" in names:
             parts = [rows.coefficient.astype(g.dtype)]
             if g.dtype != dtype:  # two parts, as one has too few digits: a product is faster than a sum
                 parts.append((rows.coefficient - parts[0].astype(dtype)).astype(g.dtype))
-            gradient["bias"] = jnp.sum(multiply(jnp.stack(parts), 1, g, 0), 0)
+            gradient["bias"] = jnp.sum(multiply(jnp.stack(parts), g, tuple(a + 1 for a in axes), axes), 0)
     for name, others in found.slopes.items():
         of_label = jnp.where(at.here, rows.entry * _slope(inputs, found.label, name), 0)
         gradient[name] = total(name, rows.coefficient * (others + of_label))
@@ -559,8 +585,8 @@ def _gradient(
 
 def _pass(options: _Options, names: tuple[str, ...], place: Array, inputs: Inputs, r: Array) -> _Pass:
     u = _products(options, inputs)
-    is_label = lax.broadcasted_iota(place.dtype, u.shape, 1) == place[:, None]
-    e = jnp.where(is_label, 0, jnp.exp(_logits(inputs, u) - r[:, None]))
+    is_label = lax.broadcasted_iota(place.dtype, u.shape, u.ndim - 1) == place[..., None]
+    e = jnp.where(is_label, 0, jnp.exp(_logits(inputs, u) - r[..., None]))
     kept = None
     if not {"hidden", "kernel", "bias"}.isdisjoint(names):
         kept = (e * _slope(inputs, u, "products")).astype(jnp.bfloat16 if _is_half(inputs) else e.dtype)
@@ -579,7 +605,8 @@ def _products(options: _Options, inputs: Inputs) -> Array:
     )
     if "bias" not in inputs:
         return u
-    return u + jnp.minimum(inputs["bias"].astype(u.dtype), jnp.finfo(u.dtype).max.astype(u.dtype))[None]
+    bias = jnp.minimum(inputs["bias"].astype(u.dtype), jnp.finfo(u.dtype).max.astype(u.dtype))
+    return u + jnp.expand_dims(bias, range(u.ndim - 1))
 
 
 def _logits(inputs: Inputs, products: Array) -> Array:

@@ -355,7 +355,7 @@ def on_tpu(tpu: Callable[..., Any], otherwise: Callable[..., Any], *args: Any) -
 
 
 def with_entries(x: Array, labels: Array, values: Array) -> Array:
-    """x [rows, classes] with another number where the label of each row is; on a GPU without another array."""
+    """x [..., classes] with another number where the label of each row is; on a GPU without another array."""
     if _mesh.devices() > 1:
         return _select_entries(x, labels, values)
     ways = {"cuda": _scatter_entries, "rocm": _scatter_entries, "default": _select_entries}
@@ -363,7 +363,8 @@ def with_entries(x: Array, labels: Array, values: Array) -> Array:
 
 
 def _select_entries(x: Array, labels: Array, values: Array) -> Array:
-    return jnp.where(lax.broadcasted_iota(labels.dtype, x.shape, 1) == labels[:, None], values[:, None], x)
+    index = lax.broadcasted_iota(labels.dtype, x.shape, x.ndim - 1)
+    return jnp.where(index == labels[..., None], values[..., None], x)
 
 
 def _scatter_entries(x: Array, labels: Array, values: Array) -> Array:

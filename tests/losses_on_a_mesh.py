@@ -20,12 +20,14 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import quick
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxce
+from jaxce import _inputs
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -348,6 +350,48 @@ def test_mean_loss(option: str, way: str) -> None:
 
     with jax.enable_x64(True):
         close(orders_on_mesh(way, mean, rows_with_options(), has_aux=True), mean_by_formula(option), rtol=1e-11)
+
+
+@pytest.mark.parametrize("types", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loss", ["mean, weighted", "mean", "each"])
+def test_sequences_cut_into_parts(loss: str, types: AxisType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sequences over one axis of a mesh and their positions over the other, in chunks, as rows on one device."""
+    monkeypatch.setattr(_inputs, "BLOCK", 8)
+    flat = rows_with_options()
+    of_rows = [n for n in flat if flat[n].shape[:1] == (16,)]
+
+    def mean(a: Arrays) -> Any:
+        weights = jnp.where(a["labels"] == 4, 0, a["rows"]) if loss != "mean" else jnp.ones_like(a["rows"])
+        logits = dataclasses.replace(logits_of("linear", a), temperature=a["temperature"])
+        options = {"z_loss": a["option"], "class_weights": a["weights"]}
+        if loss == "each":
+            losses = integer(logits, a["labels"], **options)
+            return jnp.sum(weights * losses) / 3, losses
+        given = {} if loss == "mean" else {"weights": weights}
+        total, aux = jaxce.linear_cross_entropy(
+            logits, a["labels"], **given, normalizer=3.0, chunk_size=1, has_aux=True, **options
+        )
+        return total, aux[0]
+
+    def plain(a: Arrays) -> Any:
+        weights = jnp.where(a["labels"] == 4, 0, a["rows"]) if loss != "mean" else jnp.ones_like(a["rows"])
+        x = logits_of("product", a) / a["temperature"][:, None]
+        losses = optax.softmax_cross_entropy_with_integer_labels(x, a["labels"]) * a["weights"][a["labels"]]
+        losses += a["option"] * jax.nn.logsumexp(x, -1) ** 2
+        told = jnp.where((weights == 0) & (loss != "each"), 0, losses)
+        return jnp.sum(weights * losses) / 3, told if loss == "each" else jax.lax.stop_gradient(told)
+
+    with jax.enable_x64(True):
+        right = orders(plain, flat, has_aux=True)
+        cut = {
+            n: jax.device_put(
+                v.reshape(2, 8, *v.shape[1:]) if n in of_rows else v,
+                NamedSharding(mesh(types), P("data", "model") if n in of_rows else P()),
+            )
+            for n, v in flat.items()
+        }
+        got = orders(mean, cut, has_aux=True)
+        close(jax.tree.map(lambda x, like: x.reshape(like.shape), got, right), right, rtol=1e-11)
 
 
 @functools.cache

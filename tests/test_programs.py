@@ -202,6 +202,7 @@ def broken_on_a_mesh(kind: str) -> Iterator[str]:
     cases = [("LinearLogits", layout, way) for layout in mesh.LAYOUTS for way in mesh.WAYS]
     cases += [("linear_cross_entropy", layout, way) for layout in ("rows", "classes") for way in mesh.WAYS[:2]]
     cases += [("integer labels", layout, way) for layout in ("rows", "classes") for way in mesh.WAYS[:2]]
+    cases += [("linear_cross_entropy", "sequences", "automatic")]
     for way in mesh.WAYS:
         yield from broken_pairs(kind, places, way)
     for name, key, way in cases:
