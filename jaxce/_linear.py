@@ -317,13 +317,13 @@ def _by_chunks(
 ) -> tuple[Array, Inputs, Aux | None]:
     """The sum, a chunk of rows at a time. Rows that count come first, and the loop turns as often as they fill chunks.
 
-    The last axis of rows is seen as groups, as many as there may be devices of a mesh with automatic axis types: a chunk
-    has as many rows of each, so that no device needs another's.
+    The last axis of rows is seen as groups, as many as devices of a mesh with automatic axis types may share it: a chunk has
+    as many rows of each, so that no device needs another's.
     """
     if chunks == 1:
         return _chunk(options, names, labels, inputs)
     (*outer, rows), dtype = labels.shape, inputs["example_weights"].dtype
-    groups = math.gcd(rows, _mesh.devices(AxisType.Auto))
+    groups = _mesh.strips(rows) if outer else math.gcd(rows, _mesh.devices(AxisType.Auto))
     length = rows // groups
     size = -(-length // chunks)
     axis = len(outer) + 1  # of the length
