@@ -531,6 +531,15 @@ def _plain_sparse_binary(h: jax.Array, w: jax.Array, labels: jax.Array) -> jax.A
     return jnp.sum(jax.nn.softplus(x), -1) - jnp.sum(jnp.take_along_axis(x, _several(labels), -1), -1)
 
 
+def _linear_by_vmap(h: jax.Array, w: jax.Array, labels: jax.Array) -> jax.Array:
+    """The mean of each of four sequences."""
+
+    def mean(h: jax.Array, labels: jax.Array) -> jax.Array:
+        return jaxce.linear_cross_entropy(jaxce.LinearLogits(h, w, class_axis=0), labels)
+
+    return jax.vmap(mean)(h.reshape(4, -1, h.shape[-1]), labels.reshape(4, -1))
+
+
 _integer = jaxce.softmax_cross_entropy_with_integer_labels
 _optax_integer = optax.losses.softmax_cross_entropy_with_integer_labels
 
@@ -584,6 +593,7 @@ CASES: dict[str, Case] = {
     "linear_cross_entropy [D, V]": Case(
         _of_linear(jaxce.linear_cross_entropy, 1), _of_product(1), classes_last, [LINEAR], by=(0, 1)
     ),
+    "linear_cross_entropy, vmap": Case(_linear_by_vmap, _of_product(0), classes_first, [LINEAR], by=(0, 1)),
     "CLIP, all pairs": Case(
         lambda *sides: jaxce.softmax_cross_entropy_of_pairs(_pairs(*sides)),
         _plain_clip,

@@ -395,7 +395,7 @@ def _order(counts: Array | None, axis: int, length: int, size: int, chunks: int)
 
 @jax.custom_batching.custom_vmap
 def _most(turns: Array) -> Array:
-    """How often a loop turns; under `jax.vmap` as often as for the most, so that its counter is no array."""
+    """How often a loop turns; under `jax.vmap` as often as for the most: else it would choose between all that it changes."""
     return turns
 
 
@@ -495,7 +495,7 @@ def _pass_near_the_maximum(
     def is_far(found: _Pass, r: Array) -> Array:
         total = found.others + jnp.exp(_logits(inputs, found.label) - r)
         far = jnp.any(counts & ((total >= _FAR) | (total <= 1 / _FAR)))
-        return _mesh.vary(_everywhere(options, far.astype(jnp.int32)) > 0, varying)
+        return _mesh.vary(_most(_everywhere(options, far.astype(jnp.int32))) > 0, varying)
 
     def again(state: Any) -> Any:
         return *relative_to(_maximum(options, inputs)), state[2] & False
