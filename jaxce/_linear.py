@@ -317,8 +317,8 @@ def _by_chunks(
 ) -> tuple[Array, Inputs, Aux | None]:
     """The sum, a chunk of rows at a time. Rows that count come first, and the loop turns as often as they fill chunks.
 
-    The last axis of rows is seen as groups, as many as devices of a mesh with automatic axis types may share it: a chunk has
-    as many rows of each, so that no device needs another's.
+    The last axis of rows is seen as groups, as many as devices of a mesh with automatic axis types may share it: a chunk
+    has as many rows of each, so that no device needs another's.
     """
     if chunks == 1:
         return _chunk(options, names, labels, inputs)
@@ -395,7 +395,7 @@ def _order(counts: Array | None, axis: int, length: int, size: int, chunks: int)
 
 @jax.custom_batching.custom_vmap
 def _most(turns: Array) -> Array:
-    """How often a loop turns; under `jax.vmap` as often as for the most: else it would choose between all that it changes."""
+    """How often a loop turns; under `jax.vmap` as often as for the most: else it would select from all that it changes."""
     return turns
 
 

@@ -81,7 +81,7 @@ CLAIMS = [
     # its logits take 1.1. A turn of the loop that takes them again, where a class is far above, isn't counted.
     Claim("linear_cross_entropy [V, D]", LINEAR, GRADIENT, Limits(0.46, 0.82, 2200), Limits(0.9, None, 2300)),
     Claim("linear_cross_entropy [D, V]", LINEAR, GRADIENT, Limits(0.46, 0.82, 2200), Limits(0.9, None, 2300)),
-    # A chunk is of one sequence. 0.85 of the cycles: a loop of each sequence would choose between arrays of all logits, 1.7.
+    # A chunk is of one sequence. 0.85 of the cycles: loops of their own would select from arrays of all logits.
     Claim("linear_cross_entropy, vmap", LINEAR, GRADIENT, Limits(0.46, 0.88, 2200), Limits(0.78, None, 6400)),
     Claim("CLIP, all pairs", programs.EMBEDDINGS, GRADIENT, Limits(0.04, 0.45, 40), Limits(0.57, None, 140)),
     Claim("SigLIP, mean", programs.EMBEDDINGS, GRADIENT, Limits(0.11, 1.13, 1), Limits(0.74, None, 245)),
