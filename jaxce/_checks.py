@@ -7,6 +7,7 @@ wrong with an argument; `compiled` and `named` put the function's name before it
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -178,6 +179,35 @@ def _naming_class(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(*args, **kwargs)
 
     return checked
+
+
+def pytree(*static: str) -> Callable[[_C], _C]:
+    """A decorator of a dataclass: a pytree of its fields, but for those that are ``static``. Leaves are not checked.
+
+    As `jax.tree_util.register_dataclass`, but trees of two classes with the same fields are different: to JAX (0.12, too)
+    those are equal, and a function compiled for one of them may then return the other.
+    """
+
+    def register(cls: _C) -> _C:
+        data = [f.name for f in dataclasses.fields(cls) if f.name not in static]
+
+        def flatten(x: Any) -> Any:
+            return tuple(getattr(x, name) for name in data), tuple(getattr(x, name) for name in static)
+
+        def flatten_with_keys(x: Any) -> Any:
+            children, aux = flatten(x)
+            return tuple(zip(map(jax.tree_util.GetAttrKey, data), children, strict=True)), aux
+
+        def unflatten(aux: Any, children: Any) -> Any:
+            x = object.__new__(cls)
+            for name, value in zip((*data, *static), (*children, *aux), strict=True):
+                object.__setattr__(x, name, value)
+            return x
+
+        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+        return cls
+
+    return register
 
 
 _MEAN = ("it is a mean; for a sum give {normalizer}=1", "losses come one per example; their mean is {weighted_mean}")

@@ -6,7 +6,6 @@ import dataclasses
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -15,12 +14,12 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxce import _checks
-from jaxce._checks import ArrayLike, AxisName
+from jaxce._checks import ArrayLike, AxisName, pytree
 from jaxce._rules import custom_jvp
 from jaxce._state import beside
 
 
-@jax.tree_util.register_pytree_with_keys_class
+@pytree("class_axis", "block_size", "axis_name")
 @_checks.named_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LinearLogits:
@@ -119,23 +118,8 @@ class LinearLogits:
             "block_size": size,
             "axis_name": None if self.axis_name is None else _checks.axis_name(self.axis_name),
         }
-        self._set(fields)
-
-    def _set(self, fields: dict[str, Any]) -> None:
         for name, value in fields.items():
             object.__setattr__(self, name, value)
-
-    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        """The arrays, by name, and what is static."""
-        children = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in _CHILDREN)
-        return children, tuple(getattr(self, name) for name in _STATIC)
-
-    @classmethod
-    def tree_unflatten(cls, static: Any, children: Any) -> LinearLogits:
-        """The logits of any leaves: JAX puts other things than arrays there, so nothing is checked."""
-        logits = object.__new__(cls)
-        logits._set(dict(zip((*_CHILDREN, *_STATIC), (*children, *static), strict=True)))
-        return logits
 
     @property
     def classes(self) -> int:
@@ -266,11 +250,7 @@ def _is_mask(index: Any) -> bool:
     return hasattr(index, "dtype") and index.dtype == bool
 
 
-_CHILDREN = ("hidden", "kernel", "bias", "soft_cap", "temperature")
-_STATIC = ("class_axis", "block_size", "axis_name")
-
-
-@jax.tree_util.register_pytree_with_keys_class
+@pytree("axis_name")
 @_checks.named_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ShardedLogits:
@@ -322,18 +302,6 @@ class ShardedLogits:
             raise _checks.ArgumentValueError(f"logits must have an axis of classes, got shape {logits.shape}")
         object.__setattr__(self, "logits", logits)
         object.__setattr__(self, "axis_name", _checks.axis_name(self.axis_name))
-
-    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        """The array, and the axis, which is static."""
-        return ((jax.tree_util.GetAttrKey("logits"), self.logits),), self.axis_name
-
-    @classmethod
-    def tree_unflatten(cls, static: AxisName, children: Any) -> ShardedLogits:
-        """The logits of any leaf, unchecked."""
-        logits = object.__new__(cls)
-        object.__setattr__(logits, "logits", children[0])
-        object.__setattr__(logits, "axis_name", static)
-        return logits
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -38,7 +38,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
@@ -48,7 +47,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxce import _checks, _platforms
-from jaxce._checks import ArrayLike, AxisName, compiled
+from jaxce._checks import ArrayLike, AxisName, compiled, pytree
 from jaxce._inputs import Inputs, Spec, on_each_device, read_logits
 from jaxce._logits import AnyLogits
 from jaxce._measures import NLL, measure_part, replaced, sum_of
@@ -78,39 +77,12 @@ __all__ = [
 ]
 
 _M = TypeVar("_M", bound="Metric")
-_C = TypeVar("_C", bound=type)
 
 
 # ---------------------------------------------------------------------------------------------------- sums
 
 
-def _pytree(data: Sequence[str], static: Sequence[str]) -> Callable[[_C], _C]:
-    """As `jax.tree_util.register_dataclass`, but that trees of two classes with the same fields are different.
-
-    To JAX (0.12, too) those of dataclasses are equal: a function compiled for one metric may then return the other.
-    """
-
-    def flatten(x: Any) -> Any:
-        return tuple(getattr(x, name) for name in data), tuple(getattr(x, name) for name in static)
-
-    def flatten_with_keys(x: Any) -> Any:
-        children, aux = flatten(x)
-        return tuple(zip(map(jax.tree_util.GetAttrKey, data), children, strict=True)), aux
-
-    def register(cls: _C) -> _C:
-        def unflatten(aux: Any, children: Any) -> Any:
-            x = object.__new__(cls)
-            for name, value in zip((*data, *static), (*children, *aux), strict=True):
-                object.__setattr__(x, name, value)
-            return x
-
-        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-        return cls
-
-    return register
-
-
-@_pytree(["hi", "lo"], [])
+@pytree()
 @dataclasses.dataclass(frozen=True)
 class Sum:
     """A sum that keeps its rounding errors: hi + lo is meant."""
@@ -276,9 +248,6 @@ class _Ratio(Metric):
         return jnp.where(weight == 0, 0, self.total._rounded / jnp.where(weight == 0, 1, weight))
 
 
-_ratio = _pytree(["total", "weight"], [])
-
-
 @compiled("argument")
 def _mean_of(values: ArrayLike, weights: ArrayLike | None, where: ArrayLike | None, argument: str) -> list[Sum]:
     (x,) = _checks.upcast(_checks.floating(argument, values))
@@ -286,7 +255,7 @@ def _mean_of(values: ArrayLike, weights: ArrayLike | None, where: ArrayLike | No
     return _sums(_weighted(x, w), w, axes=x.ndim)
 
 
-@_ratio
+@pytree()
 class Mean(_Ratio):
     """Weighted mean of any values, such as losses.
 
@@ -308,7 +277,7 @@ class Mean(_Ratio):
         return self._updated(values, weights, where)
 
 
-@_ratio
+@pytree()
 class Perplexity(_Ratio):
     """Exponential of the mean of negative log-likelihoods in nats; 1 without data.
 
@@ -342,7 +311,7 @@ def _per_unit(nll: ArrayLike, units: ArrayLike, weights: ArrayLike | None, where
     return _sums(_weighted(x, w), _weighted(n, w), axes=x.ndim)
 
 
-@_ratio
+@pytree()
 class BitsPer(_Ratio):
     """Bits per byte, per character, or per whatever is counted: sum(nll) / (log 2 sum(units)).
 
@@ -483,7 +452,7 @@ class _Score(_Ratio):
 _S = TypeVar("_S", bound=_Score)
 
 
-@_ratio
+@pytree()
 class Accuracy(_Score):
     """Weighted share of examples whose label has the largest logit, the first of equal ones; 0 without data.
 
@@ -498,7 +467,7 @@ class Accuracy(_Score):
     _of = "correct"
 
 
-@_pytree(["total", "weight"], ["k"])
+@pytree("k")
 @dataclasses.dataclass(frozen=True)
 class TopKAccuracy(_Score):
     """Weighted share of examples whose label is among the k largest logits, of equal ones the first; 0 without data.
@@ -538,7 +507,7 @@ class TopKAccuracy(_Score):
         return {"k": self.k}
 
 
-@_ratio
+@pytree()
 class Brier(_Score):
     """The Brier score: the mean of the sum over classes of (p_k - [k is the label])^2, between 0 and 2; 0 without data.
 
@@ -609,7 +578,6 @@ class _Bins(Metric):
 
 
 _B = TypeVar("_B", bound=_Bins)
-_binned = _pytree(["confidence", "correct", "weight"], ["bins"])
 
 
 @compiled("norm")
@@ -631,7 +599,7 @@ def _calibration(logits: Any, labels: ArrayLike, weights: Any, where: Any, bins:
     return _totals(rows, w, rows.confidence, rows.correct, bins=bins)
 
 
-@_binned
+@pytree("bins")
 class Calibration(_Bins):
     """Calibration error of the predicted class: how far the accuracy of examples is from their confidence; 0 without data.
 
@@ -719,10 +687,7 @@ def _evaluate(logits: Any, labels: ArrayLike, weights: Any, where: Any, units: A
     return Evaluation(nll, weight, n, correct, bins, top_k, brier, options)
 
 
-_FIELDS = ["nll", "weight", "units", "correct", "calibration", "top_k", "brier"]
-
-
-@_pytree(_FIELDS, ["options"])
+@pytree("options")
 @dataclasses.dataclass(frozen=True)
 class Evaluation(Metric):
     """All metrics of classes in two passes over the logits; ``per_class=False`` leaves out top-k accuracy and Brier score.
@@ -866,7 +831,7 @@ def _binary_score(logits: Any, labels: Any, weights: Any, where: Any, of: str, t
     return _totals(answers, w, getattr(answers, of))
 
 
-@_pytree(["total", "weight"], ["threshold"])
+@pytree("threshold")
 @dataclasses.dataclass(frozen=True)
 class BinaryAccuracy(_Ratio):
     """Weighted share of right answers, where the answer is yes if its probability exceeds ``threshold``; 0 without data.
@@ -913,7 +878,7 @@ class BinaryAccuracy(_Ratio):
         return {"threshold": self.threshold}
 
 
-@_ratio
+@pytree()
 class BinaryBrier(_Ratio):
     """Brier score of yes-or-no questions: the mean of (p - y)^2, between 0 and 1; 0 without data.
 
@@ -949,7 +914,7 @@ def _binary_calibration(logits: Any, labels: Any, weights: Any, where: Any, bins
     return _totals(answers, w, answers.confidence, answers.yes, bins=bins)
 
 
-@_binned
+@pytree("bins")
 class BinaryCalibration(_Bins):
     """Calibration error of yes-or-no questions: how far the share of yes is from its probability; 0 without data.
 
@@ -1014,7 +979,7 @@ def _evaluate_answers(
     return BinaryEvaluation(nll, correct, brier, weight, calibration, threshold)
 
 
-@_pytree(["nll", "correct", "brier", "weight", "calibration"], ["threshold"])
+@pytree("threshold")
 @dataclasses.dataclass(frozen=True)
 class BinaryEvaluation(Metric):
     """All metrics of yes-or-no questions, such as those of multi-label classification, where each label is one.
