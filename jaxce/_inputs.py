@@ -19,7 +19,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jaxce import _checks, _mesh
 from jaxce._checks import ArrayLike, Axis, AxisName
-from jaxce._logits import AnyLogits, LinearLogits, NotArray, ShardedLogits
+from jaxce._logits import AnyLogits, LinearLogits, NotArray, ShardedLogits, is_half
 from jaxce._state import Ask
 
 Inputs = dict[str, Array]
@@ -199,7 +199,8 @@ def read_logits(
             raise _checks.ArgumentValueError(f"{argument} must have a known number of classes, got {logits.classes}")
         given = {name: getattr(logits, name) for name in LOGITS if name != "array"}
         inputs = {name: jnp.asarray(value) for name, value in given.items() if value is not None}
-        spec = Spec(dtype, logits.classes, logits.class_axis, logits.half, logits.block_size)
+        half = is_half(logits.hidden, logits.kernel)
+        spec = Spec(dtype, logits.classes, logits.class_axis, half, logits.block_size)
     else:
         x = _checks.classes_last(logits.logits if isinstance(logits, ShardedLogits) else logits, axes)
         if x.shape[-1] == 0:

@@ -30,9 +30,9 @@ from jax.sharding import AxisType
 from jaxce import _checks, _mesh, _platforms
 from jaxce._checks import NUMBERS, SHARES, ArrayLike, AxisName, compiled
 from jaxce._inputs import OF_ROWS, Inputs, Spec, has_rows, on_each_device, read_logits, with_temperatures
-from jaxce._logits import LinearLogits, product, shape_logits
+from jaxce._logits import LinearLogits, is_half, product, shape_logits
 from jaxce._reduction import weighted_mean
-from jaxce._rules import custom_jvp
+from jaxce._rules import custom_jvp, largest
 from jaxce._softmax import softmax_cross_entropy_with_integer_labels
 from jaxce._statistics import logsumexp
 
@@ -485,7 +485,7 @@ def _pass_near_the_maximum(
         # A whole number, as the difference from logits above it is exact; 0 of a row without classes. The exponentials of
         # a row that doesn't count are all 0.
         r = jnp.where(jnp.isneginf(maximum), 0, jnp.floor(maximum))
-        r = jnp.where(counts, r, jnp.finfo(r.dtype).max.astype(r.dtype))
+        r = jnp.where(counts, r, largest(r))
         # Without the barrier the maximum and the pass would share a product, in memory, of all classes and some again.
         r, hidden = lax.optimization_barrier((r, inputs["hidden"]))
         found = _pass(options, names, at.place, inputs | {"hidden": hidden}, r)
@@ -589,30 +589,26 @@ def _pass(options: _Options, names: tuple[str, ...], place: Array, inputs: Input
     e = jnp.where(is_label, 0, jnp.exp(_logits(inputs, u) - r[..., None]))
     kept = None
     if not {"hidden", "kernel", "bias"}.isdisjoint(names):
-        kept = (e * _slope(inputs, u, "products")).astype(jnp.bfloat16 if _is_half(inputs) else e.dtype)
+        half = is_half(inputs["hidden"], inputs["kernel"])
+        kept = (e * _slope(inputs, u, "products")).astype(jnp.bfloat16 if half else e.dtype)
     slopes = {name: jnp.sum(e * _slope(inputs, u, name), -1) for name in ("temperature", "soft_cap") if name in names}
     # The barrier makes one array of what is kept, which XLA would else compute again for each product.
     return lax.optimization_barrier(_Pass(kept, jnp.sum(e, -1), jnp.sum(jnp.where(is_label, u, 0), -1), slopes))
 
 
-def _is_half(inputs: Inputs) -> bool:
-    return inputs["hidden"].dtype == inputs["kernel"].dtype == jnp.bfloat16
-
-
 def _products(options: _Options, inputs: Inputs) -> Array:
-    u = product(inputs["hidden"], inputs["kernel"], options.class_axis, _is_half(inputs)).astype(
-        inputs["example_weights"].dtype
-    )
+    hidden, kernel, dtype = inputs["hidden"], inputs["kernel"], inputs["example_weights"].dtype
+    u = product(hidden, kernel, options.class_axis, is_half(hidden, kernel)).astype(dtype)
     if "bias" not in inputs:
         return u
-    bias = jnp.minimum(inputs["bias"].astype(u.dtype), jnp.finfo(u.dtype).max.astype(u.dtype))
+    bias = jnp.minimum(inputs["bias"].astype(u.dtype), largest(u))
     return u + jnp.expand_dims(bias, range(u.ndim - 1))
 
 
 def _logits(inputs: Inputs, products: Array) -> Array:
     """The logits of products; an infinite one counts as the largest number."""
     x = shape_logits(products, inputs.get("temperature"), inputs.get("soft_cap"))
-    return jnp.minimum(x, jnp.finfo(x.dtype).max.astype(x.dtype))
+    return jnp.minimum(x, largest(x))
 
 
 def _slope(inputs: Inputs, products: Array, name: str) -> Array:

@@ -143,7 +143,7 @@ class LinearLogits:
 
     def materialize(self) -> Array:
         """The logits as an array, with all the memory that takes; of this device's classes if the kernel is sharded."""
-        x = product(self.hidden, self.kernel, self.class_axis, self.half)
+        x = product(self.hidden, self.kernel, self.class_axis, is_half(self.hidden, self.kernel))
         if self.bias is not None:
             x = x + jnp.broadcast_to(self.bias.astype(x.dtype), x.shape)
         return shape_logits(x, self.temperature, self.soft_cap)
@@ -218,11 +218,6 @@ class LinearLogits:
         """Those of the rows, if each has its own."""
         temperature: Any = self.temperature
         return temperature if np.ndim(temperature) else None
-
-    @property
-    def half(self) -> bool:
-        """Whether all products are of two bfloat16 numbers."""
-        return self.hidden.dtype == self.kernel.dtype == jnp.bfloat16
 
     def __repr__(self) -> str:
         try:
@@ -325,6 +320,11 @@ class ShardedLogits:
 NotArray = LinearLogits | ShardedLogits
 AnyLogits = ArrayLike | LinearLogits | ShardedLogits
 """What every function of logits takes."""
+
+
+def is_half(hidden: Array, kernel: Array) -> bool:
+    """Whether all products are of two bfloat16 numbers."""
+    return hidden.dtype == kernel.dtype == jnp.bfloat16
 
 
 def product(hidden: Array, kernel: Array, class_axis: int, half: bool) -> Array:
