@@ -11,11 +11,10 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType
 
 from jaxce import _checks, _mesh
 from jaxce._checks import ArrayLike, Axis, AxisName
@@ -242,18 +241,17 @@ def on_each_device(
     specs, inputs = tuple(z.spec for z in logits), tuple(z.inputs for z in logits)
     names = [(i, name) for i, own in enumerate(inputs) for name in sorted(own, key=lambda name: name not in LOGITS)]
     arrays = [inputs[i][name] for i, name in names]
-    if all("array" in own for own in inputs) or not _mesh.is_explicit(arrays):
+    if all("array" in own for own in inputs):
         return function(*_prepared(specs, inputs), *options)
 
     rows = tuple(range(len(logits[0].shape) - len(logits[0].axes)))
     places = [_place(specs[i], name, x, rows) for (i, name), x in zip(names, arrays, strict=True)]
-    parts = _mesh.parts(arrays, places)
-    shards = parts.get("classes")
 
-    def run(*arrays: Array) -> Any:
+    def run(parts: dict[Any, Any], *arrays: Array) -> Any:
         here: tuple[Inputs, ...] = tuple({} for _ in specs)
         for (i, name), x in zip(names, arrays, strict=False):
             here[i][name] = x
+        shards = parts.get("classes")
         own = specs if shards is None else tuple(_sharded(spec, shards) for spec in specs)
         value = function(*_prepared(own, here), *arrays[len(names) :])
         over = tuple(n for axis in rows for n in _mesh.names(parts.get(axis)))
@@ -261,23 +259,20 @@ def on_each_device(
             value = tuple(lax.psum(v, over) if of == "total" else v for of, v in zip(results, value, strict=True))
         return value
 
-    def spec(place: tuple[Any, ...]) -> PartitionSpec:
-        return PartitionSpec(*map(parts.get, place))
-
-    out = {"rows": spec(rows), "logits": spec((*rows, "classes")), "total": spec(())}
-    given = [*arrays, *options], [*map(spec, places), *(spec(()) for _ in options)]
-    return _mesh.spread(run, *given, jax.tree.map(out.get, results))
+    place = {"rows": rows, "logits": (*rows, "classes"), "total": ()}
+    out = place[results] if isinstance(results, str) else [place[of] for of in results]
+    return _mesh.spread(run, [*arrays, *options], [*places, *(() for _ in options)], out)
 
 
 def _sharded(spec: Spec, axis_name: AxisName) -> Spec:
     return spec._replace(axis_name=axis_name, classes=spec.classes // lax.axis_size(axis_name))
 
 
-def _place(spec: Spec, name: str, x: Array, rows: tuple[int, ...]) -> tuple[Any, ...]:
+def _place(spec: Spec, name: str, x: Array, rows: tuple[int, ...]) -> _mesh.Place:
     """What each axis of an input goes along: one of the rows' axes, the "classes", or nothing that others share."""
     place: list[Any] = [None] * x.ndim
     if has_rows(name, x):
-        place[: len(rows)] = [axis if n > 1 else None for axis, n in zip(rows, x.shape, strict=False)]
+        place[: len(rows)] = rows
     if name in ALONG_CLASSES and spec.axis_name is None:
         place[spec.axis(name, x)] = "classes"
     return tuple(place)

@@ -893,7 +893,9 @@ def multivariate_normal_nll(
     keep = _checks.where_elements(where, batch)
     given = [m, scale, x] if keep is None else [m, scale, x, keep]
     constant = n * _HALF_LOG_2PI if full else 0
-    return _mesh.by_parts(functools.partial(_multivariate_normal_nll, constant), given, len(batch))
+    rows = tuple(range(len(batch)))
+    places = [(*rows, *[None] * (v.ndim - len(rows))) for v in given]
+    return _mesh.spread(lambda _, *here: _multivariate_normal_nll(constant, *here), given, places, rows)
 
 
 def _multivariate_normal_nll(constant: float, m: Array, scale: Array, x: Array, keep: Array | None = None) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -145,16 +146,15 @@ def _spec(x: Any) -> tuple[Any, ...]:
     return spec + (None,) * (x.ndim - len(spec))
 
 
-def is_explicit(arrays: list[Array]) -> bool:
-    """Whether any of the arrays is sharded over axes of a mesh with explicit types."""
-    return any(any(_spec(x)) for x in arrays)
+Place = tuple[Any, ...]
+"""A name for each axis of an array, or None for one that stays whole, as do axes of length 1. Axes of a name are sharded
+alike."""
 
 
-def parts(arrays: list[Array], places: list[tuple[Any, ...]]) -> dict[Any, Any]:
+def _parts(arrays: list[Array], places: list[Place]) -> dict[Any, Any]:
     """How devices share some arrays: by the name of an axis, over which axes of the mesh it is sharded.
 
-    A place gives a name to each axis of an array, or None to one that stays whole. Axes of a name are sharded alike, as the
-    first array that is; over each axis of the mesh only one is.
+    That is as in the first array that is sharded there; over each axis of the mesh only one is.
     """
     found: dict[Any, Any] = {}
     for x, place in zip(arrays, places, strict=True):
@@ -165,23 +165,27 @@ def parts(arrays: list[Array], places: list[tuple[Any, ...]]) -> dict[Any, Any]:
     return found
 
 
-def by_parts(function: Callable[..., Any], arrays: list[Array], rows: int) -> Any:
-    """function(*arrays) on each device's part of the rows, the first axes of all arrays; an axis of length 1 is whole."""
-    if not is_explicit(arrays):
-        return function(*arrays)
-    places = [
-        (*(a if n > 1 else None for a, n in enumerate(x.shape[:rows])), *[None] * (x.ndim - rows)) for x in arrays
-    ]
-    found = parts(arrays, places)
-    specs = [PartitionSpec(*map(found.get, place)) for place in places]
-    return spread(function, arrays, specs, PartitionSpec(*map(found.get, range(rows))))
+def spread(function: Callable[..., Any], arrays: list[Array], places: list[Place], results: Any) -> Any:
+    """function(parts, *arrays) of each device's part of the arrays, if any is sharded over a mesh with explicit types.
 
+    ``parts`` says how devices share them, as `_parts` does. The results have axes of these names, too: ``results`` is the
+    place of all of them, or a list of places.
+    """
+    sharded = [x for x in arrays if any(_spec(x))]
+    if not sharded:
+        return function({}, *arrays)
+    pairs = zip(arrays, places, strict=True)
+    places = [tuple(a if n > 1 else None for a, n in zip(place, x.shape, strict=True)) for x, place in pairs]
+    parts = _parts(arrays, places)
 
-def spread(function: Callable[..., Any], arrays: list[Array], specs: list[PartitionSpec], results: Any) -> Any:
-    """function(*arrays) of each device's part of them."""
-    mesh = next(jax.typeof(x).sharding.mesh for x in arrays if any(_spec(x)))
+    def spec(place: Place) -> PartitionSpec:
+        return PartitionSpec(*map(parts.get, place))
+
+    specs, out = tuple(map(spec, places)), tuple(map(spec, results)) if isinstance(results, list) else spec(results)
+    mesh = jax.typeof(sharded[0]).sharding.mesh
     placed = [reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
     used = {name for spec in specs for part in spec for name in names(part)}
     explicit = all(t == AxisType.Explicit for t in mesh.axis_types)
-    axis_names = set() if explicit else used  # all of them, but those of an enclosing vmap
-    return jax.shard_map(function, mesh=mesh, in_specs=tuple(specs), out_specs=results, axis_names=axis_names)(*placed)
+    over = set() if explicit else used  # all of them, but those of an enclosing vmap
+    run = jax.shard_map(partial(function, parts), mesh=mesh, in_specs=specs, out_specs=out, axis_names=over)
+    return run(*placed)

@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
-from jax.sharding import PartitionSpec
 
 from jaxce import _checks, _mesh
 from jaxce._checks import ArrayLike, AxisName, compiled
@@ -204,17 +203,13 @@ Lines = tuple[_Line, _Line]
 
 def _on_each_device(options: _Options, inputs: Inputs) -> tuple[Array, Array]:
     """The losses of each device's rows and those of all columns, where an explicit mesh shards any input."""
-    arrays = list(inputs.values())
-    if not _mesh.is_explicit(arrays):
-        return _losses(options, inputs)
+
+    def run(parts: dict[str, Any], *arrays: Array) -> tuple[Array, Array]:
+        here = options._replace(axis_name=parts.get("rows", options.axis_name))
+        return _losses(here, dict(zip(inputs, arrays, strict=True)))
+
     places = [("rows" if n in ROWS_FIRST else None, *[None] * (x.ndim - 1))[: x.ndim] for n, x in inputs.items()]
-    parts = _mesh.parts(arrays, places)
-
-    def run(*arrays: Array) -> tuple[Array, Array]:
-        return _losses(options._replace(axis_name=parts.get("rows")), dict(zip(inputs, arrays, strict=True)))
-
-    specs = [PartitionSpec(*map(parts.get, place)) for place in places]
-    return _mesh.spread(run, arrays, specs, (PartitionSpec(parts.get("rows")), PartitionSpec()))
+    return _mesh.spread(run, [*inputs.values()], places, [("rows",), ()])
 
 
 def _losses(options: _Options, inputs: Inputs) -> tuple[Array, Array]:
