@@ -205,8 +205,8 @@ def _on_each_device(options: _Options, inputs: Inputs) -> tuple[Array, Array]:
     """The losses of each device's rows and those of all columns, where an explicit mesh shards any input."""
 
     def run(parts: dict[str, Any], *arrays: Array) -> tuple[Array, Array]:
-        here = options._replace(axis_name=parts.get("rows", options.axis_name))
-        return _losses(here, dict(zip(inputs, arrays, strict=True)))
+        over = _mesh.names(options.axis_name) + _mesh.names(parts.get("rows"))
+        return _losses(options._replace(axis_name=over or None), dict(zip(inputs, arrays, strict=True)))
 
     places = [("rows" if n in ROWS_FIRST else None, *[None] * (x.ndim - 1))[: x.ndim] for n, x in inputs.items()]
     return _mesh.spread(run, [*inputs.values()], places, [("rows",), ()])

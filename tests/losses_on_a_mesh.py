@@ -999,6 +999,22 @@ def test_pairs() -> None:
     check(jax.shard_map(by_hand, mesh=m, in_specs=(P("x"), P("x"), P()), out_specs=P("x")), a, b, t)
 
 
+@pytest.mark.parametrize("spec", [P("data", "model"), P(("data", "model"), None)], ids=["features", "rows"])
+def test_pairs_sharded_by_hand_over_some_axes_of_an_explicit_mesh(spec: P) -> None:
+    a, b = np.random.default_rng(0).normal(size=(2, 16, 4)).astype("float32")
+
+    def losses(a: jax.Array, b: jax.Array) -> Any:
+        return jaxce.softmax_cross_entropy_of_pairs(jaxce.LinearLogits(a, b, class_axis=0), axis_name="data")
+
+    m = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(m):
+        by_hand = jax.shard_map(losses, in_specs=P("data"), out_specs=P("data"), axis_names={"data"})
+        got = quick(by_hand)(*(jax.device_put(v, NamedSharding(m, spec)) for v in (a, b)))
+    x = a @ b.T
+    for axis, found in zip((1, 0), got, strict=True):
+        np.testing.assert_allclose(found, jax.nn.logsumexp(x, axis) - np.diagonal(x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("way", ["Auto", pytest.param("Explicit", marks=pytest.mark.slow), "shard_map"])
 @pytest.mark.parametrize("program", ["CLIP", "SigLIP"])
 def test_pairs_cross_the_network_once(program: str, way: str) -> None:
