@@ -797,7 +797,8 @@ def _answers(logits: Any, labels: Any, weights: Any, where: Any, threshold: floa
     """The elements and their weights."""
     (x,) = _checks.upcast(_checks.floating("logits", logits))
     y = _checks.real("labels", labels, x.dtype).astype(x.dtype)
-    _checks.same_shape("labels", y, x.shape, "the shape of the logits", _reshape_hint("labels", y, x))
+    hint = f"give {{labels}}.reshape({x.shape})" if y.size == x.size else ""
+    _checks.same_shape("labels", y, x.shape, "the shape of the logits", hint)
     w = jnp.ones_like(x)
     if weights is not None:
         w = _checks.real("weights", weights, x.dtype).astype(x.dtype)
@@ -811,10 +812,6 @@ def _answers(logits: Any, labels: Any, weights: Any, where: Any, threshold: floa
     yes = x > math.log(threshold) - math.log1p(-threshold)
     nll = jnp.where((y == 0) | (y == 1), sigmoid_binary_cross_entropy(x, y), jnp.nan)
     return _Answers(nll, (yes == (y == 1)).astype(x.dtype), p, miss * miss, y), w
-
-
-def _reshape_hint(name: str, given: Array, wanted: Array) -> str:
-    return f"; give {name}.reshape({wanted.shape})" if given.size == wanted.size else ""
 
 
 def _threshold(threshold: float) -> float:

@@ -645,6 +645,11 @@ BAD = [
     (lambda: Perplexity.from_batch(Y), TypeError, "Perplexity: nll must be"),
     (lambda: Perplexity.from_batch(X, jnp.ones(3)), ValueError, "Perplexity: weights must have"),
     (lambda: BinaryAccuracy.from_batch(X, Y), ValueError, "BinaryAccuracy: labels must have the shape of the logits"),
+    (
+        lambda: BinaryAccuracy.from_batch(X, X.T),
+        ValueError,
+        r".* got float32\[3,4\]; give labels\.reshape\(\(4, 3\)\)$",
+    ),
     (lambda: BinaryBrier.from_batch(X, X, Y), ValueError, "BinaryBrier: weights must have"),
     (lambda: BinaryBrier.from_batch(X, X, where=Y != 0), ValueError, "BinaryBrier: where must have as many axes"),
     (lambda: BinaryAccuracy.empty(threshold=1), ValueError, r"BinaryAccuracy: threshold must be a number in \(0, 1\)"),
