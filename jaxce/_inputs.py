@@ -226,6 +226,15 @@ def has_rows(name: str, x: Array) -> bool:
     return name in OF_ROWS and x.ndim > OF_ROWS[name]
 
 
+def flat_rows(name: str, x: Array, batch: tuple[int, ...]) -> Array:
+    """An input that has axes of rows, with one in place of them: of length 1 if all rows have the same."""
+    axes = x.ndim - OF_ROWS[name]
+    trailing = x.shape[axes:]
+    if math.prod(x.shape[:axes]) == 1:
+        return x.reshape(1, *trailing)
+    return jnp.broadcast_to(x, (*batch, *trailing)).reshape(math.prod(batch), *trailing)
+
+
 # ---------------------------------------------------------------------------------------------------- what a device has
 
 

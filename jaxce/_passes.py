@@ -25,7 +25,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxce import _mesh, _platforms
-from jaxce._inputs import ALONG_CLASSES, OF_ROWS, Inputs, Spec, has_rows
+from jaxce._inputs import ALONG_CLASSES, Inputs, Spec, flat_rows, has_rows
 from jaxce._logits import product, shape_logits
 from jaxce._rules import custom_jvp
 from jaxce._state import Block, State, beside, meet, meet_all, meet_devices
@@ -376,14 +376,7 @@ def by_rows(chunks: int, inputs: tuple[Inputs, ...], function: Callable[..., Any
     first = inputs[0]
     batch = (first["hidden"] if "hidden" in first else first["array"]).shape[:-1]
     if len(batch) > 1 and _mesh.devices() == 1 and (chunks > 1 or "hidden" in first):
-
-        def flat(name: str, x: Array) -> Array:
-            trailing = x.shape[x.ndim - OF_ROWS[name] :]
-            if math.prod(x.shape[: x.ndim - OF_ROWS[name]]) == 1:  # the same for all rows
-                return x.reshape(1, *trailing)
-            return jnp.broadcast_to(x, (*batch, *trailing)).reshape(-1, *trailing)
-
-        inputs = tuple({n: flat(n, x) if has_rows(n, x) else x for n, x in i.items()} for i in inputs)
+        inputs = tuple({n: flat_rows(n, x, batch) if has_rows(n, x) else x for n, x in i.items()} for i in inputs)
         return jax.tree.map(lambda x: x.reshape(batch), by_rows(chunks, inputs, function))
     if chunks == 1:
         return function(*inputs)

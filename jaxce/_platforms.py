@@ -29,7 +29,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from jaxce import _mesh
-from jaxce._inputs import OF_ROWS, Inputs, has_rows
+from jaxce._inputs import Inputs, flat_rows, has_rows
 from jaxce._rules import largest
 from jaxce._state import Ask, Block, State, before, leaves, meet, meet_all
 
@@ -203,19 +203,13 @@ def _in_parts(read: Read, inputs: Inputs, ask: Ask, dtype: np.dtype) -> State:
 
 def _by_rows(function: Callable[[Inputs], Any], inputs: Inputs, shape: tuple[int, ...]) -> Any:
     """function(inputs), one number or several for each row of a shape, by chunks of rows that stay in the cache."""
-    *batch, classes = shape
+    batch, classes = shape[:-1], shape[-1]
     rows, size = math.prod(batch), _rows_of_a_chunk(classes)
     if not isinstance(rows, int) or size >= rows:
         return function(inputs)
 
-    def flat(x: Array, trailing: int) -> Array:
-        axes = x.ndim - trailing
-        if math.prod(x.shape[:axes]) == 1:  # the same for all rows
-            return x.reshape(1, *x.shape[axes:])
-        return jnp.broadcast_to(x, (*batch, *x.shape[axes:])).reshape(rows, *x.shape[axes:])
-
     whole = {n: x for n, x in inputs.items() if not has_rows(n, x)}
-    split = {n: flat(x, OF_ROWS[n]) for n, x in inputs.items() if has_rows(n, x)}
+    split = {n: flat_rows(n, x, batch) for n, x in inputs.items() if has_rows(n, x)}
 
     def chunk(start: Array) -> Any:
         here, at = _in_this_turn(split, start)
