@@ -211,6 +211,13 @@ def read_logits(
     return Logits(spec, inputs | masks, axes, logits.shape)
 
 
+def demand_linear(logits: Any) -> None:
+    """An error unless the logits are `LinearLogits`."""
+    if not isinstance(logits, LinearLogits):
+        got = f"logits must be LinearLogits, got {_checks.describe(logits)}"
+        raise _checks.ArgumentTypeError(got, "give {LinearLogits}(hidden, kernel)")
+
+
 def _rows_there(spec: Spec, inputs: Inputs) -> Array | None:
     """Which rows take part; None: all."""
     if "entries" not in inputs:

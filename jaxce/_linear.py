@@ -29,7 +29,7 @@ from jax.sharding import AxisType
 
 from jaxce import _checks, _mesh, _platforms
 from jaxce._checks import NUMBERS, SHARES, ArrayLike, AxisName, compiled
-from jaxce._inputs import OF_ROWS, Inputs, Spec, has_rows, on_each_device, read_logits, with_temperatures
+from jaxce._inputs import OF_ROWS, Inputs, Spec, demand_linear, has_rows, on_each_device, read_logits, with_temperatures
 from jaxce._logits import LinearLogits, is_half, product, shape_logits
 from jaxce._reduction import weighted_mean
 from jaxce._rules import custom_jvp, largest
@@ -147,11 +147,7 @@ def linear_cross_entropy(
     References:
       Hsu et al., Liger Kernel, https://arxiv.org/abs/2410.10989, section 3.2.
     """
-    if not isinstance(logits, LinearLogits):
-        got = _checks.describe(logits)
-        raise _checks.ArgumentTypeError(
-            f"logits must be LinearLogits, got {got}", "give {LinearLogits}(hidden, kernel)"
-        )
+    demand_linear(logits)
     z = read_logits("logits", logits).with_labels(labels).with_weights(class_weights)
     y = z.inputs["labels"]
     w = jnp.ones(y.shape, z.dtype) if weights is None else _checks.real("weights", weights, z.dtype).astype(z.dtype)
@@ -420,7 +416,7 @@ class _Labels(NamedTuple):
 
     place: Array  # among the classes of this device
     here: Array  # whether it is one of these
-    valid: Array  # whether it is one of any device's
+    valid: Array  # whether it is one of any device's: -1 is none
 
 
 class _Pass(NamedTuple):
@@ -465,12 +461,10 @@ def _everywhere(options: _Options, x: Any) -> Any:
 
 
 def _labels(options: _Options, labels: Array, inputs: Inputs) -> _Labels:
-    place, name, classes = labels, options.axis_name, inputs["kernel"].shape[options.class_axis]
-    everywhere = classes
-    if name is not None:
-        place = labels - classes * lax.axis_index(name).astype(labels.dtype)
-        everywhere *= lax.axis_size(name)
-    return _Labels(place, (place >= 0) & (place < classes), (labels >= 0) & (labels < everywhere))
+    place, classes = labels, inputs["kernel"].shape[options.class_axis]
+    if options.axis_name is not None:
+        place = labels - classes * lax.axis_index(options.axis_name).astype(labels.dtype)
+    return _Labels(place, (place >= 0) & (place < classes), labels >= 0)
 
 
 def _pass_near_the_maximum(
@@ -530,9 +524,8 @@ def _rows(options: _Options, at: _Labels, inputs: Inputs, found: _Pass, r: Array
         loss += z * log_normalizer**2
         slope = 2 * z * log_normalizer
         factor = class_weight + slope
-        least = jnp.finfo(dtype).eps * (
-            1 + jnp.abs(class_weight)
-        )  # a factor that isn't 0, by which the entry is divided
+        # A factor that isn't 0, by which the entry is divided.
+        least = jnp.finfo(dtype).eps * (1 + jnp.abs(class_weight))
         factor = jnp.where(jnp.abs(factor) < least, least, factor)
         entry = (slope * own - class_weight * found.others) / factor
     coefficient = jnp.where(takes_part, weights * factor / total, 0)

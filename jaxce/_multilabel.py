@@ -18,7 +18,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxce import _checks
 from jaxce._checks import ArrayLike, Axis, compiled
-from jaxce._inputs import CLASSES, Inputs, Logits, Spec, on_each_device, read_logits, rows_of_a_device
+from jaxce._inputs import CLASSES, Inputs, Logits, Spec, demand_linear, on_each_device, read_logits, rows_of_a_device
 from jaxce._logits import AnyLogits, LinearLogits
 from jaxce._passes import add_up, along, block_of, by_rows, logits_of, masked, own_inputs
 from jaxce._rules import custom_jvp
@@ -149,11 +149,7 @@ def linear_sigmoid_binary_cross_entropy(
     References:
       Zhai et al., Sigmoid Loss for Language Image Pre-Training, https://arxiv.org/abs/2303.15343.
     """
-    if not isinstance(logits, LinearLogits):
-        got = _checks.describe(logits)
-        raise _checks.ArgumentTypeError(
-            f"logits must be LinearLogits, got {got}", "give {LinearLogits}(hidden, kernel)"
-        )
+    demand_linear(logits)
     w = jnp.ones(logits.shape[:-1], logits.dtype) if weights is None else _checks.real("weights", weights, logits.dtype)
     _checks.same_shape("weights", w, logits.shape[:-1], "the shape of the logits without the classes")
     z = _read(
