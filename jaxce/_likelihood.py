@@ -3,7 +3,7 @@ r"""Negative log-likelihoods of observations under probability distributions.
 The parameters come first, as a network emits them: logits, locations, and the logarithm of whatever must be positive
 (scales, rates, means, concentrations). The observation comes last. All densities are normalised, in nats, and computed
 element by element. An observation outside the distribution's support gives NaN for its own element only. Elements that
-``where`` leaves out give 0, with derivatives of 0 of every order, whatever they hold.
+``where`` leaves out (False, or the integer 0) give 0, with derivatives of 0 of every order, whatever they hold.
 
 Arguments with the same number of axes broadcast by NumPy's rules, and an argument with fewer axes is repeated to the shape
 of those. What would make the result larger than every argument, such as predictions [N, 1] and observations [N], is an
@@ -298,8 +298,7 @@ def bernoulli_nll(logits: ArrayLike, x: ArrayLike, *, where: ArrayLike | None = 
     Args:
       logits: the log-odds of yes.
       x: the observation: booleans, 0 or 1, or a probability in between; anything else gives NaN.
-      where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
-        they broadcast.
+      where: which elements take part: a mask with as many axes as the result, to which it broadcasts.
 
     Returns:
       One value per element, in nats; half precision is computed and returned in float32.
@@ -332,8 +331,7 @@ def gaussian_nll(
       log_scale: the logarithm of the standard deviation, which is half of the log-variance.
       x: the observation.
       full: whether to include the constant log(2 pi) / 2.
-      where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
-        they broadcast.
+      where: which elements take part: a mask with as many axes as the result, to which it broadcasts.
 
     Returns:
       One value per element, in nats; half precision is computed and returned in float32.
@@ -382,8 +380,7 @@ def gaussian_relative_entropy(
       p_log_scale: the logarithm of the standard deviation of p, which is half of the log-variance.
       q_location: the mean of q.
       q_log_scale: the logarithm of the standard deviation of q.
-      where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
-        they broadcast.
+      where: which elements take part: a mask with as many axes as the result, to which it broadcasts.
 
     Returns:
       One value per element, in nats; half precision is computed and returned in float32.
@@ -428,8 +425,7 @@ def laplace_nll(location: ArrayLike, log_scale: ArrayLike, x: ArrayLike, *, wher
       location: the median m.
       log_scale: the logarithm of b, the mean absolute deviation from the median.
       x: the observation.
-      where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
-        they broadcast.
+      where: which elements take part: a mask with as many axes as the result, to which it broadcasts.
 
     Returns:
       One value per element, in nats; half precision is computed and returned in float32.
@@ -524,8 +520,7 @@ def student_t_nll(
       log_scale: the logarithm of the scale sigma, which is not the standard deviation.
       log_df: the logarithm of the degrees of freedom nu.
       x: the observation.
-      where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
-        they broadcast.
+      where: which elements take part: a mask with as many axes as the result, to which it broadcasts.
 
     Returns:
       One value per element, in nats; half precision is computed and returned in float32.
@@ -556,8 +551,7 @@ def exponential_nll(log_rate: ArrayLike, x: ArrayLike, *, where: ArrayLike | Non
     Args:
       log_rate: the logarithm of the rate, which is minus the logarithm of the mean.
       x: the observation, at least 0; below gives NaN.
-      where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
-        they broadcast.
+      where: which elements take part: a mask with as many axes as the result, to which it broadcasts.
 
     Returns:
       One value per element, in nats; half precision is computed and returned in float32.
@@ -636,8 +630,7 @@ def gamma_nll(
       log_concentration: the logarithm of the concentration (shape) alpha.
       log_rate: the logarithm of the rate beta, which is minus the logarithm of the scale.
       x: the observation, at least 0; below gives NaN.
-      where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
-        they broadcast.
+      where: which elements take part: a mask with as many axes as the result, to which it broadcasts.
 
     Returns:
       One value per element, in nats; half precision is computed and returned in float32.
@@ -697,8 +690,7 @@ def poisson_nll(log_rate: ArrayLike, counts: ArrayLike, *, full: bool = True, wh
       log_rate: the logarithm of the rate (the expected count); -inf for a rate of 0.
       counts: the observation k, at least 0 (below gives NaN), not necessarily a whole number. It has no derivative.
       full: whether to include the constant log k!.
-      where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
-        they broadcast.
+      where: which elements take part: a mask with as many axes as the result, to which it broadcasts.
 
     Returns:
       One value per element, in nats; half precision is computed and returned in float32.
@@ -806,8 +798,7 @@ def negative_binomial_nll(
       log_mean: the logarithm of the mean m; -inf for a mean of 0.
       log_concentration: the logarithm of the concentration r ("number of failures").
       counts: the observation k, at least 0 (below gives NaN), not necessarily a whole number. It has no derivative.
-      where: which elements take part: booleans or integers (nonzero is True) with as many axes as the result, to which
-        they broadcast.
+      where: which elements take part: a mask with as many axes as the result, to which it broadcasts.
 
     Returns:
       One value per element, in nats; half precision is computed and returned in float32.
@@ -864,8 +855,7 @@ def multivariate_normal_nll(
         covariance. Entries above the diagonal are ignored.
       x: the observation, [..., n]. The batch axes of all three broadcast.
       full: whether to include the constant n log(2 pi) / 2.
-      where: which vectors take part: booleans or integers (nonzero is True) with as many axes as the result, to which
-        they broadcast.
+      where: which vectors take part: a mask with as many axes as the result, to which it broadcasts.
 
     Returns:
       One value per vector, in nats; half precision is computed and returned in float32.

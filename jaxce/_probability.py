@@ -177,9 +177,8 @@ def categorical_cross_entropy(
       probs: predicted probabilities q, floating point.
       labels: label probabilities t, of the same shape or one that broadcasts to it: floating point, or with as many axes
         integers or booleans (one-hot).
-      axis: where the classes are; one axis or several.
-      where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
-        as the prediction, to which they broadcast (entries).
+      axis: the class axis, or several.
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as probs).
 
     Returns:
       One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
@@ -205,15 +204,13 @@ def categorical_cross_entropy_with_integer_labels(
     .. math:: -\log q_y
 
     with derivative -1/q at the label and 0 elsewhere; +inf for q = 0. A label outside [0, K) gives NaN, in value and
-    gradient, and the label of a masked class +inf. Entries that ``where`` masks, and rows without any entry left, add 0
-    and have gradient 0, whatever they hold. An empty batch gives an empty result.
+    gradient, and the label of a masked class +inf. Masks are as in `categorical_cross_entropy`.
 
     Args:
       probs: predicted probabilities q, floating point.
       labels: class numbers y, integer, of the batch shape.
-      axis: where the classes are; one axis or several.
-      where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
-        as the prediction, to which they broadcast (entries).
+      axis: the class axis, or several.
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as probs).
 
     Returns:
       One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
@@ -277,18 +274,16 @@ def kl_divergence(
     .. math:: \sum_k t_k (\log t_k - \log q_k), \qquad 0 \log 0 = 0
 
     with derivatives -t by log q, and log(t / q) + 1 by the target: -inf at t = 0 < q, and 0 where t = q = 0. A class
-    with q = 0 < t makes it +inf. It is the sum for the numbers as they are given, right to 4 ulp of
-    the sum of its terms' sizes; so where the numbers don't sum to 1 to their last digit, it may be as far
-    below 0 as they are off, and `generalized_kl_divergence` may not. Entries that ``where`` masks, and rows without any
-    entry left, add 0 and have gradient 0, whatever they hold. An empty batch gives an empty result.
+    with q = 0 < t makes it +inf. It is the sum for the numbers as they are given, right to 4 ulp of the sum of its
+    terms' sizes; so where the numbers don't sum to 1 to their last digit, it may be as far below 0 as they are off, and
+    `generalized_kl_divergence` may not. Masks are as in `categorical_cross_entropy`.
 
     Args:
       log_predictions: log q, floating point.
       targets: probabilities t, of the same shape or one that broadcasts to it: floating point, or with as many axes
         integers or booleans (one-hot).
-      axis: where the classes are; one axis or several.
-      where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
-        as the prediction, to which they broadcast (entries).
+      axis: the class axis, or several.
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as log_predictions).
 
     Returns:
       One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
@@ -314,16 +309,14 @@ def kl_divergence_with_log_targets(
     .. math:: \sum_k e^{l_k} (l_k - \log q_k)
 
     with derivatives -t by log q and t (l - log q + 1) by the log-target l, t being exp(l); where l is -inf everything
-    is 0. A class with log q = -inf < l makes it +inf. The inputs are not normalised, as in `kl_divergence`.
-    Entries that ``where`` masks, and rows without any entry left, add 0 and have gradient 0, whatever they hold. An
-    empty batch gives an empty result.
+    is 0. A class with log q = -inf < l makes it +inf. The inputs are not normalised, as in `kl_divergence`. Masks are
+    as in `categorical_cross_entropy`.
 
     Args:
       log_predictions: log q, floating point.
       log_targets: l = log t, floating point, of the same shape or one that broadcasts to it.
-      axis: where the classes are; one axis or several.
-      where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
-        as the prediction, to which they broadcast (entries).
+      axis: the class axis, or several.
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as log_predictions).
 
     Returns:
       One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
@@ -351,16 +344,14 @@ def generalized_kl_divergence(
 
     Never negative, and 0 exactly where the two agree: for nearly equal numbers each term is formed as (t - q)^2 / (t +
     q) times a series, in which nothing cancels. Derivatives: q - t by log q and log(t / q) by the target, -inf at t = 0
-    < q and 0 where t = q = 0. A class with q = 0 < t makes it +inf. Entries that ``where`` masks, and rows without any
-    entry left, add 0 and have gradient 0, whatever they hold. An empty batch gives an empty result.
+    < q and 0 where t = q = 0. A class with q = 0 < t makes it +inf. Masks are as in `categorical_cross_entropy`.
 
     Args:
       log_predictions: log q, floating point.
       targets: t >= 0, of the same shape or one that broadcasts to it: floating point, or with as many axes integers or
         booleans.
-      axis: where the classes are; one axis or several.
-      where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
-        as the prediction, to which they broadcast (entries).
+      axis: the class axis, or several.
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as log_predictions).
 
     Returns:
       One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
@@ -386,15 +377,13 @@ def nll(log_probs: ArrayLike, labels: ArrayLike, axis: Axis = -1, where: ArrayLi
 
     with derivative -1 at the label and 0 elsewhere; +inf for log q = -inf. The log-probabilities are taken as they are:
     logits want `softmax_cross_entropy_with_integer_labels`. A label outside [0, K) gives NaN, in value and gradient,
-    and the label of a masked class +inf. Entries that ``where`` masks, and rows without any entry left, add 0 and have
-    gradient 0, whatever they hold. An empty batch gives an empty result.
+    and the label of a masked class +inf. Masks are as in `categorical_cross_entropy`.
 
     Args:
       log_probs: log q, floating point.
       labels: class numbers y, integer, of the batch shape.
-      axis: where the classes are; one axis or several.
-      where: what takes part: booleans or integers (what isn't 0), of the batch shape (whole rows), or with as many axes
-        as the prediction, to which they broadcast (entries).
+      axis: the class axis, or several.
+      where: which rows take part (a mask of the batch shape) or which entries (one with as many axes as log_probs).
 
     Returns:
       One value per row in nats, of the batch shape: float32 for half precision, else the wider of the two dtypes.
