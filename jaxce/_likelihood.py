@@ -128,7 +128,7 @@ def _mantissa(x: Array) -> Array:
     return 4 * _platforms.fused(jnp.exp(x))
 
 
-_mantissa.defslopes(lambda x: (_mantissa(x),), times=product)
+_mantissa.defslopes(lambda x: (_mantissa(x),))
 
 
 @custom_jvp
@@ -165,9 +165,7 @@ def _log(x: Array) -> Array:
     return _platforms.fused(jnp.log(x))
 
 
-@_log.defjvp
-def _log_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return _log(*primals), product(tangents[0], _reciprocal(*primals))
+_log.defslopes(lambda x: (_reciprocal(x),))
 
 
 @custom_jvp
@@ -483,7 +481,7 @@ def _student_t_tail_slopes(d: Array, log_scale: Array, log_df: Array) -> tuple[A
     return by_d, -by_scale, curved - 0.5 * (product(q2, none) + share)
 
 
-_student_t_tail.defslopes(_student_t_tail_slopes, times=product)
+_student_t_tail.defslopes(_student_t_tail_slopes)
 
 
 def _student_t_constant(log_df: Array) -> Array:
@@ -609,9 +607,9 @@ def _gamma_gap_over_x_slopes(log_a: Array, log_rate: Array, x: Array) -> tuple[A
     return -_times_exp(over, log_a), _exp(log_rate), _times_exp(product(over, over), log_a)
 
 
-_gamma_deviance.defslopes(_gamma_deviance_slopes, times=product)
-_gamma_gap.defslopes(_gamma_gap_slopes, times=product)
-_gamma_gap_over_x.defslopes(_gamma_gap_over_x_slopes, times=product)
+_gamma_deviance.defslopes(_gamma_deviance_slopes)
+_gamma_gap.defslopes(_gamma_gap_slopes)
+_gamma_gap_over_x.defslopes(_gamma_gap_over_x_slopes)
 
 
 @compiled()
@@ -731,7 +729,7 @@ def _negative_binomial_slope_slopes(log_mean: Array, log_r: Array, k: Array) -> 
     return -_times_share(k * m_share + both, log_r, log_mean), _times_share(gap, log_mean, log_r), None
 
 
-_negative_binomial_slope.defslopes(_negative_binomial_slope_slopes, times=product)
+_negative_binomial_slope.defslopes(_negative_binomial_slope_slopes)
 
 
 @custom_jvp
@@ -752,7 +750,7 @@ def _negative_binomial_excess_slopes(log_mean: Array, log_r: Array, k: Array) ->
     return -_times_share(gap, log_mean, log_r), _negative_binomial_excess(log_mean, log_r, k) - square, None
 
 
-_negative_binomial_excess.defslopes(_negative_binomial_excess_slopes, times=product)
+_negative_binomial_excess.defslopes(_negative_binomial_excess_slopes)
 
 
 @custom_jvp
@@ -778,7 +776,6 @@ _negative_binomial_deviance.defslopes(
         _negative_binomial_excess(log_mean, log_r, k),
         None,
     ),
-    times=product,
 )
 
 

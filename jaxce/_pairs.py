@@ -408,7 +408,7 @@ def _multiplied(x: Array, factor: Array) -> Array:
     return x * factor
 
 
-_multiplied.defslopes(lambda x, factor: (factor, jnp.where(jnp.isinf(x), 0, x)), times=jnp.multiply)
+_multiplied.defslopes(lambda x, factor: (factor, jnp.where(jnp.isinf(x), 0, x)), jnp.multiply)
 
 
 def _pairs(options: _Options, part: Inputs) -> tuple[Array, Array]:

@@ -104,9 +104,7 @@ def softplus(x: Array) -> Array:
     return jnp.maximum(x, 0) + _log1p_exp(-jnp.abs(x))
 
 
-@softplus.defjvp
-def _softplus_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return softplus(*primals), sigmoids(*primals)[0] * tangents[0]
+softplus.defslopes(lambda x: (sigmoids(x)[0],), jnp.multiply)
 
 
 def _smoothed(t: Array, a: Array) -> tuple[Array, Array]:
