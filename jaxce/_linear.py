@@ -24,7 +24,6 @@ from typing import Any, Literal, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jax.sharding import AxisType
 
 from jaxce import _checks, _mesh, _platforms
@@ -32,7 +31,7 @@ from jaxce._checks import NUMBERS, SHARES, ArrayLike, AxisName, compiled
 from jaxce._inputs import OF_ROWS, Inputs, Spec, demand_linear, has_rows, on_each_device, read_logits, with_temperatures
 from jaxce._logits import LinearLogits, is_half, product, shape_logits
 from jaxce._reduction import weighted_mean
-from jaxce._rules import custom_jvp, largest
+from jaxce._rules import custom_jvp, largest, no_tangents, not_zero
 from jaxce._softmax import softmax_cross_entropy_with_integer_labels
 from jaxce._statistics import logsumexp
 
@@ -260,10 +259,10 @@ def _weighted_sum(options: _Options, labels: Array, inputs: Inputs) -> tuple[Arr
 @partial(_weighted_sum.defjvp, symbolic_zeros=True)
 def _(options: _Options, primals: Any, tangents: Any) -> Any:
     labels, inputs = primals
-    varying = {name: tangent for name, tangent in tangents[1].items() if not isinstance(tangent, SymbolicZero)}
+    varying = not_zero(tangents[1])
     total, gradient, aux = _sum_and_gradient(options, tuple(varying), labels, inputs)
     terms = (jnp.sum(gradient[name] * varying[name].astype(total.dtype)) for name in varying)
-    return (total, aux), (sum(terms, jnp.zeros_like(total)), _no_tangent(aux))
+    return (total, aux), (sum(terms, jnp.zeros_like(total)), no_tangents(aux))
 
 
 @partial(custom_jvp, nondiff_argnums=(0, 1))
@@ -287,7 +286,7 @@ def _sum_and_gradient(
 @partial(_sum_and_gradient.defjvp, symbolic_zeros=True)
 def _(options: _Options, names: tuple[str, ...], primals: Any, tangents: Any) -> Any:
     labels, inputs = primals
-    varying = {name: tangent for name, tangent in tangents[1].items() if not isinstance(tangent, SymbolicZero)}
+    varying = not_zero(tangents[1])
 
     def by_blocks(some: Inputs) -> tuple[Array, Inputs]:
         def value(differentiated: Inputs) -> Array:
@@ -298,11 +297,7 @@ def _(options: _Options, names: tuple[str, ...], primals: Any, tangents: Any) ->
 
     out = _sum_and_gradient(options, names, labels, inputs)
     tangent = jax.jvp(by_blocks, ({name: inputs[name] for name in varying},), (varying,))[1]
-    return out, (*tangent, _no_tangent(out[2]))
-
-
-def _no_tangent(tree: Any) -> Any:
-    return jax.tree.map(lambda x: zero_from_primal(x, symbolic_zeros=True), tree)
+    return out, (*tangent, no_tangents(out[2]))
 
 
 # --- chunks of the rows that count ------------------------------------------------------------------------------------

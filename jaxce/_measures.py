@@ -41,12 +41,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.custom_derivatives import SymbolicZero, zero_from_primal
+from jax.custom_derivatives import SymbolicZero
 
 from jaxce import _mesh, _platforms
 from jaxce._inputs import LOGITS, Inputs, Logits, Spec, on_each_device
 from jaxce._passes import add_up, along, block_of, by_rows, logits_of, state_of
-from jaxce._rules import alike, custom_jvp, largest, weigh
+from jaxce._rules import alike, custom_jvp, largest, no_tangents, not_zero, weigh
 from jaxce._state import FAR, Ask, State, Targets, beside, targets_of, there
 
 LABELS = "labels", "targets", "chosen", "shares", "weights"
@@ -459,7 +459,7 @@ def _fields(spec: Spec, state: State, start: Any, x: Array, part: Inputs) -> dic
 @partial(_measure.defjvp, symbolic_zeros=True)
 def _(specs: tuple[Spec, ...], measures: tuple[Measure, ...], primals: Any, tangents: Any) -> Any:
     inputs, options = primals
-    dinputs = tuple({n: t for n, t in d.items() if not isinstance(t, SymbolicZero)} for d in tangents[0])
+    dinputs = tuple(map(not_zero, tangents[0]))
     doptions = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents[1])
     sides = [i for i, d in enumerate(dinputs) if any(n in LOGITS for n in d)]
     varying = tuple((m, i) for m in measures for i in sides if m.slopes[i : i + 1] not in ((), (None,)))
@@ -484,8 +484,7 @@ def _(specs: tuple[Spec, ...], measures: tuple[Measure, ...], primals: Any, tang
     out = [t * bad if "label" in m.asks else t for m, t in zip(measures, out, strict=True)]
     if not any("rest" in m.asks for m in measures):
         states = tuple(s._replace(given=_without_rest(s.given), uniform=_without_rest(s.uniform)) for s in states)
-    zeros = jax.tree.map(lambda x: zero_from_primal(x, symbolic_zeros=True), states)
-    return (tuple(value[m] for m in measures), states), (tuple(out), zeros)
+    return (tuple(value[m] for m in measures), states), (tuple(out), no_tangents(states))
 
 
 def _without_rest(targets: Targets | None) -> Targets | None:

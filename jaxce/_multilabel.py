@@ -14,14 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 
 from jaxce import _checks
 from jaxce._checks import ArrayLike, Axis, compiled
 from jaxce._inputs import CLASSES, Inputs, Logits, Spec, demand_linear, on_each_device, read_logits, rows_of_a_device
 from jaxce._logits import AnyLogits, LinearLogits
 from jaxce._passes import add_up, along, block_of, by_rows, logits_of, masked, own_inputs
-from jaxce._rules import custom_jvp
+from jaxce._rules import custom_jvp, not_zero
 from jaxce._sigmoid import binary_loss
 from jaxce._state import beside
 
@@ -240,7 +239,7 @@ _sum = custom_jvp(_sum_of_losses, nondiff_argnums=(0,))
 def _(spec: Spec, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (inputs,) = primals
     spec = _in_blocks(spec, inputs)
-    varying = {name: t for name, t in tangents[0].items() if not isinstance(t, SymbolicZero)}
+    varying = not_zero(tangents[0])
     gradient = _gradient(spec, (*varying, "example_weights"), inputs)
     terms = (jnp.sum(gradient[name].astype(spec.dtype) * t.astype(spec.dtype)) for name, t in varying.items())
     value = jnp.sum(inputs["example_weights"] * gradient["example_weights"])
@@ -260,7 +259,7 @@ _gradient = custom_jvp(_gradient_of_losses, nondiff_argnums=(0, 1))
 @partial(_gradient.defjvp, symbolic_zeros=True)
 def _(spec: Spec, names: tuple[str, ...], primals: Any, tangents: Any) -> tuple[Inputs, Inputs]:
     (inputs,) = primals
-    varying = {name: t for name, t in tangents[0].items() if not isinstance(t, SymbolicZero)}
+    varying = not_zero(tangents[0])
     return along(partial(_gradient_of_losses, spec, names), inputs, varying, *varying)
 
 
@@ -295,7 +294,7 @@ def _total(spec: Spec, own: bool, inputs: Inputs) -> Array:
 @partial(_total.defjvp, symbolic_zeros=True)
 def _(spec: Spec, own: bool, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (inputs,) = primals
-    varying = {name: t for name, t in tangents[0].items() if not isinstance(t, SymbolicZero)}
+    varying = not_zero(tangents[0])
 
     def step(parts: tuple[Inputs, ...], dparts: tuple[Inputs, ...], rows: Any, start: Any) -> Array:
         return along(partial(_block, spec, start), parts[0], dparts[0], *dparts[0])[1]

@@ -25,15 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from jaxce import _checks, _mesh
 from jaxce._checks import ArrayLike, AxisName, compiled
-from jaxce._inputs import Inputs, Spec, factors, read_logits, rows_of_a_device
+from jaxce._inputs import Inputs, Logits, Spec, factors, read_logits, rows_of_a_device
 from jaxce._logits import LinearLogits, ShardedLogits, shape_logits
 from jaxce._measures import replaced
 from jaxce._passes import join_rows, logits_of, split_rows
-from jaxce._rules import custom_jvp, largest
+from jaxce._rules import custom_jvp, largest, no_tangents, not_zero
 from jaxce._sigmoid import softplus
 
 _ROWS, _COLUMNS, _PAIRS = 1 << 14, 1 << 8, 1 << 24
@@ -112,6 +111,42 @@ def softmax_cross_entropy_of_pairs(
       Radford et al., CLIP, https://arxiv.org/abs/2103.00020; van den Oord et al., InfoNCE, https://arxiv.org/abs/1807.03748;
       Yi et al., https://research.google/pubs/pub48840 for the bias; Khosla et al., SupCon, https://arxiv.org/abs/2004.11362.
     """
+    z = _read(logits, labels, where, class_where, groups, class_groups, positives, exclude_self, axis_name)
+    (rows, columns), grouped = z.shape, positives == "group"
+    inputs = factors(z.spec, z.inputs)
+    numbers = jnp.arange(rows, dtype=jnp.int32)
+    if "kernel" in inputs and z.spec.class_axis != 0:
+        inputs["kernel"] = inputs["kernel"].T
+    # What a row or column holds that takes no part must not be multiplied, nor kept for a gradient.
+    masks = ("kernel", "classes", 1), ("bias", "classes", ()), ("array", "rows", 1), ("array", "classes", 0)
+    for name, mask, axis in masks:
+        if name in inputs and mask in inputs:
+            inputs[name] = jnp.where(jnp.expand_dims(inputs[mask], axis), inputs[name], 0)
+    if axis_name is not None:
+        numbers += columns * _mesh.index(axis_name)
+        inputs |= lax.all_gather({n: inputs[n] for n in COLUMNS_FIRST if n in inputs}, axis_name, tiled=True)
+    inputs = {"labels": numbers} | inputs | {"numbers": numbers}
+    columns_in_all = inputs["array"].shape[1] if "array" in inputs else inputs["kernel"].shape[0]
+    spec = z.spec._replace(class_axis=0, axis_name=None, classes=columns_in_all)
+    options = _Options(spec, grouped, not grouped and labels is None, exclude_self, axis_name)
+    of_rows, of_columns = _on_each_device(options, inputs)
+    if axis_name is not None:
+        of_columns = lax.dynamic_slice_in_dim(of_columns, numbers[0], columns)
+    return of_rows, of_columns
+
+
+def _read(
+    logits: Any,
+    labels: ArrayLike | None,
+    where: ArrayLike | None,
+    class_where: ArrayLike | None,
+    groups: ArrayLike | None,
+    class_groups: ArrayLike | None,
+    positives: str,
+    exclude_self: bool,
+    axis_name: AxisName | None,
+) -> Logits:
+    """The logits with all that is given, checked."""
     if positives not in ("label", "group"):
         raise _checks.ArgumentValueError(f"positives must be 'label' or 'group', got {positives!r}")
     if not isinstance(exclude_self, bool):
@@ -119,7 +154,7 @@ def softmax_cross_entropy_of_pairs(
     if labels is not None and np.ndim(cast(Any, labels)) == 2:
         of_both = "for the embeddings of both sides give {LinearLogits}({logits}, {labels}.T)"
         _checks.integer("labels", labels, of_both)
-    pairs = _read(logits, axis_name)
+    pairs = _scores(logits, axis_name)
     rows, columns = pairs.shape
     grouped = positives == "group"
     if grouped and groups is None:
@@ -135,29 +170,10 @@ def softmax_cross_entropy_of_pairs(
     if not grouped and labels is None and (exclude_self or rows > columns):
         of = "exclude_self=True" if exclude_self else f"{rows} rows and {columns} columns"
         raise _checks.ArgumentTypeError(f"labels must be given with {of}, got None")
-    inputs = factors(z.spec, z.inputs)
-    numbers = jnp.arange(rows, dtype=jnp.int32)
-    if "kernel" in inputs and z.spec.class_axis != 0:
-        inputs["kernel"] = inputs["kernel"].T
-    # What a row or column holds that takes no part must not be multiplied, nor kept for a gradient.
-    masks = ("kernel", "classes", 1), ("bias", "classes", ()), ("array", "rows", 1), ("array", "classes", 0)
-    for name, mask, axis in masks:
-        if name in inputs and mask in inputs:
-            inputs[name] = jnp.where(jnp.expand_dims(inputs[mask], axis), inputs[name], 0)
-    if axis_name is not None:
-        numbers += columns * _mesh.index(axis_name)
-        inputs |= lax.all_gather({n: inputs[n] for n in COLUMNS_FIRST if n in inputs}, axis_name, tiled=True)
-    inputs |= {"numbers": numbers, "labels": numbers if labels is None else z.with_labels(labels).inputs["labels"]}
-    columns_in_all = inputs["array"].shape[1] if "array" in inputs else inputs["kernel"].shape[0]
-    spec = z.spec._replace(class_axis=0, axis_name=None, classes=columns_in_all)
-    options = _Options(spec, grouped, not grouped and labels is None, exclude_self, axis_name)
-    of_rows, of_columns = _on_each_device(options, inputs)
-    if axis_name is not None:
-        of_columns = lax.dynamic_slice_in_dim(of_columns, numbers[0], columns)
-    return of_rows, of_columns
+    return z if labels is None else z.with_labels(labels)
 
 
-def _read(logits: Any, axis_name: AxisName | None) -> Any:
+def _scores(logits: Any, axis_name: AxisName | None) -> Any:
     """The logits; with those of a device's part their axis_name, by which labels are read."""
     linear = isinstance(logits, LinearLogits)
     if isinstance(logits, ShardedLogits) or (linear and logits.axis_name is not None):
@@ -365,7 +381,7 @@ def _(options: _Options, primals: Any, tangents: Any) -> Any:
     (tiles,), (dtiles,) = primals, tangents
     found, shifts = _sums(options, tiles)
     tiles = tiles | dict(zip(SHIFTS, shifts, strict=True))
-    varying = {n: t for n, t in dtiles.items() if not isinstance(t, SymbolicZero) and n not in SHIFTS}
+    varying = {n: t for n, t in not_zero(dtiles).items() if n not in SHIFTS}
     # Wide, as a transpose adds them up; but columns, where there is one tile of rows, of which it does so once.
     once = ("kernel",) if tiles["labels"].shape[0] == 1 else ()
     varying = {n: t if n in once else t.astype(options.spec.dtype) for n, t in varying.items()}
@@ -385,8 +401,7 @@ def _(options: _Options, primals: Any, tangents: Any) -> Any:
         return jax.jvp(lambda some: _sums_of(options, part | some), (some,), (dpart,))[1]
 
     of_rows, of_columns = _over_tiles(step, jnp.add, 0, tiles, varying)
-    no_tangents = jax.tree.map(lambda x: zero_from_primal(x, symbolic_zeros=True), shifts)
-    return (found, shifts), ((of_rows, _everywhere(options, 1, of_columns)), no_tangents)
+    return (found, shifts), ((of_rows, _everywhere(options, 1, of_columns)), no_tangents(shifts))
 
 
 # -------------------------------------------------------------------------------------------------------------- one tile

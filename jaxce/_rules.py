@@ -89,6 +89,16 @@ def _is_zero(tangent: Any) -> bool:
     return isinstance(tangent, SymbolicZero)
 
 
+def not_zero(tangents: dict[str, Any]) -> dict[str, Array]:
+    """The tangents that aren't known to be 0."""
+    return {name: t for name, t in tangents.items() if not _is_zero(t)}
+
+
+def no_tangents(tree: Any) -> Any:
+    """For each array of a tree a tangent that is known to be 0."""
+    return jax.tree.map(_zero, tree)
+
+
 def _bind(plain: Callable[..., Any], rule: Callable[..., Any], args: Sequence[Any]) -> list[Any]:
     return _ruled.bind(*args, jaxpr=jax.make_jaxpr(plain)(*args), rule=rule)
 
