@@ -360,6 +360,11 @@ def with_integers(shape: Shape, dtype: str) -> list[Struct]:
     return [(shape, dtype), (shape[:1], "int32")]
 
 
+def of_images(shape: Shape, dtype: str) -> list[Struct]:
+    """Logits of pixels, [images, classes, height, width], and a class for each pixel."""
+    return [(shape, dtype), ((shape[0], *shape[2:]), "int32")]
+
+
 def with_numbers(shape: Shape, dtype: str) -> list[Struct]:
     """Logits or probabilities, and as many other numbers."""
     return [(shape, dtype)] * 2
@@ -384,6 +389,7 @@ def classes_last(shape: Shape, dtype: str) -> list[Struct]:
 
 WIDE = ((8192, 32768), "bfloat16")
 MAIN = [WIDE, ((8192, 1000), "float32"), ((65536, 10), "float32")]
+IMAGES = ((8, 150, 256, 256), "bfloat16")
 LINEAR = ((8192, 2048, 128256), "bfloat16")
 EMBEDDINGS = ((16384, 512), "bfloat16")
 LABELS = ((8192, 512, 128256), "bfloat16")
@@ -545,6 +551,9 @@ _optax_integer = optax.losses.softmax_cross_entropy_with_integer_labels
 
 CASES: dict[str, Case] = {
     "integer labels": Case(_integer, _optax_integer, with_integers, MAIN),
+    "integer labels, images": Case(
+        lambda x, y: _integer(x, y, axis=1), lambda x, y: _optax_integer(_wide(x), y, axis=1), of_images, [IMAGES]
+    ),
     "dense labels": Case(jaxce.softmax_cross_entropy, optax.losses.softmax_cross_entropy, with_numbers, MAIN),
     "label smoothing": Case(lambda x, y: _integer(x, y, label_smoothing=0.1), _plain_smoothing, with_integers, MAIN),
     "sparse labels": Case(_our_sparse, _plain_sparse, with_integers),

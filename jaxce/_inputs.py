@@ -62,6 +62,7 @@ class Spec(NamedTuple):
     half: bool = False  # whether hidden and kernel are bfloat16
     block_size: int | None = None  # as the logits say it
     axis_name: AxisName | None = None  # over which the classes are sharded
+    adjacent: bool = True  # whether the classes of a row lie side by side in memory
     size: int = 0  # classes of a strip in a block
     strips: int = 1
     chunks: int = 1  # of rows, one after the other, where a block of all of them would be too large
@@ -204,7 +205,8 @@ def read_logits(
         x = _checks.classes_last(logits.logits if isinstance(logits, ShardedLogits) else logits, axes)
         if x.shape[-1] == 0:
             raise _checks.ArgumentValueError(f"{argument} must have at least one class, got shape {logits.shape}")
-        spec, inputs = Spec(dtype, x.shape[-1]), {"array": x}
+        adjacent = axes == tuple(range(logits.ndim))[-len(axes) :]
+        spec, inputs = Spec(dtype, x.shape[-1], adjacent=adjacent), {"array": x}
     if isinstance(logits, NotArray) and logits.axis_name is not None:
         _mesh.check(argument, logits.axis_name, inputs["kernel"] if "kernel" in inputs else inputs["array"])
         spec = spec._replace(axis_name=logits.axis_name)

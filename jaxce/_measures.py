@@ -401,7 +401,7 @@ def _sums(specs: tuple[Spec, ...], terms: Any, inputs: tuple[Inputs, ...], known
         values = (
             term(_classes(specs, parts, dparts, others if n else known, start)[0]) for n, term in enumerate(terms)
         )
-        return _platforms.sums(tuple(values))
+        return _platforms.sums(tuple(values), all(spec.adjacent for spec in specs))
 
     return add_up(specs, inputs, ({},) * len(inputs), known, step)
 

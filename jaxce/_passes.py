@@ -163,7 +163,7 @@ def state_of(spec: Spec, inputs: Inputs) -> State:
 
     def part(start: Any, size: int, _: Any) -> State:
         read, cut = reading(spec, _cut(spec, inputs, start, size), start)
-        return _platforms.over_classes(read, cut, spec.ask, spec.dtype, spec.strips)
+        return _platforms.over_classes(read, cut, spec.ask, spec.dtype, spec.strips, spec.adjacent)
 
     state = _fold(spec, part, meet)
     if spec.strips > 1:

@@ -42,16 +42,20 @@ _LANES = 8
 _CACHE, _VECTOR = 1 << 18, 16
 """About how many logits a chunk of rows has on a CPU; and a multiple of so many rows, if it has as many."""
 
-_SHORT = 512
-"""Shorter rows are one reduction on a GPU."""
+_SHORT, _FEW = 512, 32
+"""Shorter rows are one reduction on a GPU, and where a row's classes don't lie side by side, as those of images with the
+classes first, rows of fewer: from so many on XLA:GPU writes out the operands of such a reduction, if it has several."""
 
 Read = Callable[[Inputs], Block]
 
 
-def over_classes(read: Read, inputs: Inputs, ask: Ask, dtype: np.dtype, strips: int = 1) -> State:
+def over_classes(
+    read: Read, inputs: Inputs, ask: Ask, dtype: np.dtype, strips: int = 1, adjacent: bool = True
+) -> State:
     """The state of the rows of a block of classes, its last axis: the way over a row.
 
-    ``read`` makes the block of the inputs, so that it can make some of its rows of theirs.
+    ``read`` makes the block of the inputs, so that it can make some of its rows of theirs. Classes that are ``adjacent``
+    lie side by side in memory.
     """
 
     def reduction(inputs: Inputs) -> State:
@@ -68,7 +72,7 @@ def over_classes(read: Read, inputs: Inputs, ask: Ask, dtype: np.dtype, strips: 
     shape = _logits(inputs).shape
     if not _is_whole(shape, strips):
         return reduction(inputs)
-    gpu = reduction if shape[-1] < _SHORT else in_parts
+    gpu = reduction if shape[-1] < (_SHORT if adjacent else _FEW) else in_parts
     numbers = _one_for_each_row(lambda inputs: leaves(read(inputs), ask, dtype))
     return _either(inputs, cpu=in_lanes, gpu=gpu, default=reduction, like=numbers)
 
@@ -108,15 +112,22 @@ def entry(x: Array, labels: Array, otherwise: Callable[[Array, Array], Array]) -
     return _either(x, labels, cpu=gathered, gpu=gathered, default=otherwise)
 
 
-def sums(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-    """The sums of arrays over their last axis, without derivatives: a single reduction, but on a CPU."""
+def sums(arrays: tuple[Array, ...], adjacent: bool) -> tuple[Array, ...]:
+    """The sums of arrays over their last axis, without derivatives.
+
+    They are a single reduction, but on a CPU, and on a GPU where its operands would be written out: see `_FEW`.
+    """
 
     def reduction(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
         zeros = tuple(np.zeros((), x.dtype) for x in arrays)
         return tuple(lax.reduce(arrays, zeros, lambda a, b: tuple(map(jnp.add, a, b)), (arrays[0].ndim - 1,)))
 
-    one_by_one = _one_for_each_row(lambda arrays: arrays)
-    return _either(arrays, cpu=lambda arrays: tuple(jnp.sum(x, -1) for x in arrays), default=reduction, like=one_by_one)
+    def one_by_one(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(jnp.sum(x, -1) for x in arrays)
+
+    like = _one_for_each_row(lambda arrays: arrays)
+    gpu = one_by_one if arrays and arrays[0].shape[-1] >= _FEW and not adjacent else reduction
+    return _either(arrays, cpu=one_by_one, gpu=gpu, default=reduction, like=like)
 
 
 def _one_for_each_row(function: Callable[..., Any]) -> Callable[..., Any]:
