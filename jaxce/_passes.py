@@ -317,10 +317,15 @@ def _taken_jvp(primals: Any, tangents: Any, **known: Any) -> Any:
     return _taken_p.bind(*primals, **known), _taken_p.bind(*tangents, **known)
 
 
-# `lax.empty`, but the same for all of what `jax.vmap` maps over.
+def _empty(aval: Any) -> Array:
+    """`lax.empty`, but the same for all of what `jax.vmap` maps over."""
+    return lax.empty(aval.shape, aval.dtype)
+
+
 _unwritten_p = Primitive("unwritten")
+_unwritten_p.def_impl(_empty)
 _unwritten_p.def_abstract_eval(lambda aval: aval)
-mlir.register_lowering(_unwritten_p, mlir.lower_fun(lambda aval: lax.empty(aval.shape, aval.dtype), False))
+mlir.register_lowering(_unwritten_p, mlir.lower_fun(_empty, multiple_results=False))
 
 _taken_p = Primitive("when_taken")
 _taken_p.multiple_results = True

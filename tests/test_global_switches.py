@@ -255,3 +255,21 @@ def test_no_nan_of_masked_products() -> None:
             assert all(np.all(np.isfinite(r)) for r in along)
             for value, gradient in (results, quick(both)(spoiled)):
                 assert np.isfinite(value) and np.all(np.isfinite(gradient)) and not np.any(gradient[2])
+
+
+def test_blocks_that_are_not_compiled() -> None:
+    """The gradient by a kernel is written block by block, into memory that nobody has filled."""
+    rng = np.random.default_rng(0)
+    hidden, kernel = (rng.normal(size=shape).astype("float32") for shape in ((4, 3), (3, 8)))
+
+    def loss(hidden: Any, kernel: Any) -> Any:
+        x, labels = jaxce.LinearLogits(hidden, kernel, block_size=4), np.arange(4)
+        mean = jaxce.linear_sigmoid_binary_cross_entropy(x, labels[:, None])
+        return mean + jnp.sum(jaxce.softmax_cross_entropy_with_integer_labels(x, labels))
+
+    gradient = jax.grad(loss, (0, 1))
+    expected = jax.jit(gradient)(hidden, kernel)
+    with jax.disable_jit():
+        got = gradient(hidden, kernel)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # float32, sums in another order
