@@ -392,7 +392,7 @@ def _most(turns: Array) -> Array:
 
 @_most.def_vmap
 def _(size: int, in_batched: Any, turns: Array) -> Any:
-    return _most(jnp.max(turns)), False
+    return _most(jnp.max(turns, initial=0)), False
 
 
 # --- one chunk --------------------------------------------------------------------------------------------------------

@@ -422,6 +422,16 @@ def test_memory_under_vmap() -> None:
     assert mapped.temp_size_in_bytes < 1.6 * whole.temp_size_in_bytes
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_vmap_over_nothing(chunk_size: int | None) -> None:
+    def loss(hidden: jax.Array, weights: jax.Array) -> jax.Array:
+        logits = jaxce.LinearLogits(hidden, jnp.ones((3, 4)))
+        return jaxce.linear_cross_entropy(logits, jnp.array([0, 1]), weights, chunk_size=chunk_size)
+
+    slopes = jax.vmap(jax.grad(loss, (0, 1)))(jnp.ones((0, 2, 3)), jnp.ones((0, 2)))
+    assert [g.shape for g in slopes] == [(0, 2, 3), (0, 2)]
+
+
 def test_a_row_of_weight_0_may_hold_anything() -> None:
     a = arguments("float32")
     spoiled = a | {"hidden": a["hidden"].at[3].set(jnp.nan)}
