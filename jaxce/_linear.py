@@ -186,11 +186,10 @@ def _total(chunk_size: int | None, has_aux: bool, specs: tuple[Spec], given: tup
 
 
 def _axes_of_rows(batch: tuple[int, ...], in_order: bool) -> tuple[int, ...]:
-    """All axes of the batch as one, unless a mesh with automatic axis types may shard several: then they stay.
+    """All axes of the batch as one, unless a mesh with automatic axis types may shard several of them.
 
-    Merged, axes that are both sharded would be gathered. But rows that come in another order, those that count first, do so
-    within what a device has of the last axis, where whole sequences may have more to leave out. So axes are merged where
-    the devices can share the sequences.
+    XLA would gather all but the first of these to merge them. Where rows that count come first, axes are merged all the
+    same if the first can be shared by all devices: whole sequences let more chunks be left out than parts of them.
     """
     devices = _mesh.devices(AxisType.Auto)
     if len(batch) < 2 or devices == 1 or (batch[0] % devices == 0 and not in_order):
@@ -361,12 +360,11 @@ Reorder = Callable[[Array], Array]
 def _order(counts: Array | None, axis: int, length: int, size: int, chunks: int) -> tuple[Any, Reorder, Reorder]:
     """How often the loop turns; and how rows of groups, [..., groups, length, ...], come into its chunks, and back."""
     if counts is None:
-        more = [(0, size * chunks - length)]
-        return (
-            chunks,
-            lambda x: jnp.pad(x, [(0, 0)] * axis + more + [(0, 0)] * (x.ndim - axis - 1)),
-            lambda x: lax.slice_in_dim(x, 0, length, axis=axis),
-        )
+
+        def fill_up(x: Array) -> Array:
+            return jnp.pad(x, [(0, size * chunks - length if a == axis else 0) for a in range(x.ndim)])
+
+        return chunks, fill_up, lambda x: lax.slice_in_dim(x, 0, length, axis=axis)
     # By sums and a scatter of integers: a sort takes a TPU's compiler a minute.
     index = jnp.arange(length, dtype=jnp.int32)
     rank = jnp.cumsum(counts, axis, dtype=jnp.int32)

@@ -42,9 +42,12 @@ _LANES = 8
 _CACHE, _VECTOR = 1 << 18, 16
 """About how many logits a chunk of rows has on a CPU; and a multiple of so many rows, if it has as many."""
 
-_SHORT, _FEW = 512, 32
-"""Shorter rows are one reduction on a GPU, and where a row's classes don't lie side by side, as those of images with the
-classes first, rows of fewer: from so many on XLA:GPU writes out the operands of such a reduction, if it has several."""
+_SHORT = 512
+"""Shorter rows are one reduction on a GPU."""
+
+_FEW = 32
+"""The same where the classes of a row don't lie side by side in memory, as in images of shape [images, classes, height,
+width]. Of as many classes or more XLA:GPU writes the operands of a reduction to memory, if it has more than two."""
 
 Read = Callable[[Inputs], Block]
 
@@ -54,12 +57,15 @@ def over_classes(
 ) -> State:
     """The state of the rows of a block of classes, its last axis: the way over a row.
 
-    ``read`` makes the block of the inputs, so that it can make some of its rows of theirs. Classes that are ``adjacent``
-    lie side by side in memory.
+    ``read`` makes the block of the inputs, so that it can make some of its rows of theirs. ``adjacent`` says whether the
+    classes of a row lie side by side in memory.
     """
 
+    def states(inputs: Inputs) -> State:
+        return leaves(read(inputs), ask, dtype)
+
     def reduction(inputs: Inputs) -> State:
-        return meet_all(leaves(read(inputs), ask, dtype))
+        return meet_all(states(inputs))
 
     def in_parts(inputs: Inputs) -> State:
         return _in_parts(read, inputs, ask, dtype)
@@ -72,9 +78,11 @@ def over_classes(
     shape = _logits(inputs).shape
     if not _is_whole(shape, strips):
         return reduction(inputs)
-    gpu = reduction if shape[-1] < (_SHORT if adjacent else _FEW) else in_parts
-    numbers = _one_for_each_row(lambda inputs: leaves(read(inputs), ask, dtype))
-    return _either(inputs, cpu=in_lanes, gpu=gpu, default=reduction, like=numbers)
+    at_once = shape[-1] < (_SHORT if adjacent else _FEW)
+    if not adjacent:
+        at_once |= len(jax.tree.leaves(jax.eval_shape(states, inputs))) <= 2
+    gpu = reduction if at_once else in_parts
+    return _either(inputs, cpu=in_lanes, gpu=gpu, default=reduction, like=_one_for_each_row(states))
 
 
 def rank(read: Read, inputs: Inputs, label: Array, dtype: np.dtype, strips: int = 1) -> Array:
@@ -115,7 +123,7 @@ def entry(x: Array, labels: Array, otherwise: Callable[[Array, Array], Array]) -
 def sums(arrays: tuple[Array, ...], adjacent: bool) -> tuple[Array, ...]:
     """The sums of arrays over their last axis, without derivatives.
 
-    They are a single reduction, but on a CPU, and on a GPU where its operands would be written out: see `_FEW`.
+    They are a single reduction, except on a CPU, and on a GPU where its operands would be written to memory: see `_FEW`.
     """
 
     def reduction(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -126,7 +134,7 @@ def sums(arrays: tuple[Array, ...], adjacent: bool) -> tuple[Array, ...]:
         return tuple(jnp.sum(x, -1) for x in arrays)
 
     like = _one_for_each_row(lambda arrays: arrays)
-    gpu = one_by_one if arrays and arrays[0].shape[-1] >= _FEW and not adjacent else reduction
+    gpu = one_by_one if arrays[0].shape[-1] >= _FEW and not adjacent else reduction
     return _either(arrays, cpu=one_by_one, gpu=gpu, default=reduction, like=like)
 
 
@@ -360,7 +368,10 @@ def on_tpu(tpu: Callable[..., Any], otherwise: Callable[..., Any], *args: Any) -
 
 
 def with_entries(x: Array, labels: Array, values: Array) -> Array:
-    """x [..., classes] with another number where the label of each row is; on a GPU without another array."""
+    """x [..., classes] with another number where the label of each row is; on a GPU without another array.
+
+    The rows of a single device have one axis.
+    """
     if _mesh.devices() > 1:
         return _select_entries(x, labels, values)
     ways = {"cuda": _scatter_entries, "rocm": _scatter_entries, "default": _select_entries}

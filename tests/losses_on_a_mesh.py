@@ -355,26 +355,28 @@ def test_mean_loss(option: str, way: str) -> None:
 @pytest.mark.parametrize("types", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("loss", ["mean, weighted", "mean", "each"])
 def test_sequences_cut_into_parts(loss: str, types: AxisType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two sequences over one axis of a mesh and their positions over the other, in chunks, as rows on one device."""
+    """Two sequences sharded over one axis of a mesh, their positions over the other, in chunks: the formula of all rows."""
     monkeypatch.setattr(_inputs, "BLOCK", 8)
     flat = rows_with_options()
     of_rows = [n for n in flat if flat[n].shape[:1] == (16,)]
 
+    def weights_of(a: Arrays) -> Any:
+        return jnp.ones_like(a["rows"]) if loss == "mean" else jnp.where(a["labels"] == 4, 0, a["rows"])
+
     def mean(a: Arrays) -> Any:
-        weights = jnp.where(a["labels"] == 4, 0, a["rows"]) if loss != "mean" else jnp.ones_like(a["rows"])
         logits = dataclasses.replace(logits_of("linear", a), temperature=a["temperature"])
         options = {"z_loss": a["option"], "class_weights": a["weights"]}
         if loss == "each":
             losses = integer(logits, a["labels"], **options)
-            return jnp.sum(weights * losses) / 3, losses
-        given = {} if loss == "mean" else {"weights": weights}
+            return jnp.sum(weights_of(a) * losses) / 3, losses
+        given = {} if loss == "mean" else {"weights": weights_of(a)}
         total, aux = jaxce.linear_cross_entropy(
             logits, a["labels"], **given, normalizer=3.0, chunk_size=1, has_aux=True, **options
         )
         return total, aux[0]
 
     def plain(a: Arrays) -> Any:
-        weights = jnp.where(a["labels"] == 4, 0, a["rows"]) if loss != "mean" else jnp.ones_like(a["rows"])
+        weights = weights_of(a)
         x = logits_of("product", a) / a["temperature"][:, None]
         losses = optax.softmax_cross_entropy_with_integer_labels(x, a["labels"]) * a["weights"][a["labels"]]
         losses += a["option"] * jax.nn.logsumexp(x, -1) ** 2

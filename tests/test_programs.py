@@ -58,7 +58,7 @@ CLAIMS = [
     # The labels of short rows, which are read twice, are three percent of all.
     Claim("integer labels", MEDIUM, GRADIENT, Limits(1.05, 0.7), Limits(0.75)),
     Claim("integer labels", SHORT, GRADIENT, Limits(1.05, 0.7), Limits(0.75)),
-    # Where classes come before pixels XLA:GPU would write out what meets, six times the logits.
+    # Where classes come before pixels XLA:GPU would write the operands of a reduction to memory, six times the logits.
     Claim("integer labels, images", programs.IMAGES, VALUE, Limits(0.6, 0.55, 1), Limits(0.75, None, 15)),
     Claim("integer labels, images", programs.IMAGES, GRADIENT, Limits(0.6, 0.75, 1), Limits(0.4, None, 20)),
     Claim("softmax_statistics", WIDE, VALUE, Limits(0.56, 0.45), Limits(0.56)),
